@@ -1,0 +1,135 @@
+"""What the kernels share: how a pallas_call is made, how a tile of the paged cache is addressed, the online softmax.
+
+Shapes: B sequences, K kv heads, G = N / K query heads to a kv head, H head_dim, W blocks in a block table's row.
+"""
+
+import functools
+import math
+import warnings
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+# Known, and said in docs/: jax is pinned to versions that still have the backend. Users need not hear it at each compile.
+warnings.filterwarnings("ignore", message="The Pallas Triton backend is deprecated", category=DeprecationWarning)
+
+LOG2E = math.log2(math.e)
+NEG_INF = -1e30  # finite, so that the difference of two masked scores is not NaN
+
+
+def pallas_call(
+    kernel: Callable,
+    *args: jax.Array,
+    grid: tuple[int, ...],
+    out_shape: Sequence[jax.ShapeDtypeStruct],
+    num_warps: int,
+    num_stages: int = 1,
+    aliases: dict[int, int] | None = None,
+    interpret: bool = False,
+    **static: object,
+) -> list[jax.Array]:
+    """Run kernel(*refs, **static) over the grid; each ref is a whole array, as a paged kernel does its own indexing."""
+
+    def whole(x):
+        return pl.BlockSpec(x.shape, lambda *_: (0,) * len(x.shape))
+
+    return pl.pallas_call(
+        functools.partial(kernel, **static),
+        grid=grid,
+        in_specs=[whole(x) for x in args],
+        out_specs=[whole(x) for x in out_shape],
+        out_shape=list(out_shape),
+        input_output_aliases=aliases or {},
+        interpret=interpret,
+        compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages),
+        name=kernel.__name__.strip("_"),
+    )(*args)
+
+
+def dot(a: jax.Array, b: jax.Array, *, trans_b: bool = False) -> jax.Array:
+    """a @ b (or b.T) in float32 on tensor cores; float32 operands are multiplied exactly, not rounded to tf32."""
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return plgpu.dot(a, b, trans_b=trans_b, precision=precision)
+
+
+def log2(x: int) -> int:
+    """The exponent of a power of two."""
+    assert x & (x - 1) == 0, f"{x} is not a power of two"
+    return x.bit_length() - 1
+
+
+def cache_tile(table_ref, sequence, start, limit, *, block_size: int, block_k: int):
+    """Where tokens start to start + block_k of a sequence lie: their block and their offset in it, as indices of the cache.
+
+    start is a multiple of block_k. A tile inside one block is a slice, else every token has its own index. Tokens from limit on
+    may have no block, so their table entry is not read.
+    """
+    block, offset = start >> log2(block_size), start & (block_size - 1)
+    if block_k <= block_size:
+        return table_ref[sequence, block], pl.ds(pl.multiple_of(offset, block_k), block_k)
+    position = start + jnp.arange(block_k, dtype=jnp.int32)
+    entry = table_ref.at[jnp.full_like(position, sequence), position >> log2(block_size)]
+    return plgpu.load(entry, mask=position < limit, other=0), position & (block_size - 1)
+
+
+def load_tile(cache_ref, blocks, head, offsets, mask=None) -> jax.Array:
+    """[block_k, H] keys or values of one kv head at cache_tile's (blocks, offsets); zeros where mask [block_k] is False."""
+    head_dim = cache_ref.shape[-1]
+    if isinstance(offsets, pl.Slice):
+        ref = cache_ref.at[blocks, head, offsets, :]
+    else:
+        shape = (offsets.size, head_dim)
+        columns = lax.broadcasted_iota(jnp.int32, shape, 1)
+        ref = cache_ref.at[spread(blocks, shape), jnp.full(shape, head, jnp.int32), spread(offsets, shape), columns]
+    return plgpu.load(ref) if mask is None else plgpu.load(ref, mask=mask[:, None], other=0.0)
+
+
+def spread(column: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """[R] -> [R, C], the same value along each row."""
+    return jnp.broadcast_to(column[:, None], shape)
+
+
+def softmax_start(rows: int, head_dim: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(acc [R, H], m [R], l [R]) before the first tile of keys: weighted sum of values, highest score, sum of weights."""
+    acc = jnp.zeros((rows, head_dim), jnp.float32)
+    return acc, jnp.full((rows,), NEG_INF, jnp.float32), jnp.zeros((rows,), jnp.float32)
+
+
+def softmax_step(state, scores: jax.Array, v: jax.Array, scale: float):
+    """Take in one more tile of keys: scores [R, block_k] not yet scaled, v [block_k, H] (flash attention's online softmax)."""
+    acc, m, l = state
+    m_new = jnp.maximum(m, scores.max(axis=1))
+    to_exponent = scale * LOG2E  # a weight is exp2(score * to_exponent - m * to_exponent): one multiply-add, one exp2
+    p = jnp.exp2(scores * to_exponent - (m_new * to_exponent)[:, None])
+    alpha = jnp.exp2((m - m_new) * to_exponent)
+    return acc * alpha[:, None] + dot(p.astype(v.dtype), v), m_new, l * alpha + p.sum(axis=1)
+
+
+def softmax_end(state) -> jax.Array:
+    """[R, H]: the attention output; zeros for rows that saw no key."""
+    acc, _, l = state
+    return acc / jnp.maximum(l, 1e-30)[:, None]
+
+
+def prefill_tiles(query_starts: jax.Array, context_lens: jax.Array, tokens: int, block_q: int):
+    """Cut T tokens into tiles of at most block_q, each of one sequence. Returns int32 arrays [tiles]: its sequence, its first
+    row of the T, how many rows it has (0: an unused tile), and its first token's position in the sequence.
+
+    The rows past the last sequence are cut as well, as a sequence P without context: their positions are below 0.
+    Example: query_starts [0, 5, 7], T 8, block_q 4 -> rows (0, 4, 5, 7), counts (4, 1, 2, 1) and one unused tile.
+    """
+    starts = jnp.append(query_starts, tokens).astype(jnp.int32)  # [P + 2]
+    lengths = jnp.diff(starts)
+    first_position = jnp.append(context_lens, 0).astype(jnp.int32) - lengths
+    ends = jnp.cumsum((lengths + block_q - 1) // block_q)  # tile count up to and with each sequence
+    tile = jnp.arange((tokens + len(lengths) * (block_q - 1)) // block_q, dtype=jnp.int32)
+    sequence = (tile[:, None] >= ends).sum(axis=1, dtype=jnp.int32)  # a search, as one fused comparison
+    used = sequence < len(lengths)
+    owner = jnp.minimum(sequence, len(lengths) - 1)
+    in_sequence = (tile - jnp.append(0, ends)[owner]) * block_q
+    count = jnp.where(used, jnp.minimum(lengths[owner] - in_sequence, block_q), 0)
+    return owner, starts[owner] + in_sequence, count, first_position[owner] + in_sequence

@@ -1,0 +1,105 @@
+"""Pallas kernel: causal attention of new tokens against the paged cache, one tile of query tokens a program.
+
+Flash attention (Dao et al. 2022) with the keys read through block tables (vLLM's PagedAttention, Kwon et al. 2023). All G query
+heads of a kv head share a tile: row r of it is query token r // G, head r % G, so that any G fills the tensor cores.
+Shapes: T tokens, P sequences, N query heads, K kv heads, G = N / K, H head_dim.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from .common import (
+    NEG_INF, cache_tile, dot, load_tile, pallas_call, prefill_tiles, softmax_end, softmax_start, softmax_step, spread,
+)
+
+
+class Tiles(NamedTuple):
+    """How the work is cut: rows (query tokens times G) and keys to a tile, and the program's warps and pipeline depth."""
+
+    rows: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+def default_tiles(group: int, head_dim: int, block_size: int, dtype: jnp.dtype) -> Tiles:
+    """The fastest settings measured on an H200."""
+    if jnp.dtype(dtype).itemsize == 4:
+        return Tiles(rows=max(32, pl.next_power_of_2(group)), block_k=32, num_warps=4, num_stages=2)
+    return Tiles(rows=128, block_k=64 if head_dim <= 128 else 32, num_warps=8, num_stages=2)
+
+
+def _prefill_kernel(q_ref, k_ref, v_ref, table_ref, tile_ref, o_ref, *, block_size, block_k, rows, scale):
+    tiles, heads, head_dim = tile_ref.shape[0], q_ref.shape[1], q_ref.shape[2]
+    group = heads // k_ref.shape[1]
+    tile = tiles - 1 - pl.program_id(0)  # a sequence's last tiles see most keys: they start first
+    head = pl.program_id(1)
+    sequence, row0, count, position = (tile_ref[tile, i] for i in range(4))
+
+    @pl.when(count > 0)
+    def _():
+        row = jnp.arange(rows, dtype=jnp.int32)
+        token = lax.div(row, jnp.full_like(row, group))
+        live = token < count
+        shape = (rows, head_dim)
+        columns = lax.broadcasted_iota(jnp.int32, shape, 1)
+        at = (spread(row0 + token, shape), spread(head * group + row - token * group, shape), columns)
+        q = plgpu.load(q_ref.at[at], mask=live[:, None], other=0)
+        end = jnp.maximum(position + count, 0)  # keys from here on are beyond every query of the tile
+
+        def step(i, state, diagonal):
+            start = i * block_k
+            blocks, offsets = cache_tile(table_ref, sequence, start, end, block_size=block_size, block_k=block_k)
+            scores = dot(q, load_tile(k_ref, blocks, head, offsets), trans_b=True)
+            key = start + jnp.arange(block_k, dtype=jnp.int32)
+            if not diagonal:
+                return softmax_step(state, scores, load_tile(v_ref, blocks, head, offsets), scale)
+            scores = jnp.where(key[None, :] <= (position + token)[:, None], scores, NEG_INF)
+            return softmax_step(state, scores, load_tile(v_ref, blocks, head, offsets, key < end), scale)
+
+        # Tiles of keys that the first query sees whole need no mask.
+        whole = lax.div(jnp.maximum(position + 1, 0), jnp.int32(block_k))
+        last = lax.div(end + (block_k - 1), jnp.int32(block_k))
+        state = lax.fori_loop(0, whole, functools.partial(step, diagonal=False), softmax_start(rows, head_dim))
+        state = lax.fori_loop(whole, last, functools.partial(step, diagonal=True), state)
+        plgpu.store(o_ref.at[at], softmax_end(state).astype(o_ref.dtype), mask=live[:, None])
+
+
+def paged_prefill_attention(
+    q: jax.Array,
+    k_cache: jax.Array,
+    v_cache: jax.Array,
+    block_tables: jax.Array,
+    query_starts: jax.Array,
+    context_lens: jax.Array,
+    *,
+    scale: float,
+    tiles: Tiles | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """nanovllm_jax.kernels.paged_prefill_attention as one kernel, and a few jnp operations that are the same in every layer."""
+    tokens, heads, head_dim = q.shape
+    kv_heads, block_size = k_cache.shape[1:3]
+    group = heads // kv_heads
+    tiles = tiles or default_tiles(group, head_dim, block_size, q.dtype)
+    tile_table = jnp.stack(prefill_tiles(query_starts, context_lens, tokens, tiles.rows // group), axis=1)
+    [out] = pallas_call(
+        _prefill_kernel,
+        *(q, k_cache, v_cache, block_tables, tile_table),
+        grid=(tile_table.shape[0], kv_heads),
+        out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype)],
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+        interpret=interpret,
+        block_size=block_size,
+        block_k=tiles.block_k,
+        rows=tiles.rows,
+        scale=scale,
+    )
+    return out

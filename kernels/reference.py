@@ -1,0 +1,74 @@
+"""The kernels' oracles in plain jnp: same signatures, float32 throughout. They are what a CPU runs.
+
+Shapes: T tokens, B sequences (rows), P sequences in prefill, N query heads, K kv heads, G = N / K, H head_dim, W table width.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .common import NEG_INF, prefill_tiles
+
+QUERIES_PER_TILE = 64  # prefill goes through its tokens in tiles, so that its memory stays small
+
+
+def store_kv(k, v, slot_mapping, k_cache, v_cache):
+    """See nanovllm_jax.kernels.store_kv."""
+    num_blocks, _, block_size, _ = k_cache.shape
+    block = jnp.where(slot_mapping < 0, num_blocks, slot_mapping // block_size)  # past the end: the write is dropped
+    offset = slot_mapping % block_size
+    return k_cache.at[block, :, offset].set(k, mode="drop"), v_cache.at[block, :, offset].set(v, mode="drop")
+
+
+def paged_decode_attention(q, k_cache, v_cache, block_tables, context_lens, *, scale):
+    """See nanovllm_jax.kernels.paged_decode_attention."""
+    positions = context_lens[:, None] - 1  # [B, 1]; -1 for a padded row, which then sees no key
+    return _attend(q[:, None], k_cache, v_cache, block_tables, positions, scale)[:, 0]
+
+
+def paged_prefill_attention(q, k_cache, v_cache, block_tables, query_starts, context_lens, *, scale):
+    """See nanovllm_jax.kernels.paged_prefill_attention."""
+    tiles = prefill_tiles(query_starts, context_lens, len(q), QUERIES_PER_TILE)
+    in_tile = jnp.arange(QUERIES_PER_TILE)
+
+    def attend_tile(out, tile):
+        sequence, row, count, position = tile
+        rows = jnp.where(in_tile < count, row + in_tile, len(q))  # past the end: zeros come in, nothing goes out
+        positions = jnp.where(in_tile < count, position + in_tile, -1)
+        table = block_tables.at[sequence].get(mode="clip")
+        tile_q = q.at[rows].get(mode="fill", fill_value=0)
+        tile_out = _attend(tile_q[None], k_cache, v_cache, table[None], positions[None], scale)[0]
+        return out.at[rows].set(tile_out, mode="drop"), None
+
+    return lax.scan(attend_tile, jnp.zeros_like(q), tiles)[0]
+
+
+def _attend(q, k_cache, v_cache, block_tables, positions, scale):
+    """Attention of query [b, t] (q [B, T, N, H]) over keys 0 to positions[b, t] of sequence b, block after block of the cache.
+
+    Time and memory go with the longest context in the call, not with the table's width or the pool. Returns [B, T, N, H].
+    """
+    num_blocks, kv_heads, block_size, head_dim = k_cache.shape
+    rows, queries, heads, _ = q.shape
+    q32 = q.astype(jnp.float32).reshape(rows, queries, kv_heads, heads // kv_heads, head_dim) * scale
+
+    def take_in_block(w, state):
+        acc, m, l = state
+        block = jnp.clip(lax.dynamic_index_in_dim(block_tables, w, axis=1, keepdims=False), 0, num_blocks - 1)
+        key_position = w * block_size + jnp.arange(block_size)
+        seen = key_position <= positions[:, :, None]  # [B, T, S]
+        used = (key_position <= positions.max(axis=1)[:, None])[:, None, :, None]  # [B, 1, S, 1]
+        k = k_cache[block].astype(jnp.float32)  # [B, K, S, H]
+        v = jnp.where(used, v_cache[block].astype(jnp.float32), 0)  # 0 * NaN of an unused slot would be NaN
+        scores = jnp.einsum("btkgh,bksh->btkgs", q32, k, precision="highest")
+        scores = jnp.where(seen[:, :, None, None], scores, NEG_INF)
+        m_new = jnp.maximum(m, scores.max(axis=-1))
+        p = jnp.where(seen[:, :, None, None], jnp.exp(scores - m_new[..., None]), 0)
+        alpha = jnp.exp(m - m_new)
+        values = jnp.einsum("btkgs,bksh->btkgh", p, v, precision="highest")
+        return acc * alpha[..., None] + values, m_new, l * alpha + p.sum(axis=-1)
+
+    m = jnp.full(q32.shape[:-1], NEG_INF, jnp.float32)
+    blocks = (positions.max() + block_size) // block_size
+    acc, _, l = lax.fori_loop(0, blocks, take_in_block, (jnp.zeros_like(q32), m, jnp.zeros_like(m)))
+    return (acc / jnp.maximum(l, 1e-30)[..., None]).astype(q.dtype).reshape(q.shape)

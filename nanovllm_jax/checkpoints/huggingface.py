@@ -1,0 +1,219 @@
+"""Hugging Face Qwen3 checkpoints: safetensors to modules and back.
+
+A module's parameter may be several of the checkpoint's tensors: q, k and v are one array, and so are gate and up.
+Every device's shard is read from the memory-mapped file straight into its place, so that a host never holds more
+than one parameter's shard beside the mapping.
+"""
+
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from nanovllm_jax.config import ModelConfig, read_json
+from nanovllm_jax.models.parameters import ParameterPath, parameters_of
+from nanovllm_jax.models.qwen3 import Qwen3ForCausalLM
+
+Index = tuple[slice, ...]
+Read = Callable[[str, Index], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where one parameter's numbers are in a checkpoint."""
+
+    shapes: dict[str, tuple[int, ...]]
+    """The tensors that it is made of, and their shapes."""
+    join: Callable[[Read, Index], np.ndarray]
+    """join(read, index): the parameter's part at `index`, from parts of the tensors."""
+    split: Callable[[np.ndarray], list[np.ndarray]]
+    """The tensors, from the whole parameter; the inverse of `join`."""
+
+
+def _copied(name: str, shape: tuple[int, ...]) -> Source:
+    return Source({name: shape}, lambda read, index: read(name, index), lambda array: [array])
+
+
+def _fused_qkv(names: list[str], config: ModelConfig, width: int | None) -> Source:
+    """q, k and v [heads * H, D] (or biases [heads * H]) as one [K, G + 2, H, D]: each kv head's parts together."""
+    kv_heads, h = config.num_key_value_heads, config.head_dim
+    group = config.num_attention_heads // kv_heads
+    heads_of = (group, 1, 1)  # how many heads of q, k and v belong to one kv head
+    tail = () if width is None else (width,)
+
+    def join(read: Read, index: Index) -> np.ndarray:
+        first, last, _ = index[0].indices(kv_heads)
+        rest = index[3:]
+        parts = []
+        for name, heads in zip(names, heads_of):
+            rows = read(name, (slice(first * heads * h, last * heads * h), *rest))
+            parts.append(rows.reshape(last - first, heads, h, *rows.shape[1:]))
+        return np.concatenate(parts, axis=1)
+
+    def split(array: np.ndarray) -> list[np.ndarray]:
+        parts = np.split(array, [group, group + 1], axis=1)
+        return [np.ascontiguousarray(part).reshape(-1, *tail) for part in parts]
+
+    shapes = {name: (kv_heads * heads * h, *tail) for name, heads in zip(names, heads_of)}
+    return Source(shapes, join, split)
+
+
+def _stacked(names: list[str], shape: tuple[int, ...]) -> Source:
+    """Tensors of one shape as one array with a new first axis."""
+    return Source(
+        dict.fromkeys(names, shape),
+        lambda read, index: np.stack([read(name, index[1:]) for name in names[index[0]]]),
+        lambda array: [np.ascontiguousarray(part) for part in array],
+    )
+
+
+def parameter_sources(config: ModelConfig) -> dict[ParameterPath, Source]:
+    """For each parameter of Qwen3ForCausalLM, by its path: the checkpoint tensors that it is made of."""
+    c = config
+    d, f, q_width = c.hidden_size, c.intermediate_size, c.num_attention_heads * c.head_dim
+    sources: dict[ParameterPath, Source] = {
+        ("embed_tokens", "weight"): _copied("model.embed_tokens.weight", (c.vocab_size, d)),
+        ("norm", "weight"): _copied("model.norm.weight", (d,)),
+    }
+    if not c.tie_word_embeddings:
+        sources["lm_head", "weight"] = _copied("lm_head.weight", (c.vocab_size, d))
+    for i in range(c.num_hidden_layers):
+        layer, attention = f"model.layers.{i}", f"model.layers.{i}.self_attn"
+        parts = {
+            ("input_layernorm", "weight"): _copied(f"{layer}.input_layernorm.weight", (d,)),
+            ("post_attention_layernorm", "weight"): _copied(f"{layer}.post_attention_layernorm.weight", (d,)),
+            ("self_attn", "q_norm", "weight"): _copied(f"{attention}.q_norm.weight", (c.head_dim,)),
+            ("self_attn", "k_norm", "weight"): _copied(f"{attention}.k_norm.weight", (c.head_dim,)),
+            ("self_attn", "qkv_proj", "weight"): _fused_qkv([f"{attention}.{x}_proj.weight" for x in "qkv"], c, d),
+            ("self_attn", "o_proj", "weight"): _copied(f"{attention}.o_proj.weight", (d, q_width)),
+            ("mlp", "gate_up_proj", "weight"): _stacked([f"{layer}.mlp.{x}_proj.weight" for x in ("gate", "up")], (f, d)),
+            ("mlp", "down_proj", "weight"): _copied(f"{layer}.mlp.down_proj.weight", (d, f)),
+        }
+        if c.attention_bias:
+            biases = [f"{attention}.{x}_proj.bias" for x in "qkv"]
+            parts["self_attn", "qkv_proj", "bias"] = _fused_qkv(biases, c, None)
+            parts["self_attn", "o_proj", "bias"] = _copied(f"{attention}.o_proj.bias", (d,))
+        sources |= {("layers", i, *path): source for path, source in parts.items()}
+    return sources
+
+
+class CheckpointFiles:
+    """The safetensors files of a directory, memory-mapped, read by tensor name."""
+
+    def __init__(self, directory: Path):
+        """Raises ValueError when there is no checkpoint, or naming the file that is missing or corrupt."""
+        self.directory = directory
+        self.files = {}
+        for path in self._paths():
+            try:
+                file = safe_open(path, framework="numpy")
+                self.files |= dict.fromkeys(file.keys(), file)
+            except (OSError, SafetensorError) as error:
+                raise ValueError(f"{path} is missing, truncated or corrupt: {error}") from error
+
+    def _paths(self) -> list[Path]:
+        index = self.directory / "model.safetensors.index.json"
+        if not index.exists():
+            single = self.directory / "model.safetensors"
+            if single.exists():
+                return [single]
+            raise ValueError(f"{self.directory} holds neither model.safetensors nor {index.name}")
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise ValueError(f"{index}: weight_map must map tensor names to file names")
+        for name in weight_map.values():
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                raise ValueError(f"{index}: {name!r} is not the name of a safetensors file in the same directory")
+        return [self.directory / name for name in sorted(set(weight_map.values()))]
+
+    def check(self, config: ModelConfig, sources: dict) -> None:
+        """Raise ValueError naming every tensor that is missing, unexpected or of another shape."""
+        expected = {name: shape for source in sources.values() for name, shape in source.shapes.items()}
+        ignored = {"lm_head.weight"} if config.tie_word_embeddings else set()
+        problems = [f"{name} is missing" for name in expected if name not in self.files]
+        for name, file in self.files.items():
+            if name not in expected:
+                if name not in ignored and not name.endswith("rotary_emb.inv_freq"):
+                    problems.append(f"{name} is unexpected")
+                continue
+            found = tuple(file.get_slice(name).get_shape())
+            if found != expected[name]:
+                problems.append(f"{name} has shape {found}, config.json asks for {expected[name]}")
+        if problems:
+            more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
+            raise ValueError(f"{self.directory} does not fit its config.json: {'; '.join(problems[:8])}{more}")
+
+    def read(self, name: str, index: Index) -> np.ndarray:
+        """A part of one tensor, copied out of the mapping."""
+        try:
+            return self.files[name].get_slice(name)[index]
+        except (SafetensorError, TypeError) as error:
+            raise ValueError(f"{self.directory}: {name} cannot be read: {error}") from error
+
+
+def load_parameters(
+    directory: Path, config: ModelConfig, targets: dict[ParameterPath, jax.ShapeDtypeStruct]
+) -> dict[ParameterPath, jax.Array]:
+    """Read a checkpoint: each parameter in its target's dtype, under its target's sharding.
+
+    Raises ValueError for files that are missing, corrupt or do not fit the config.
+    """
+    files, sources = CheckpointFiles(directory), parameter_sources(config)
+    files.check(config, sources)
+
+    def load(path: ParameterPath) -> jax.Array:
+        target, join = targets[path], sources[path].join
+        return jax.make_array_from_callback(
+            target.shape, target.sharding, lambda index: join(files.read, index).astype(target.dtype, copy=False)
+        )
+
+    with ThreadPoolExecutor(4) as pool:  # page-ins and copies to the device overlap
+        return dict(zip(targets, pool.map(load, targets)))
+
+
+def save_pretrained(model: Qwen3ForCausalLM, directory: Path, dtype: np.dtype | None = None) -> None:
+    """Write config.json and model.safetensors that transformers opens; the tokenizer's files are the caller's."""
+    directory.mkdir(parents=True, exist_ok=True)
+    sources, tensors = parameter_sources(model.config), {}
+    for path, param in parameters_of(model).items():
+        array = np.asarray(jax.device_get(param[...]))
+        parts = sources[path].split(array if dtype is None else array.astype(dtype))
+        tensors |= dict(zip(sources[path].shapes, parts))
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    written = str(next(iter(tensors.values())).dtype)
+    (directory / "config.json").write_text(json.dumps(config_json(model.config, written), indent=2) + "\n")
+
+
+def config_json(config: ModelConfig, dtype: str) -> dict:
+    """A config in the form that transformers 4.51 and later read, published Qwen3 checkpoints' own."""
+    names = (
+        "attention_bias",
+        "head_dim",
+        "hidden_size",
+        "intermediate_size",
+        "max_position_embeddings",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "num_key_value_heads",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+        "vocab_size",
+    )
+    rope = config.rope
+    scaling = {k: v for k, v in vars(rope).items() if k != "rope_theta" and v is not None}
+    return {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "hidden_act": "silu",
+        "rope_theta": rope.rope_theta,
+        "rope_scaling": None if rope.rope_type == "default" else scaling,
+        "torch_dtype": dtype,
+        "use_sliding_window": False,
+        **{name: getattr(config, name) for name in names},
+    }

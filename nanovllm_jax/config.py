@@ -1,0 +1,223 @@
+"""Settings: what the model is (from its config.json) and how the engine runs it (from the user)."""
+
+import difflib
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from nanovllm_jax.layers.rope import RopeConfig
+
+DTYPES = {
+    "float32": "float32",
+    "float": "float32",
+    "bfloat16": "bfloat16",
+    "float16": "float16",
+    "half": "float16",
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A Qwen3 model's shape, under Hugging Face's names."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float = 1e-6
+    rope: RopeConfig = RopeConfig()
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        """Raise ValueError where no model can have this shape."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and (type(value) is not int or value < 1):
+                raise ValueError(f"config.json: {field.name} must be a positive integer, not {value!r}")
+            if field.type is bool and type(value) is not bool:
+                raise ValueError(f"config.json: {field.name} must be true or false, not {value!r}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"config.json: num_attention_heads={self.num_attention_heads} must be a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"config.json: head_dim must be even, not {self.head_dim}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"config.json: dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
+
+    @classmethod
+    def from_pretrained(cls, directory: Path) -> "ModelConfig":
+        """Read `directory`/config.json in the form of transformers 4 or 5.
+
+        Raises ValueError for another architecture or a setting that this model code does not have.
+        """
+        from transformers import Qwen3Config
+
+        raw = read_json(directory / "config.json")
+        architectures = raw.get("architectures") or [raw.get("model_type")]
+        if raw.get("model_type") != "qwen3" or architectures[0] not in ("Qwen3ForCausalLM", "qwen3"):
+            raise ValueError(
+                f"{directory / 'config.json'}: this engine runs Qwen3ForCausalLM (model_type qwen3), "
+                f"not {architectures[0]} (model_type {raw.get('model_type')})"
+            )
+        # transformers knows the defaults; rope, whose form differs between its versions, is read from the file.
+        known = {k: v for k, v in raw.items() if k not in ("rope_scaling", "rope_parameters")}
+        try:
+            hf = Qwen3Config(**known)
+        except Exception as error:  # transformers validates with classes of its own, which differ by version
+            raise ValueError(f"{directory / 'config.json'}: {error}") from error
+        _refuse_unsupported(hf)
+        names = {f.name for f in fields(cls)} - {"rope", "dtype"}
+        dtype = raw.get("dtype") or raw.get("torch_dtype") or "float32"
+        return cls(
+            **{name: getattr(hf, name) for name in names},
+            rope=_read_rope(raw, hf.max_position_embeddings),
+            dtype=str(dtype).removeprefix("torch."),
+        )
+
+    @property
+    def max_context(self) -> int:
+        """Longest context in tokens: max_position_embeddings, or what rope scaling extends it to (as in vLLM)."""
+        base = self.rope.original_max_position_embeddings if self.rope.rope_type == "yarn" else None
+        return int((base or self.max_position_embeddings) * self.rope.factor)
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of weights, the tied head not counted twice."""
+        attention = self.hidden_size * self.head_dim * 2 * (self.num_attention_heads + self.num_key_value_heads)
+        layer = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size + 2 * self.head_dim
+        tables = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        return tables + self.num_hidden_layers * layer + self.hidden_size
+
+    def kv_bytes_per_token(self, itemsize: int) -> int:
+        """Bytes of keys and values that one token takes in all layers."""
+        return self.num_hidden_layers * 2 * self.num_key_value_heads * self.head_dim * itemsize
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises ValueError naming the file when it is missing, no JSON or no object.
+    """
+    import json
+
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, not {type(content).__name__}")
+    return content
+
+
+def _refuse_unsupported(hf: Any) -> None:
+    if hf.hidden_act != "silu":
+        raise ValueError(f"config.json: hidden_act={hf.hidden_act!r} is not supported, only 'silu'")
+    if hf.use_sliding_window:
+        raise ValueError("config.json: use_sliding_window=true is not supported; no published Qwen3 sets it")
+
+
+def _read_rope(raw: dict[str, Any], max_position_embeddings: int) -> RopeConfig:
+    """Rope settings from transformers 5's `rope_parameters` or 4's `rope_theta` and `rope_scaling`."""
+    settings = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(settings, dict):
+        raise ValueError(f"config.json: rope settings must be an object, not {settings!r}")
+    settings = {"rope_theta": raw.get("rope_theta", 10000.0), **settings}
+    rope_type = settings.get("rope_type") or settings.pop("type", None) or "default"
+    if rope_type not in ("default", "linear", "yarn"):
+        raise ValueError(f"config.json: rope_type={rope_type!r} is not supported, only default, linear and yarn")
+    values = {f.name: settings[f.name] for f in fields(RopeConfig) if settings.get(f.name) is not None}
+    values["rope_type"] = rope_type
+    for name, value in values.items():
+        if name not in ("rope_type", "truncate") and (type(value) not in (int, float) or not 0 < value < float("inf")):
+            raise ValueError(f"config.json: rope setting {name} must be a positive number, not {value!r}")
+    original = values.get("original_max_position_embeddings")
+    if rope_type == "linear" and "factor" not in values:
+        raise ValueError("config.json: rope_type 'linear' needs a factor")
+    if rope_type == "yarn":
+        if original is None:
+            original = values["original_max_position_embeddings"] = max_position_embeddings
+        values.setdefault("factor", max_position_embeddings / original)
+    return RopeConfig(**values)
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How the engine runs a model. Names and meaning are vLLM's and nano-vllm's."""
+
+    max_model_len: int | None = None
+    """Longest prompt and answer together, in tokens. None: the model's own limit, or what the cache can hold."""
+    max_num_seqs: int | None = None
+    """Most sequences that run at a time. None: 512 on a GPU, 32 on a CPU."""
+    max_num_batched_tokens: int | None = None
+    """Most tokens computed in one step. None: 16,384 on a GPU, 1,024 on a CPU."""
+    gpu_memory_utilization: float = 0.9
+    """Share of the GPU's memory for weights, workspace and KV cache together."""
+    tensor_parallel_size: int = 1
+    """Number of devices that the model is spread over."""
+    enforce_eager: bool = False
+    """Run the step un-jitted: slow, but prints and a debugger work inside the model."""
+    block_size: int = 256
+    """Tokens in one block of the KV cache: a power of two from 16 to 256."""
+    num_kvcache_blocks: int | None = None
+    """Size of the block pool. None: what gpu_memory_utilization leaves; on a CPU at most 1 GiB."""
+    enable_prefix_caching: bool = True
+    """Reuse the keys and values of prompt prefixes that were computed before."""
+    dtype: str = "auto"
+    """auto (the checkpoint's own; on a CPU float32 in place of 16 bits), float32, bfloat16 or float16."""
+    seed: int = 0
+    """Seeds the requests that bring no seed of their own."""
+    load_format: str = "auto"
+    """auto: read the checkpoint; dummy: random weights, only config.json is needed."""
+    compilation_cache_dir: str | None = "~/.cache/nanovllm_jax"
+    """Where compiled programs are kept between runs; None keeps none."""
+
+    @classmethod
+    def from_options(cls, **options: Any) -> "EngineConfig":
+        """Build from keyword options, refusing unknown names (TypeError) and values that cannot be (ValueError)."""
+        if "kvcache_block_size" in options:  # nano-vllm's name
+            if "block_size" in options:
+                raise TypeError("block_size and kvcache_block_size are the same option; give one of them")
+            options["block_size"] = options.pop("kvcache_block_size")
+        known = [f.name for f in fields(cls)]
+        for name in options:
+            if name not in known:
+                near = difflib.get_close_matches(name, [*known, "kvcache_block_size"], n=1, cutoff=0.4)
+                hint = f"; did you mean {near[0]!r}?" if near else f"; the options are {', '.join(known)}"
+                raise TypeError(f"LLM() has no option {name!r}{hint}")
+        return cls(**options)
+
+    def __post_init__(self):
+        """Raise ValueError or TypeError for a value out of range."""
+        optional = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_kvcache_blocks")
+        for name in (*optional, "tensor_parallel_size", "block_size", "seed"):
+            value = getattr(self, name)
+            if value is None and name in optional:
+                continue
+            if type(value) is not int:
+                raise TypeError(f"{name} must be an integer, not {value!r}")
+            if value < 1 and name != "seed":
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        if not -(2**63) <= self.seed < 2**64:
+            raise ValueError(f"seed must fit in 64 bits, not {self.seed}")
+        for name in ("enforce_eager", "enable_prefix_caching"):
+            if type(getattr(self, name)) is not bool:
+                raise TypeError(f"{name} must be True or False, not {getattr(self, name)!r}")
+        if self.block_size not in (16, 32, 64, 128, 256):
+            raise ValueError(f"block_size must be 16, 32, 64, 128 or 256, not {self.block_size}")
+        utilization = self.gpu_memory_utilization
+        if type(utilization) not in (int, float) or not 0 < utilization <= 1:
+            raise ValueError(f"gpu_memory_utilization must be above 0 and at most 1, not {utilization!r}")
+        if self.dtype not in ("auto", *DTYPES):
+            raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}, not {self.dtype!r}")
+        if self.load_format not in ("auto", "dummy"):
+            raise ValueError(f"load_format must be 'auto' or 'dummy', not {self.load_format!r}")

@@ -1,0 +1,59 @@
+"""How large the pool of KV blocks may be: one factor a line, bytes throughout."""
+
+import logging
+from dataclasses import dataclass
+
+from nanovllm_jax.config import EngineConfig, ModelConfig
+
+logger = logging.getLogger(__name__)
+
+GIB = 1 << 30
+RESERVE = GIB // 2  # cuBLAS workspaces, the arrays of a step in flight, fragmentation
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What the memory given to the engine is used for, on one device."""
+
+    budget: int | None
+    """What weights, workspace and cache may take together; None on a CPU, where nothing is counted."""
+    weights: int
+    workspace: int
+    """The largest temporary memory of a program, and the reserve."""
+    block: int
+    """One block of the cache."""
+
+    @property
+    def blocks(self) -> int:
+        """Blocks that fit, rounded down to 3 digits so that the compiled programs stay the same from run to run."""
+        free = self.budget - self.weights - self.workspace
+        blocks = max(0, free // self.block)
+        step = 10 ** max(0, len(str(blocks)) - 3)
+        return blocks // step * step
+
+
+def estimate_workspace(model: ModelConfig, itemsize: int, tokens: int, rows: int, shards: int) -> int:
+    """An upper estimate of a step's temporary memory, needed before the programs can be compiled; checked after."""
+    widest = 2 * model.intermediate_size + (2 * model.num_attention_heads + 2 * model.num_key_value_heads) * model.head_dim
+    activations = tokens * (4 * model.hidden_size + widest // shards) * itemsize
+    logits = 3 * rows * model.vocab_size * 4
+    return activations + logits
+
+
+def decide_num_blocks(plan: MemoryPlan, config: EngineConfig, wanted_tokens: int, cpu_bytes: int = GIB) -> int:
+    """The pool's size in blocks: the user's number, what fits on the GPU, or on a CPU what is wanted within 1 GiB.
+
+    Raises ValueError when it does not fit, saying what would.
+    """
+    if plan.budget is None:
+        return config.num_kvcache_blocks or max(1, min(-(-wanted_tokens // config.block_size), cpu_bytes // plan.block))
+    fits = plan.blocks
+    if fits < (config.num_kvcache_blocks or 1):
+        raise ValueError(
+            f"the memory does not hold the model: {plan.budget / GIB:.2f} GiB "
+            f"(gpu_memory_utilization={config.gpu_memory_utilization}) less weights {plan.weights / GIB:.2f} and "
+            f"workspace {plan.workspace / GIB:.2f} GiB leaves room for {fits} blocks of {plan.block / GIB:.3f} GiB, and "
+            f"{config.num_kvcache_blocks or 1} are needed. Raise gpu_memory_utilization, or lower "
+            "max_num_batched_tokens, max_num_seqs or num_kvcache_blocks, or use more devices (tensor_parallel_size)"
+        )
+    return config.num_kvcache_blocks or fits

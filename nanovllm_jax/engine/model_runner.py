@@ -1,0 +1,213 @@
+"""The device: weights, KV cache, compiled programs, dispatch and collect. The only file of the engine with jax."""
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as Spec
+
+from nanovllm_jax.checkpoints.load import load_model
+from nanovllm_jax.config import DTYPES, EngineConfig, ModelConfig
+from nanovllm_jax.engine.batch import BatchShape, Buckets
+from nanovllm_jax.engine.memory import GIB, RESERVE, MemoryPlan, decide_num_blocks, estimate_workspace
+from nanovllm_jax.layers.attention import KVCache
+from nanovllm_jax.models.step import engine_step
+from nanovllm_jax.parallel.sharding import MODEL_AXIS, make_mesh, replicated
+
+logger = logging.getLogger(__name__)
+
+
+class ModelRunner:
+    """Runs batches on the device, with one program a batch shape, compiled when the engine starts."""
+
+    def __init__(self, directory: Path, model_config: ModelConfig, config: EngineConfig):
+        """Load weights, size the cache, compile. Raises ValueError for what does not fit together or in memory."""
+        _prepare_backend(config)
+        self.model_config, self.config = model_config, config
+        self.mesh = make_mesh(config.tensor_parallel_size)
+        self.device = self.mesh.devices.flat[0]
+        self.on_gpu = self.device.platform == "gpu"
+        self.dtype = self._resolve_dtype()
+        self._check_shards()
+        self.max_num_seqs = config.max_num_seqs or (512 if self.on_gpu else 32)
+        self.max_num_batched_tokens = config.max_num_batched_tokens or (16384 if self.on_gpu else 1024)
+        self.leaves, self.treedef = jax.tree.flatten(self._load(directory))
+        workspace = self._estimate_workspace()
+        self._size_cache(workspace)
+        compiled_workspace = self._compile()
+        if self.on_gpu and compiled_workspace > workspace:
+            self._size_cache(compiled_workspace)
+            self._compile()
+        self._allocate()
+
+    # ------------------------------------------------------------ one step
+
+    def dispatch(self, shape: BatchShape, buffer: np.ndarray) -> jax.Array:
+        """Start one step; returns its tokens [R] int32 for `collect` without waiting for the device."""
+        tokens, self.caches, self.last_tokens = self.programs[shape](
+            self.leaves, self.caches, self.last_tokens, buffer
+        )
+        tokens.copy_to_host_async()
+        return tokens
+
+    def collect(self, tokens: jax.Array) -> list[int]:
+        """Wait for a dispatched step and read its tokens."""
+        return np.asarray(tokens).tolist()
+
+    def _step(self, shape: BatchShape, leaves, caches, last_tokens, buffer):
+        # A module is a pytree; passed flat, it costs no Python at a call.
+        model = jax.tree.unflatten(self.treedef, leaves)
+        mesh = self.mesh if self.mesh.size > 1 else None
+        return engine_step(model, caches, last_tokens, buffer, shape=shape, block_size=self.config.block_size, mesh=mesh)
+
+    def _eager_step(self, shape: BatchShape, leaves, caches, last_tokens, buffer):
+        with jax.disable_jit():
+            return self._step(shape, leaves, caches, last_tokens, jnp.asarray(buffer))
+
+    # ------------------------------------------------------------ weights
+
+    def _resolve_dtype(self) -> np.dtype:
+        if self.config.dtype != "auto":
+            return jnp.dtype(DTYPES[self.config.dtype])
+        # CPUs compute in float32 whatever the weights' type: 16 bits would only round more.
+        return jnp.dtype(DTYPES[self.model_config.dtype] if self.on_gpu else "float32")
+
+    def _check_shards(self) -> None:
+        heads, shards = self.model_config.num_key_value_heads, self.mesh.size
+        if heads % shards:
+            sizes = [n for n in range(1, heads + 1) if heads % n == 0]
+            raise ValueError(f"tensor_parallel_size={shards} must divide the {heads} kv heads: use one of {sizes}")
+
+    def _load(self, directory: Path):
+        start, options = time.perf_counter(), dict(load_format=self.config.load_format, seed=self.config.seed)
+        model = load_model(directory, self.model_config, dtype=self.dtype, mesh=self.mesh, **options)
+        self.weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(model)) // self.mesh.size
+        logger.info(
+            "loaded %s (%s weights): %.3f billion parameters in %s, %.2f GiB a device, %.1f s",
+            directory,
+            "random" if self.config.load_format == "dummy" else "checkpoint",
+            self.model_config.num_parameters / 1e9,
+            self.dtype.name,
+            self.weight_bytes / GIB,
+            time.perf_counter() - start,
+        )
+        return model
+
+    # ------------------------------------------------------------ cache
+
+    def _estimate_workspace(self) -> int:
+        tokens = self.max_num_batched_tokens + self.max_num_seqs
+        rows = 2 * self.max_num_seqs
+        return estimate_workspace(self.model_config, self.dtype.itemsize, tokens, rows, self.mesh.size)
+
+    def _size_cache(self, workspace: int) -> None:
+        """Decide the pool's size and, with it, max_model_len and the batch shapes."""
+        config, model = self.config, self.model_config
+        block = model.kv_bytes_per_token(self.dtype.itemsize) * config.block_size // self.mesh.size
+        # Un-jitted steps copy a layer's cache when they store, for nothing is donated.
+        copies = 1 + 4 / model.num_hidden_layers if config.enforce_eager else 1
+        plan = MemoryPlan(
+            budget=self.device.memory_stats()["bytes_limit"] if self.on_gpu else None,
+            weights=self._bytes_in_use() if self.on_gpu else self.weight_bytes,
+            workspace=workspace + RESERVE,
+            block=int(block * copies),
+        )
+        wanted = self.max_num_seqs * (config.max_model_len or model.max_context)
+        self.num_blocks = decide_num_blocks(plan, config, wanted)
+        self.max_model_len = self._resolve_max_model_len()
+        width = -(-self.max_model_len // config.block_size)
+        # On a CPU, where programs are small and padding is cheap, few shapes start faster.
+        ratio = 2 if self.on_gpu else 8
+        self.buckets = Buckets(self.max_num_seqs, self.max_num_batched_tokens, width, ratio)
+        logger.info(
+            "memory a device: %.2f GiB weights, %.2f GiB workspace, %.2f GiB cache = %d blocks of %d tokens = %d tokens; "
+            "max_model_len %d",
+            self.weight_bytes / GIB,
+            plan.workspace / GIB,
+            self.num_blocks * block / GIB,
+            self.num_blocks,
+            config.block_size,
+            self.num_blocks * config.block_size,
+            self.max_model_len,
+        )
+
+    def _bytes_in_use(self) -> int:
+        return max(device.memory_stats()["bytes_in_use"] for device in self.mesh.devices.flat)
+
+    def _resolve_max_model_len(self) -> int:
+        own, pool = self.model_config.max_context, self.num_blocks * self.config.block_size
+        asked = self.config.max_model_len
+        if asked is None:
+            return min(own, pool)
+        if asked > own:
+            raise ValueError(f"max_model_len={asked} is more than the model's {own} (max_position_embeddings)")
+        if asked > pool:
+            raise ValueError(
+                f"max_model_len={asked} does not fit in the KV cache of {pool} tokens; "
+                f"lower it to {pool} or less, or enlarge the cache (gpu_memory_utilization, num_kvcache_blocks)"
+            )
+        return asked
+
+    def _cache_layout(self) -> tuple[list[KVCache], jax.ShapeDtypeStruct]:
+        """Shapes and shardings of the caches and of last_tokens."""
+        c = self.model_config
+        shape = (self.num_blocks, c.num_key_value_heads, self.config.block_size, c.head_dim)
+        pages = jax.ShapeDtypeStruct(shape, self.dtype, sharding=NamedSharding(self.mesh, Spec(None, MODEL_AXIS)))
+        last_tokens = jax.ShapeDtypeStruct((self.max_num_seqs + 1,), jnp.int32, sharding=replicated(self.mesh))
+        return [KVCache(pages, pages)] * c.num_hidden_layers, last_tokens
+
+    def _allocate(self) -> None:
+        """Make the caches and the device's state, all zeros."""
+        self.caches, self.last_tokens = jax.tree.map(
+            lambda array: jnp.zeros(array.shape, array.dtype, device=array.sharding), self._cache_layout()
+        )
+
+    # ------------------------------------------------------------ programs
+
+    def _compile(self) -> int:
+        """Compile every batch shape, in threads; returns the largest temporary memory in bytes."""
+        shapes = self.buckets.all_shapes()
+        if self.config.enforce_eager:
+            logger.warning("enforce_eager=True: steps run un-jitted, for debugging; expect them to be slow")
+            self.programs = {shape: partial(self._eager_step, shape) for shape in shapes}
+            return 0
+        start = time.perf_counter()
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            # Tracing holds the interpreter, compiling does not: each program compiles while the next is traced.
+            compiling = {shape: pool.submit(self._lower(shape).compile) for shape in shapes}
+            self.programs: dict[BatchShape, Callable] = {shape: job.result() for shape, job in compiling.items()}
+        workspace = max(program.memory_analysis().temp_size_in_bytes for program in self.programs.values())
+        logger.info(
+            "compiled %d batch shapes in %.1f s; largest workspace %.2f GiB",
+            len(shapes),
+            time.perf_counter() - start,
+            workspace / GIB,
+        )
+        return workspace
+
+    def _lower(self, shape: BatchShape):
+        caches, last_tokens = self._cache_layout()
+        whole = replicated(self.mesh)
+        step = jax.jit(
+            partial(self._step, shape),
+            donate_argnums=(1, 2),
+            out_shardings=(whole, jax.tree.map(lambda pages: pages.sharding, caches), whole),
+        )
+        buffer = jax.ShapeDtypeStruct((shape.size,), jnp.int32, sharding=whole)
+        return step.lower(self.leaves, caches, last_tokens, buffer)
+
+
+def _prepare_backend(config: EngineConfig) -> None:
+    """Settings that must be there before JAX starts a GPU, and the compilation cache."""
+    os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", str(config.gpu_memory_utilization))
+    if config.compilation_cache_dir and jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(Path(config.compilation_cache_dir).expanduser()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

@@ -1,0 +1,290 @@
+"""The policy: which sequences run in the next step, and how many tokens of each.
+
+A step computes one token of every decoding sequence, then as many prompt tokens as the budget leaves, so that a long
+prompt never stalls the others. `schedule()` may be called again before `update()` brings the tokens of earlier steps:
+it counts on what the dispatched steps will have done. The device runs steps in order, so blocks and slots that are
+freed while a step is in flight can be given to a later step at once.
+"""
+
+from bisect import bisect_right
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from operator import attrgetter
+
+from nanovllm_jax.engine.block_manager import BlockManager
+from nanovllm_jax.engine.sequence import Sequence, Status
+
+WAITING, PREFILL, DECODE, FINISHED = Status
+
+ARRIVAL = attrgetter("seq_id")
+
+# One block in so many stays free when a sequence is admitted beside others, for these to grow into. Without it, a full
+# pool computes a fifth of all tokens twice: whoever was admitted last is preempted right away, again and again.
+SPARE_SHARE = 50
+
+
+@dataclass(slots=True)
+class PrefillChunk:
+    """The `num_tokens` tokens of `seq` before position `seq.num_computed` (read right after `schedule()`)."""
+
+    seq: Sequence
+    num_tokens: int
+    samples: bool  # the chunk reaches the end of the sequence: its last token's logits give the next token
+
+
+@dataclass(slots=True)
+class Schedule:
+    """What one step computes.
+
+    A row of `decodes` computes the one token at position `seq.num_computed - 1`, and samples. Where the host has not
+    read that token yet (`seq.num_pending` is over 1), the device has it under `seq.slot`. `admitted` are those
+    sequences of the step that have just got their slot and blocks.
+    """
+
+    decodes: list[Sequence] = field(default_factory=list)
+    prefills: list[PrefillChunk] = field(default_factory=list)
+    admitted: list[Sequence] = field(default_factory=list)
+
+    def __bool__(self):
+        return bool(self.decodes or self.prefills)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the step computes."""
+        return len(self.decodes) + sum(chunk.num_tokens for chunk in self.prefills)
+
+
+class Scheduler:
+    """Continuous batching with chunked prefill, prefix sharing, and preemption by recomputing.
+
+    First come, first served: every admitted sequence arrived before every waiting one. The latest arrival is preempted
+    first, so the oldest always advances, and every sequence finishes in the end.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        enable_prefix_caching: bool = True,
+    ):
+        assert max_num_seqs > 0, max_num_seqs
+        assert max_num_batched_tokens > 0, max_num_batched_tokens
+        self.block_manager = BlockManager(num_blocks, block_size, enable_prefix_caching)
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_model_len = max_model_len
+        self.waiting: OrderedDict[int, Sequence] = OrderedDict()  # by seq_id, in arrival order
+        self.running: dict[int, Sequence] = {}  # the admitted ones, by seq_id, in arrival order
+        self.num_preemptions = 0
+        self.num_prefix_query_tokens = 0  # prompt tokens of admitted sequences,
+        self.num_prefix_hit_tokens = 0  # and those of them found in the prefix cache
+        self._free_slots = list(range(max_num_seqs - 1, -1, -1))
+        self._last_added = -1  # the latest arrival's seq_id
+        self._last_served = -1  # the seq_id where the round robin of a too small budget stopped
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether any sequence is waiting or running."""
+        return bool(self.running or self.waiting)
+
+    def add(self, seq: Sequence) -> None:
+        """Queue a new sequence. The caller has refused what can never run, and numbers sequences as they come."""
+        num_slots = self.block_manager.num_blocks * self.block_manager.block_size
+        assert 0 < seq.num_prompt_tokens < seq.max_len <= self.max_model_len, seq
+        assert seq.max_len - 1 <= num_slots, seq  # the last token is never computed, so it needs no place
+        assert seq.seq_id > self._last_added, seq
+        self._last_added = seq.seq_id
+        self.waiting[seq.seq_id] = seq
+
+    def abort(self, seq: Sequence) -> None:
+        """End a sequence in any state; its blocks and slot are free at once."""
+        self.finish(seq, "abort")
+
+    def abort_all(self) -> None:
+        """End every sequence and forget cached prefixes: after a failed step, published blocks may hold garbage."""
+        for seq in [*self.running.values(), *self.waiting.values()]:
+            self.finish(seq, "abort")
+        self.block_manager.reset_prefix_cache()
+
+    def finish(self, seq: Sequence, reason: str) -> None:
+        """End a sequence in any state, unless it has ended. Tokens that dispatched steps deliver later are ignored."""
+        if seq.status is FINISHED:
+            return
+        if seq.status is WAITING:
+            del self.waiting[seq.seq_id]
+        else:
+            self._release(seq)
+        seq.status = FINISHED
+        seq.finish_reason = reason
+
+    def schedule(self) -> Schedule:
+        """Choose the next step, which the caller dispatches before it calls anything else here.
+
+        May be empty: nothing is left to do, or nothing can be done before the tokens of dispatched steps are read.
+        """
+        num_preemptions = self.num_preemptions
+        decoding, prefilling = [], []
+        for seq in self.running.values():
+            if seq.status is PREFILL:
+                prefilling.append(seq)
+            elif seq.num_computed + 1 < seq.max_len:  # else the pending tokens complete it
+                decoding.append(seq)
+        schedule = Schedule()
+        self._schedule_decodes(schedule, self._fair_share(decoding))
+        budget = self.max_num_batched_tokens - len(schedule.decodes)
+        for seq in prefilling:
+            if budget and seq.status is PREFILL:  # else a decode has preempted it
+                budget -= self._schedule_chunk(schedule, seq, budget)
+        if num_preemptions == self.num_preemptions:
+            self._schedule_admissions(schedule, budget)
+        return schedule
+
+    def update(self, schedule: Schedule, decode_tokens: list[int], prefill_tokens: list[int]) -> list[Sequence]:
+        """Take in the tokens of the oldest dispatched step; returns the sequences that finished with them.
+
+        One token for each row of `schedule.decodes` and each of `schedule.prefills` (of no meaning where the chunk
+        does not sample).
+        """
+        sampled = list(zip(schedule.decodes, decode_tokens, strict=True))
+        for chunk, token in zip(schedule.prefills, prefill_tokens, strict=True):
+            if chunk.samples:
+                sampled.append((chunk.seq, token))
+        finished = []
+        for seq, token in sampled:
+            if seq.status is not FINISHED:
+                self._append_token(seq, token)
+                if seq.status is FINISHED:
+                    finished.append(seq)
+        return finished
+
+    def check(self) -> None:
+        """Assert that sequences, slots and blocks agree. Costs the pool: for tests."""
+        size = self.block_manager.block_size
+        self.block_manager.check(self.running.values())
+        for seq in self.waiting.values():
+            assert (seq.status, seq.slot, seq.block_table, seq.num_computed) == (WAITING, -1, [], 0), seq
+        for seq in self.running.values():
+            known = len(seq.token_ids)
+            assert seq.num_computed <= len(seq.block_table) * size, seq
+            if seq.status is DECODE:
+                assert known + seq.num_pending == seq.num_computed + 1 <= seq.max_len, seq
+            else:
+                assert (seq.status, seq.num_pending) == (PREFILL, 0), seq
+                assert seq.num_computed < known, seq
+        slots = [seq.slot for seq in self.running.values()]
+        assert sorted(self._free_slots + slots) == list(range(self.max_num_seqs)), "each slot is free or owned"
+        order = [*self.running, *self.waiting]
+        assert order == sorted(order), "arrival order is lost"
+
+    def _schedule_decodes(self, schedule: Schedule, sequences: list[Sequence]) -> None:
+        """One token of each, in arrival order: a victim of preemption is then never one that was scheduled already."""
+        decodes, block_size = schedule.decodes, self.block_manager.block_size
+        for seq in sequences:
+            if seq.status is not DECODE:  # preempted by one before it
+                continue
+            # The token computed now goes to position num_computed, counted from 0. A table of b blocks has room for
+            # positions 0..b*block_size-1, so the sequence needs another block exactly when the two are equal.
+            if seq.num_computed == len(seq.block_table) * block_size and not self._grow(seq):
+                continue
+            seq.num_computed += 1
+            seq.num_pending += 1
+            decodes.append(seq)
+
+    def _fair_share(self, decoding: list[Sequence]) -> list[Sequence]:
+        """All of them, or where the budget is smaller, those whose turn it is, round robin; in arrival order."""
+        budget = self.max_num_batched_tokens
+        if len(decoding) <= budget:
+            return decoding
+        start = bisect_right(decoding, self._last_served, key=ARRIVAL)
+        share = (decoding[start:] + decoding[:start])[:budget]
+        self._last_served = share[-1].seq_id
+        return sorted(share, key=ARRIVAL)
+
+    def _grow(self, seq: Sequence) -> bool:
+        """Add a block to a sequence, preempting later arrivals for it; False where it was itself the latest."""
+        while not self.block_manager.append_block(seq):
+            victim = self.running[next(reversed(self.running))]
+            self._preempt(victim)
+            if victim is seq:
+                return False
+        return True
+
+    def _preempt(self, seq: Sequence) -> None:
+        """Put the latest admitted sequence back to the front of the queue; its tokens will be computed again."""
+        self._release(seq)
+        seq.status = WAITING
+        seq.num_computed = 0
+        seq.num_preemptions += 1
+        self.num_preemptions += 1
+        self.waiting[seq.seq_id] = seq
+        self.waiting.move_to_end(seq.seq_id, last=False)
+
+    def _schedule_admissions(self, schedule: Schedule, budget: int) -> None:
+        """Admit waiting sequences in order while budget, slots and blocks last; nobody overtakes the first."""
+        while budget and self.waiting and self._free_slots:
+            seq = next(iter(self.waiting.values()))
+            if seq.num_pending or not self._admit(seq):  # preempted, and its last tokens are still on their way
+                return
+            schedule.admitted.append(seq)
+            budget -= self._schedule_chunk(schedule, seq, budget)
+
+    def _admit(self, seq: Sequence) -> bool:
+        """Give the first waiting sequence blocks for all its known tokens, and a slot; False where blocks are short."""
+        num_spare = self.block_manager.num_blocks // SPARE_SHARE if self.running else 0
+        num_cached = self.block_manager.allocate(seq, num_spare)
+        if num_cached is None:
+            return False
+        del self.waiting[seq.seq_id]
+        self.running[seq.seq_id] = seq
+        seq.slot = self._free_slots.pop()
+        seq.status = PREFILL
+        seq.num_computed = num_cached
+        if not seq.num_preemptions:
+            seq.num_cached_tokens = num_cached
+            self.num_prefix_query_tokens += seq.num_prompt_tokens
+            self.num_prefix_hit_tokens += num_cached
+        return True
+
+    def _schedule_chunk(self, schedule: Schedule, seq: Sequence, budget: int) -> int:
+        """Schedule the next tokens of a prefilling sequence, at most `budget`; returns how many."""
+        start, end = seq.num_computed, len(seq.token_ids)
+        stop = min(end, start + budget)
+        samples = stop == end
+        if samples:
+            seq.status = DECODE
+            seq.num_pending += 1
+        if samples and stop - start == 1:
+            schedule.decodes.append(seq)
+        else:
+            schedule.prefills.append(PrefillChunk(seq, stop - start, samples))
+        seq.num_computed = stop
+        # Others may share these blocks from now on, in this very step too: in each layer the device stores the keys
+        # and values of the whole step before anything attends to them.
+        self.block_manager.publish(seq, start // self.block_manager.block_size, stop // self.block_manager.block_size)
+        return stop - start
+
+    def _append_token(self, seq: Sequence, token: int) -> None:
+        """Add a token that a step sampled, and finish the sequence where it is the last."""
+        tokens = seq.token_ids
+        tokens.append(token)
+        seq.num_pending -= 1
+        # All tokens but the newest are computed: with the first token of a new block, the block before it is complete.
+        # (A preempted sequence has no blocks; it publishes them again when it prefills.)
+        num_full, rest = divmod(len(tokens) - 1, self.block_manager.block_size)
+        if rest == 0 and seq.status is DECODE:
+            self.block_manager.publish(seq, num_full - 1, num_full)
+        if token in seq.stop_token_ids:
+            self.finish(seq, "stop")
+        elif len(tokens) == seq.max_len:
+            self.finish(seq, "length")
+
+    def _release(self, seq: Sequence) -> None:
+        """Take blocks and slot from an admitted sequence."""
+        del self.running[seq.seq_id]
+        self.block_manager.free(seq)
+        self._free_slots.append(seq.slot)
+        seq.slot = -1

@@ -1,0 +1,100 @@
+"""One sequence: its tokens, its phase, and where its keys and values lie."""
+
+from enum import Enum
+from typing import Any
+
+
+class Status(Enum):
+    """The phase of a sequence. It is set, never derived from counts: a preempted sequence prefills again."""
+
+    WAITING = "waiting"  # holds no blocks and no slot: new, or preempted
+    PREFILL = "prefill"  # admitted, some known tokens are not computed yet
+    DECODE = "decode"  # admitted, every known token is computed: each step samples one more
+    FINISHED = "finished"
+
+
+class Sequence:
+    """A prompt and the tokens generated for it; the scheduler moves it, the engine reads it.
+
+    Two counts go beyond the tokens the host has seen, because steps are dispatched before the last one is read:
+    `num_computed` includes dispatched steps, and `num_pending` counts tokens that such steps will deliver.
+    A sequence in DECODE keeps `len(token_ids) + num_pending == num_computed + 1`: all but the newest are computed.
+    """
+
+    __slots__ = (
+        "block_hashes",
+        "block_table",
+        "finish_reason",
+        "max_len",
+        "num_cached_tokens",
+        "num_computed",
+        "num_pending",
+        "num_preemptions",
+        "num_prompt_tokens",
+        "params",
+        "request_id",
+        "seq_id",
+        "slot",
+        "status",
+        "stop_token_ids",
+        "token_ids",
+    )
+
+    def __init__(
+        self,
+        seq_id: int,
+        request_id: str,
+        prompt_token_ids: list[int],
+        params: Any,
+        *,
+        stop_token_ids: frozenset[int] = frozenset(),
+        max_len: int,
+    ):
+        """`max_len` counts prompt and output tokens; `params` is for the engine, the scheduler never looks inside."""
+        self.seq_id = seq_id  # arrival order
+        self.request_id = request_id
+        self.token_ids = list(prompt_token_ids)  # the prompt, then every output token that was read
+        self.num_prompt_tokens = len(prompt_token_ids)
+        self.params = params
+        self.stop_token_ids = stop_token_ids  # a generated token among these ends the sequence
+        self.max_len = max_len
+        self.status = Status.WAITING
+        self.finish_reason: str | None = None  # "stop", "length" or "abort"
+        self.slot = -1  # a row of the device's per-sequence state while admitted, else -1
+        self.block_table: list[int] = []  # position p lies in block block_table[p // block_size]
+        self.block_hashes: list[bytes] = []  # chained hashes of the leading full blocks, as far as anyone asked
+        self.num_computed = 0  # tokens whose keys and values are stored, by steps done or dispatched
+        self.num_pending = 0  # tokens sampled by dispatched steps and not read yet
+        self.num_cached_tokens = 0  # prompt tokens found in the prefix cache at the first admission
+        self.num_preemptions = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Known tokens: prompt and read outputs, without pending ones."""
+        return len(self.token_ids)
+
+    @property
+    def num_completion_tokens(self) -> int:
+        """Output tokens read so far."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def prompt_token_ids(self) -> list[int]:
+        """A copy of the prompt."""
+        return self.token_ids[: self.num_prompt_tokens]
+
+    @property
+    def completion_token_ids(self) -> list[int]:
+        """A copy of the output tokens read so far, a final stop token included."""
+        return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the sequence has ended; `finish_reason` says why."""
+        return self.status is Status.FINISHED
+
+    def __repr__(self):
+        return (
+            f"Sequence({self.request_id!r}, {self.status.name}, tokens={self.num_prompt_tokens}"
+            f"+{self.num_completion_tokens}, computed={self.num_computed}, pending={self.num_pending})"
+        )

@@ -1,0 +1,95 @@
+"""What a decoder layer may attend with: a paged cache when serving, plain causal attention when training.
+
+An `attend` is called as attend(q, k, v, cache) -> (output, cache), with q [..., N, H] and k, v [..., K, H].
+N query heads, K kv heads, H head_dim, B decode rows, T prefill tokens, P prefill sequences, W table width.
+"""
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as Spec
+
+from nanovllm_jax.kernels import paged_decode_attention, paged_prefill_attention, store_kv
+from nanovllm_jax.parallel.sharding import MODEL_AXIS
+
+
+class KVCache(NamedTuple):
+    """One layer's paged keys and values, each [num_blocks, K, block_size, H]."""
+
+    k: jax.Array
+    v: jax.Array
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=[
+        "slot_mapping",
+        "decode_tables",
+        "decode_context_lens",
+        "prefill_tables",
+        "prefill_context_lens",
+        "query_starts",
+    ],
+    meta_fields=["mesh"],
+)
+@dataclass(frozen=True)
+class PagedAttention:
+    """Attention of one step against the paged cache; tokens are B decode rows, then T prefill tokens."""
+
+    slot_mapping: jax.Array
+    """[B + T] int32: block * block_size + offset where a token's key and value go, -1 for padding."""
+    decode_tables: jax.Array
+    """[B, W] int32 block ids."""
+    decode_context_lens: jax.Array
+    """[B] int32 tokens in the cache with the new one, 0 for padding."""
+    prefill_tables: jax.Array
+    """[P, W] int32 block ids."""
+    prefill_context_lens: jax.Array
+    """[P] int32 tokens in the cache with the new ones, 0 for padding."""
+    query_starts: jax.Array
+    """[P + 1] int32: sequence p's new tokens are query_starts[p] to query_starts[p + 1] of the T."""
+    mesh: Mesh | None = field(default=None)
+    """Set when heads are sharded: each device then attends with its own heads."""
+
+    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        """q [B + T, N, H], k and v [B + T, K, H] -> output [B + T, N, H] and the cache with k and v stored."""
+        if self.mesh is None:
+            return self._attend(q, k, v, cache)
+        heads, pages = Spec(None, MODEL_AXIS), KVCache(Spec(None, MODEL_AXIS), Spec(None, MODEL_AXIS))
+        sharded = jax.shard_map(
+            lambda plan, *args: plan._attend(*args),
+            mesh=self.mesh,
+            in_specs=(Spec(), heads, heads, heads, pages),
+            out_specs=(heads, pages),
+            check_vma=False,
+        )
+        return sharded(self, q, k, v, cache)
+
+    def _attend(self, q, k, v, cache):
+        cache = KVCache(*store_kv(k, v, self.slot_mapping, *cache))
+        rows, scale, outputs = self.decode_tables.shape[0], q.shape[-1] ** -0.5, []
+        if rows:
+            outputs.append(
+                paged_decode_attention(q[:rows], *cache, self.decode_tables, self.decode_context_lens, scale=scale)
+            )
+        if q.shape[0] > rows:
+            lens = self.query_starts, self.prefill_context_lens
+            outputs.append(paged_prefill_attention(q[rows:], *cache, self.prefill_tables, *lens, scale=scale))
+        return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs), cache
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class CausalAttention:
+    """Every token attends to itself and those before it; nothing is cached. For training and scoring whole texts."""
+
+    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, cache: None = None) -> tuple[jax.Array, None]:
+        """q [..., T, N, H], k and v [..., T, K, H] -> output like q."""
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True), cache
+
+
+causal_attention = CausalAttention()

@@ -1,0 +1,46 @@
+"""The one linear layer: weights stored [out..., in], as in Hugging Face checkpoints."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+
+def param(value: jax.Array, *axes: str | None) -> nnx.Param:
+    """A parameter whose dimensions carry logical axis names; `parallel.sharding` maps them to a mesh."""
+    return nnx.Param(value, sharding_names=axes, eager_sharding=False)
+
+
+def matmul(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
+    """x [..., D] times weight [*F, D] transposed -> [..., *F], accumulated in float32.
+
+    float32 inputs use full-precision products: on a GPU the default would be TF32.
+    """
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    contract = (((x.ndim - 1,), (weight.ndim - 1,)), ((), ()))
+    return lax.dot_general(x, weight, contract, precision=precision, preferred_element_type=out_dtype or x.dtype)
+
+
+class Linear(nnx.Module):
+    """y = x @ weight.T (+ bias). One output may be several dimensions: [..., in] -> [..., *out]."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: tuple[int, ...],
+        *,
+        axes: tuple[str | None, ...],
+        use_bias: bool = False,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+        stddev: float = 0.02,
+    ):
+        """`axes` names the output dimensions' logical axes, then the input's."""
+        shape = (*out_features, in_features)
+        self.weight = param(stddev * jax.random.normal(rngs.params(), shape, dtype), *axes)
+        self.bias = param(jnp.zeros(out_features, dtype), *axes[:-1]) if use_bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., in] -> [..., *out]."""
+        y = matmul(x, self.weight[...])
+        return y if self.bias is None else y + self.bias[...]

@@ -1,0 +1,118 @@
+"""Qwen3 (dense), true to transformers' Qwen3ForCausalLM.
+
+Shapes: T tokens (any leading dimensions), N query heads, K kv heads, G = N / K, H head_dim, D hidden, F mlp, V vocab.
+Modules carry logical axis names only; `parallel.sharding` maps them to a mesh.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from nanovllm_jax.config import ModelConfig
+from nanovllm_jax.layers.embedding import Embedding
+from nanovllm_jax.layers.linear import Linear
+from nanovllm_jax.layers.norm import RMSNorm
+from nanovllm_jax.layers.rope import apply_rope, rope_angles
+
+Attend = Callable  # attend(q, k, v, cache) -> (output, cache); see layers.attention
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with normalised queries and keys."""
+
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        c, group = config, config.num_attention_heads // config.num_key_value_heads
+        options = dict(use_bias=c.attention_bias, dtype=dtype, rngs=rngs)
+        # Each kv head's queries, key and value lie together, so that a shard of kv heads is one slice.
+        self.qkv_proj = Linear(
+            c.hidden_size,
+            (c.num_key_value_heads, group + 2, c.head_dim),
+            axes=("kv_heads", None, None, "embed"),
+            **options,
+        )
+        self.o_proj = Linear(
+            c.num_attention_heads * c.head_dim, (c.hidden_size,), axes=("embed", "heads"), **options
+        )
+        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps, dtype=dtype)
+        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps, dtype=dtype)
+
+    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, cache, attend: Attend):
+        """x [T, D] -> [T, D] and the cache."""
+        qkv = self.qkv_proj(x)  # (T, K, G + 2, H)
+        q, k, v = qkv[..., :-2, :], qkv[..., -2, :], qkv[..., -1, :]
+        q = q.reshape(*x.shape[:-1], -1, q.shape[-1])  # (T, N, H)
+        q = apply_rope(self.q_norm(q), cos, sin)
+        k = apply_rope(self.k_norm(k), cos, sin)  # (T, K, H)
+        with jax.named_scope("attend"):
+            out, cache = attend(q, k, v, cache)  # (T, N, H)
+        return self.o_proj(out.reshape(*x.shape[:-1], -1)), cache
+
+
+class MLP(nnx.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        d, f = config.hidden_size, config.intermediate_size
+        self.gate_up_proj = Linear(d, (2, f), axes=(None, "mlp", "embed"), dtype=dtype, rngs=rngs)
+        self.down_proj = Linear(f, (d,), axes=("embed", "mlp"), dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [T, D] -> [T, D]."""
+        gate_up = self.gate_up_proj(x)  # (T, 2, F)
+        return self.down_proj(jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :])
+
+
+class DecoderLayer(nnx.Module):
+    """Attention and MLP, each behind a norm and around a residual."""
+
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.self_attn = Attention(config, dtype=dtype, rngs=rngs)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        self.mlp = MLP(config, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, cache, attend: Attend):
+        """x [T, D] -> [T, D] and the cache."""
+        with jax.named_scope("attention"):
+            attended, cache = self.self_attn(self.input_layernorm(x), cos, sin, cache, attend)
+            x = x + attended
+        with jax.named_scope("mlp"):
+            x = x + self.mlp(self.post_attention_layernorm(x))
+        return x, cache
+
+
+# A module is a pytree, and the layers differ only in their arrays: the inner jit traces one of them for all.
+_run_layer = jax.jit(DecoderLayer.__call__)
+
+
+class Qwen3ForCausalLM(nnx.Module):
+    """The whole model. Serving and training run the same modules; `attend` is what differs."""
+
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
+        self.config = config
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
+        self.layers = nnx.List(
+            [DecoderLayer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_hidden_layers)]
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
+        tied = config.tie_word_embeddings
+        self.lm_head = None if tied else Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
+
+    def __call__(self, tokens: jax.Array, positions: jax.Array, caches: Sequence | None, attend: Attend):
+        """tokens, positions [T] int32 -> hidden states [T, D] after the last norm, and the layers' caches.
+
+        `caches` holds one cache a layer, or is None where `attend` needs none (`causal_attention`).
+        """
+        x = self.embed_tokens(tokens)  # (T, D)
+        cos, sin = rope_angles(positions, self.config.rope, self.config.head_dim)
+        new_caches = []
+        for layer, cache in zip(self.layers, caches or [None] * len(self.layers), strict=True):
+            x, cache = _run_layer(layer, x, cos, sin, cache, attend)
+            new_caches.append(cache)
+        return self.norm(x), new_caches
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Hidden [..., D] -> [..., V] float32."""
+        return (self.lm_head or self.embed_tokens).attend(hidden)

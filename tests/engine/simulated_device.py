@@ -1,0 +1,178 @@
+"""A stand-in for the model and its paged cache, exact and cheap, that makes any scheduling mistake change a token.
+
+It has two layers. Layer 0 stores what depends on a token and its position; layer 1 stores what depends on every layer-0
+entry up to its own position; the next token depends on every layer-1 entry. All are read back from the cache cells that
+the block table names, so a wrong table, a stale or missing cell, the wrong input token, or a block shared under another
+prefix gives another token than `expected_completion`, which has no cache at all.
+"""
+
+from collections import deque
+
+from nanovllm_jax.engine.scheduler import Schedule, Scheduler
+from nanovllm_jax.engine.sequence import Sequence, Status
+
+VOCAB = 50
+
+
+def next_token(context: list[int]) -> int:
+    return hash(tuple(context)) % VOCAB
+
+
+def expected_completion(prompt: list[int], max_len: int, stop_token_ids: frozenset[int]) -> tuple[list[int], str]:
+    """The completion of a request that runs alone, and its finish reason."""
+    tokens, context, state = list(prompt), [], 0
+    while True:
+        for position in range(len(context), len(tokens)):
+            state = hash((state, hash((position, tokens[position]))))
+            context.append(state)
+        tokens.append(next_token(context))
+        if tokens[-1] in stop_token_ids:
+            return tokens[len(prompt) :], "stop"
+        if len(tokens) == max_len:
+            return tokens[len(prompt) :], "length"
+
+
+class SimulatedDevice:
+    """Runs schedules in the order of dispatch, and keeps what the real device keeps: the cache and the last tokens."""
+
+    def __init__(self, num_blocks: int, block_size: int, max_num_seqs: int):
+        self.block_size = block_size
+        self.layers = [[None] * (num_blocks * block_size) for _ in range(2)]
+        self.last_tokens = [None] * max_num_seqs
+
+    def run(self, schedule: Schedule) -> tuple[list[int], list[int]]:
+        """Tokens of the decode rows and of the prefill chunks (-1 where a chunk does not sample)."""
+        rows = [(seq, seq.num_computed - 1) for seq in schedule.decodes]
+        rows += [(chunk.seq, chunk.seq.num_computed - chunk.num_tokens) for chunk in schedule.prefills]
+        cells = [self._cells(seq) for seq, _ in rows]
+        written = [cell for (_, start), row in zip(rows, cells) for cell in row[start:]]
+        assert len(written) == len(set(written)), "two rows of one step write the same cell"
+        for (seq, start), row in zip(rows, cells):  # each layer stores the whole step before it attends
+            for position in range(start, seq.num_computed):
+                self.layers[0][row[position]] = hash((position, self._input_token(seq, position)))
+        for (_, start), row in zip(rows, cells):
+            state = 0
+            for position, cell in enumerate(row):
+                state = hash((state, self.layers[0][cell]))
+                if position >= start:
+                    self.layers[1][cell] = state
+        sampled = [next_token([self.layers[1][cell] for cell in row]) for row in cells]
+        num_decodes = len(schedule.decodes)
+        samples = [True] * num_decodes + [chunk.samples for chunk in schedule.prefills]
+        tokens = [token if keep else -1 for token, keep in zip(sampled, samples)]
+        for (seq, _), token, keep in zip(rows, tokens, samples):
+            if keep:
+                self.last_tokens[seq.slot] = token
+        return tokens[:num_decodes], tokens[num_decodes:]
+
+    def _cells(self, seq: Sequence) -> list[int]:
+        """Where the positions 0..num_computed-1 of a sequence lie."""
+        size = self.block_size
+        return [seq.block_table[p // size] * size + p % size for p in range(seq.num_computed)]
+
+    def _input_token(self, seq: Sequence, position: int) -> int:
+        known = position < len(seq.token_ids)
+        return seq.token_ids[position] if known else self.last_tokens[seq.slot]
+
+
+class Simulation:
+    """A scheduler that drives a simulated device, checked after every call."""
+
+    def __init__(self, **options):
+        self.scheduler = Scheduler(**options)
+        self.block_size = options["block_size"]
+        self.budget = options["max_num_batched_tokens"]
+        self.device = SimulatedDevice(options["num_blocks"], self.block_size, options["max_num_seqs"])
+        self.in_flight: deque = deque()
+        self.sequences: list[Sequence] = []
+        self.num_steps = 0
+        self.stall = (None, 0)  # the oldest sequence's progress, and for how many steps it has not changed
+
+    @property
+    def live(self) -> list[Sequence]:
+        return [seq for seq in self.sequences if not seq.is_finished]
+
+    def add(self, prompt: list[int], max_tokens: int, stop_token_ids: frozenset[int] = frozenset()) -> Sequence:
+        seq_id = len(self.sequences)
+        max_len = min(len(prompt) + max_tokens, self.scheduler.max_model_len)
+        seq = Sequence(seq_id, f"r{seq_id}", prompt, None, stop_token_ids=stop_token_ids, max_len=max_len)
+        self.sequences.append(seq)
+        self.scheduler.add(seq)
+        self.check()
+        return seq
+
+    def abort(self, seq: Sequence) -> None:
+        self.scheduler.abort(seq)
+        assert seq.is_finished and seq.slot == -1 and not seq.block_table
+        self.check()
+
+    def dispatch(self) -> Schedule:
+        """Schedule a step and send it to the device; its tokens stay there until `collect`."""
+        live = self.live
+        oldest = live[0] if live else None
+        preempted = oldest.num_preemptions if oldest else 0
+        schedule = self.scheduler.schedule()
+        self.check_schedule(schedule)
+        if oldest:
+            assert oldest.num_preemptions == preempted, f"the oldest sequence was preempted: {oldest}"
+            assert schedule or self.in_flight, "nothing runs, and nothing ever will"
+            self._check_progress(oldest)
+        if schedule:
+            self.in_flight.append((schedule, *self.device.run(schedule)))
+            self.num_steps += 1
+        self.check()
+        return schedule
+
+    def collect(self) -> list[Sequence]:
+        """Read the tokens of the oldest step in flight."""
+        finished = self.scheduler.update(*self.in_flight.popleft())
+        for seq in finished:
+            expected = expected_completion(seq.prompt_token_ids, seq.max_len, seq.stop_token_ids)
+            assert (seq.completion_token_ids, seq.finish_reason) == expected, seq
+        self.check()
+        return finished
+
+    def step(self, depth: int = 0) -> None:
+        """Dispatch one step, then read so many that at most `depth` stay in flight."""
+        idle = not self.dispatch()
+        while len(self.in_flight) > (0 if idle else depth):
+            self.collect()
+
+    def drain(self, depth: int = 0) -> None:
+        """Run until every sequence has finished, then see that nothing is left behind."""
+        while self.scheduler.has_unfinished or self.in_flight:
+            self.step(depth)
+        assert not self.live
+        assert self.scheduler.block_manager.num_used_blocks == 0
+
+    def check(self) -> None:
+        """Books that balance; and no sequence may write into a block that another one holds or that is published."""
+        self.scheduler.check()
+        manager = self.scheduler.block_manager
+        for seq in self.scheduler.running.values():
+            for block in seq.block_table[seq.num_computed // self.block_size :]:
+                assert manager._ref_counts[block] == 1, f"a shared block will be written by {seq}"
+                assert manager._hashes[block] is None, f"a published block will be written by {seq}"
+        for seq in self.sequences:
+            assert (seq.status is Status.FINISHED) == (seq.finish_reason is not None)
+            assert seq.num_cached_tokens < seq.num_prompt_tokens
+
+    def check_schedule(self, schedule: Schedule) -> None:
+        rows = [*schedule.decodes, *(chunk.seq for chunk in schedule.prefills)]
+        assert len({seq.seq_id for seq in rows}) == len(rows) <= self.scheduler.max_num_seqs
+        assert len({seq.slot for seq in rows}) == len(rows)
+        assert all(self.scheduler.running.get(seq.seq_id) is seq for seq in rows)
+        assert schedule.num_tokens == len(schedule.decodes) + sum(c.num_tokens for c in schedule.prefills)
+        assert schedule.num_tokens <= self.budget
+        assert all(seq.status is Status.DECODE and seq.num_pending for seq in schedule.decodes)
+        for chunk in schedule.prefills:
+            assert chunk.num_tokens > (1 if chunk.samples else 0)
+            assert chunk.samples == (chunk.seq.num_computed == len(chunk.seq.token_ids))
+        assert {seq.seq_id for seq in schedule.admitted} <= {seq.seq_id for seq in rows}
+
+    def _check_progress(self, oldest: Sequence) -> None:
+        """The oldest sequence gains a token at latest when all others had their turn and what is in flight was read."""
+        progress = (oldest.seq_id, oldest.num_tokens + oldest.num_pending + oldest.num_computed)
+        self.stall = (progress, self.stall[1] + 1 if self.stall[0] == progress else 0)
+        turns = -(-self.scheduler.max_num_seqs // self.budget)
+        assert self.stall[1] <= turns + len(self.in_flight) + 3, f"starved: {oldest}"

@@ -1,0 +1,164 @@
+"""Random work on the scheduler with a simulated device behind it: whatever happens, every request gets the tokens that
+it gets alone, the books balance after every call, and nobody waits forever."""
+
+import random
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from simulated_device import VOCAB, Simulation
+
+MAX_DEPTH = 3
+
+
+def tightest_pool(max_model_len: int, block_size: int) -> int:
+    """Blocks of the longest possible request: its last token is never computed."""
+    return -(-(max_model_len - 1) // block_size)
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Hypothesis chooses the calls, and shrinks a failure to the shortest one."""
+
+    @initialize(
+        block_size=st.integers(1, 6),
+        max_model_len=st.integers(2, 40),
+        spare_blocks=st.integers(0, 12),
+        max_num_seqs=st.integers(1, 6),
+        budget=st.integers(1, 30),
+        caching=st.booleans(),
+    )
+    def start(self, block_size, max_model_len, spare_blocks, max_num_seqs, budget, caching):
+        self.simulation = Simulation(
+            num_blocks=tightest_pool(max_model_len, block_size) + spare_blocks,
+            block_size=block_size,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=budget,
+            max_model_len=max_model_len,
+            enable_prefix_caching=caching,
+        )
+        self.max_model_len = max_model_len
+
+    @rule(
+        family=st.integers(0, 1),
+        shared=st.integers(0, 30),
+        own=st.lists(st.integers(0, 1), max_size=8),
+        max_tokens=st.integers(1, 40),
+        stop=st.frozensets(st.integers(0, VOCAB - 1), max_size=3),
+    )
+    def add(self, family, shared, own, max_tokens, stop):
+        prompt = ([family] * shared + own)[: self.max_model_len - 1] or [family]
+        self.simulation.add(prompt, max_tokens, stop)
+
+    @precondition(lambda self: self.simulation.sequences)
+    @rule(data=st.data())
+    def continue_the_chat(self, data):
+        seq = data.draw(st.sampled_from(self.simulation.sequences))
+        self.simulation.add(seq.token_ids[: self.max_model_len - 1], 5)
+
+    @precondition(lambda self: self.simulation.sequences)
+    @rule(data=st.data())
+    def abort(self, data):
+        self.simulation.abort(data.draw(st.sampled_from(self.simulation.sequences)))
+
+    @precondition(lambda self: len(self.simulation.in_flight) < MAX_DEPTH + 1)
+    @rule()
+    def dispatch(self):
+        self.simulation.dispatch()
+
+    @precondition(lambda self: self.simulation.in_flight)
+    @rule()
+    def collect(self):
+        self.simulation.collect()
+
+    @rule(depth=st.integers(0, MAX_DEPTH), count=st.integers(1, 10))
+    def run_on(self, depth, count):
+        for _ in range(count):
+            self.simulation.step(depth)
+
+    def teardown(self):
+        if hasattr(self, "simulation"):
+            self.simulation.drain()
+
+
+SchedulerMachine.TestCase.settings = settings(
+    max_examples=100, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+)
+TestSchedulerMachine = SchedulerMachine.TestCase
+
+
+def random_simulation(rng: random.Random) -> Simulation:
+    block_size = rng.choice((1, 2, 3, 4, 4, 8, 16))
+    max_model_len = rng.randint(2, 90)
+    # From a pool that one request fills to one that holds all, and to one so large that a share of it is kept spare.
+    extra = rng.choice((0, 1, rng.randint(0, 10), rng.randint(0, 200)))
+    max_num_seqs = rng.randint(1, 10)
+    return Simulation(
+        num_blocks=tightest_pool(max_model_len, block_size) + extra,
+        block_size=block_size,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=rng.choice((rng.randint(1, max_num_seqs), rng.randint(1, 20), rng.randint(20, 150))),
+        max_model_len=max_model_len,
+        enable_prefix_caching=rng.random() < 0.85,
+    )
+
+
+def random_prompt(rng: random.Random, simulation: Simulation, longest: int) -> list[int]:
+    """New, or the start of another request's tokens, or all of them: a chat goes on."""
+    prompt = []
+    if simulation.sequences and rng.random() < 0.6:
+        tokens = rng.choice(simulation.sequences[-20:]).token_ids
+        prompt = tokens[: rng.choice((len(tokens), rng.randint(0, len(tokens))))]
+    if not prompt or rng.random() < 0.5:
+        prompt = prompt + [rng.randrange(VOCAB) for _ in range(rng.randint(1, longest))]
+    return prompt[:longest]
+
+
+def run_random_workload(seed: int, num_steps: int) -> dict[str, int]:
+    """Drive one random simulation; returns how often the interesting things happened."""
+    rng = random.Random(seed)
+    simulation = random_simulation(rng)
+    scheduler = simulation.scheduler
+    arrival_rate, abort_rate = rng.choice((0.05, 0.2, 0.6)), rng.choice((0.0, 0.02, 0.1))
+    depth = rng.randint(0, MAX_DEPTH)
+    for _ in range(num_steps):
+        if not simulation.live or (rng.random() < arrival_rate and len(scheduler.waiting) < 10):
+            for _ in range(rng.choice((1, 1, 3))):
+                prompt = random_prompt(rng, simulation, scheduler.max_model_len - 1)
+                stop = frozenset(rng.sample(range(VOCAB), rng.choice((0, 0, 1, 3))))
+                simulation.add(prompt, rng.randint(1, scheduler.max_model_len), stop)
+        if simulation.live and rng.random() < abort_rate:
+            simulation.abort(rng.choice(simulation.live))
+        if rng.random() < 0.05:
+            depth = rng.randint(0, MAX_DEPTH)
+        simulation.step(depth)
+    simulation.drain(depth)
+    return {
+        "steps": simulation.num_steps,
+        "preemptions": scheduler.num_preemptions,
+        "hit tokens": scheduler.num_prefix_hit_tokens,
+        "stops": sum(seq.finish_reason == "stop" for seq in simulation.sequences),
+        "lengths": sum(seq.finish_reason == "length" for seq in simulation.sequences),
+        "aborts": sum(seq.finish_reason == "abort" for seq in simulation.sequences),
+    }
+
+
+def run_random_workloads(seeds: range, num_steps: int) -> dict[str, int]:
+    totals: dict[str, int] = {}
+    for seed in seeds:
+        for name, count in run_random_workload(seed, num_steps).items():
+            totals[name] = totals.get(name, 0) + count
+    return totals
+
+
+def test_random_workloads():
+    totals = run_random_workloads(range(100), 150)
+    # The workloads are worth something only while they reach what they are for.
+    assert totals["steps"] > 10_000
+    assert min(totals["preemptions"], totals["stops"], totals["lengths"], totals["aborts"]) > 200, totals
+    assert totals["hit tokens"] > 5_000, totals
+
+
+@pytest.mark.slow
+def test_random_workloads_for_long():
+    assert run_random_workloads(range(1_000, 7_000), 200)["steps"] > 1_000_000
