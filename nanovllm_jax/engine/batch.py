@@ -90,16 +90,13 @@ class Buckets:
     table_width: int
     ratio: int
     """How much larger each size is than the one before: the most that padding can cost."""
+    mixed_decode_rows: tuple[int, ...]
+    """Sizes of the decode part beside a prefill: few, as a padded row costs little there. The last takes any number."""
 
     @cached_property
     def decode_rows(self) -> tuple[int, ...]:
         """Sizes of steps that only decode."""
-        return geometric(1, min(self.max_num_seqs, self.max_num_batched_tokens), self.ratio)
-
-    @cached_property
-    def mixed_decode_rows(self) -> tuple[int, ...]:
-        """Sizes of the decode part beside a prefill: few, as a padded row costs little there."""
-        return tuple(sorted({0, min(32, self.decode_rows[-1]), self.decode_rows[-1]}))
+        return geometric(1, self.max_num_seqs, self.ratio)
 
     @cached_property
     def prefill_tokens(self) -> tuple[int, ...]:

@@ -124,9 +124,9 @@ class ModelRunner:
         self.num_blocks = decide_num_blocks(plan, config, wanted)
         self.max_model_len = self._resolve_max_model_len()
         width = -(-self.max_model_len // config.block_size)
-        # On a CPU, where programs are small and padding is cheap, few shapes start faster.
-        ratio = 2 if self.on_gpu else 8
-        self.buckets = Buckets(self.max_num_seqs, self.max_num_batched_tokens, width, ratio)
+        # A CPU is for small models: there few shapes to compile are worth more than little padding.
+        ratio, mixed = (2, {0, min(32, self.max_num_seqs), self.max_num_seqs}) if self.on_gpu else (16, {self.max_num_seqs})
+        self.buckets = Buckets(self.max_num_seqs, self.max_num_batched_tokens, width, ratio, tuple(sorted(mixed)))
         logger.info(
             "memory a device: %.2f GiB weights, %.2f GiB workspace, %.2f GiB cache = %d blocks of %d tokens = %d tokens; "
             "max_model_len %d",

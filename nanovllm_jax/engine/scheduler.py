@@ -6,17 +6,13 @@ it counts on what the dispatched steps will have done. The device runs steps in 
 freed while a step is in flight can be given to a later step at once.
 """
 
-from bisect import bisect_right
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from operator import attrgetter
 
 from nanovllm_jax.engine.block_manager import BlockManager
 from nanovllm_jax.engine.sequence import Sequence, Status
 
 WAITING, PREFILL, DECODE, FINISHED = Status
-
-ARRIVAL = attrgetter("seq_id")
 
 # One block in so many stays free when a sequence is admitted beside others, for these to grow into. Without it, a full
 # pool computes a fifth of all tokens twice: whoever was admitted last is preempted right away, again and again.
@@ -84,7 +80,6 @@ class Scheduler:
         self.num_prefix_hit_tokens = 0  # and those of them found in the prefix cache
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._last_added = -1  # the latest arrival's seq_id
-        self._last_served = -1  # the seq_id where the round robin of a too small budget stopped
 
     @property
     def has_unfinished(self) -> bool:
@@ -134,12 +129,14 @@ class Scheduler:
             elif seq.num_computed + 1 < seq.max_len:  # else the pending tokens complete it
                 decoding.append(seq)
         schedule = Schedule()
-        self._schedule_decodes(schedule, self._fair_share(decoding))
+        self._schedule_decodes(schedule, decoding)
+        # The budget is never short here. Whoever decodes had a token in the step before. So had the one sequence, at
+        # most, that is in the middle of its prompt: it took what the step before had left.
         budget = self.max_num_batched_tokens - len(schedule.decodes)
         for seq in prefilling:
-            if budget and seq.status is PREFILL:  # else a decode has preempted it
+            if seq.status is PREFILL:  # else a decode has preempted it
                 budget -= self._schedule_chunk(schedule, seq, budget)
-        if num_preemptions == self.num_preemptions:
+        if num_preemptions == self.num_preemptions:  # else blocks are short: what was freed is for those who run
             self._schedule_admissions(schedule, budget)
         return schedule
 
@@ -194,16 +191,6 @@ class Scheduler:
             seq.num_pending += 1
             decodes.append(seq)
 
-    def _fair_share(self, decoding: list[Sequence]) -> list[Sequence]:
-        """All of them, or where the budget is smaller, those whose turn it is, round robin; in arrival order."""
-        budget = self.max_num_batched_tokens
-        if len(decoding) <= budget:
-            return decoding
-        start = bisect_right(decoding, self._last_served, key=ARRIVAL)
-        share = (decoding[start:] + decoding[:start])[:budget]
-        self._last_served = share[-1].seq_id
-        return sorted(share, key=ARRIVAL)
-
     def _grow(self, seq: Sequence) -> bool:
         """Add a block to a sequence, preempting later arrivals for it; False where it was itself the latest."""
         while not self.block_manager.append_block(seq):
@@ -251,6 +238,7 @@ class Scheduler:
 
     def _schedule_chunk(self, schedule: Schedule, seq: Sequence, budget: int) -> int:
         """Schedule the next tokens of a prefilling sequence, at most `budget`; returns how many."""
+        assert budget > 0, seq
         start, end = seq.num_computed, len(seq.token_ids)
         stop = min(end, start + budget)
         samples = stop == end

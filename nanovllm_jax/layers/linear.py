@@ -8,7 +8,7 @@ from jax import lax
 
 def param(value: jax.Array, *axes: str | None) -> nnx.Param:
     """A parameter whose dimensions carry logical axis names; `parallel.sharding` maps them to a mesh."""
-    return nnx.Param(value, sharding_names=axes, eager_sharding=False)
+    return nnx.Param(value, out_sharding=axes, eager_sharding=False)
 
 
 def matmul(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:

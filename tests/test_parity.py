@@ -1,0 +1,119 @@
+"""The model and the whole engine against transformers' own Qwen3, on a CPU in float32."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import SHAPES
+
+from nanovllm_jax import LLM, SamplingParams
+from nanovllm_jax.checkpoints.load import load_model
+from nanovllm_jax.config import ModelConfig
+from nanovllm_jax.layers.attention import KVCache, PagedAttention, causal_attention
+from nanovllm_jax.parallel.sharding import make_mesh
+
+torch = pytest.importorskip("torch")
+
+BLOCK = 16
+GREEDY = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def case(request, checkpoint):
+    """(directory, transformers model) of each shape in turn."""
+    return checkpoint(request.param)
+
+
+def reference_logits(model, tokens):
+    with torch.no_grad():
+        return model(torch.tensor([tokens])).logits[0].numpy()
+
+
+def assert_greedy(model, prompt, output):
+    """Each token of `output` is transformers' most likely one after those before it: its own greedy text."""
+    logits = reference_logits(model, prompt + output)[len(prompt) - 1 : -1]
+    assert output == logits.argmax(axis=-1).tolist()
+
+
+def random_prompts(count, seed=0):
+    """Prompts of 1 to 90 tokens, exact multiples of the block size among them."""
+    rng = np.random.default_rng(seed)
+    lengths = [BLOCK, 2 * BLOCK, 1, BLOCK + 1, BLOCK - 1, *rng.integers(2, 90, count)][:count]
+    return [rng.integers(0, 319, n).tolist() for n in lengths]
+
+
+def load(directory):
+    return load_model(directory, ModelConfig.from_pretrained(directory), dtype=jnp.float32, mesh=make_mesh(1))
+
+
+def test_logits_of_the_training_forward(case):
+    directory, reference = case
+    tokens = random_prompts(8)[-1]
+    model = load(directory)
+    hidden, _ = model(jnp.array([tokens]), jnp.arange(len(tokens)), None, causal_attention)
+    np.testing.assert_allclose(model.logits(hidden)[0], reference_logits(reference, tokens), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 100])
+def test_logits_of_the_paged_forward(case, chunk):
+    """The serving path, `chunk` tokens at a time, through a shuffled block table."""
+    directory, reference = case
+    tokens = random_prompts(7, seed=1)[-1]
+    model = load(directory)
+    c = model.config
+    pages = jnp.full((12, c.num_key_value_heads, BLOCK, c.head_dim), jnp.nan)  # unwritten slots must never show
+    caches, table, logits = [KVCache(pages, pages)] * c.num_hidden_layers, jnp.array([[7, 2, 9, 4, 11, 0]]), []
+    forward = jax.jit(lambda *args: model(*args))
+    for start in range(0, len(tokens), chunk):
+        part = jnp.array(tokens[start : start + chunk])
+        positions = start + jnp.arange(len(part))
+        attend = PagedAttention(
+            slot_mapping=table[0, positions // BLOCK] * BLOCK + positions % BLOCK,
+            decode_tables=table[:0],
+            decode_context_lens=jnp.zeros(0, jnp.int32),
+            prefill_tables=table,
+            prefill_context_lens=jnp.array([start + len(part)]),
+            query_starts=jnp.array([0, len(part)]),
+        )
+        hidden, caches = forward(part, positions, caches, attend)
+        logits.append(model.logits(hidden))
+    np.testing.assert_allclose(np.concatenate(logits), reference_logits(reference, tokens), atol=1e-4, rtol=1e-4)
+
+
+def generate(llm, prompts):
+    outputs = [out.outputs[0].token_ids for out in llm.generate(prompts, GREEDY, use_tqdm=False)]
+    llm.scheduler.check()
+    assert not llm.scheduler.running
+    return outputs
+
+
+def test_greedy_tokens_of_the_engine(case):
+    """64 greedy tokens: alone, 32 mixed lengths together, with prefix hits, and in chunks of every size."""
+    directory, reference = case
+    prompts = random_prompts(32)
+    llm = LLM(directory, block_size=BLOCK, max_num_seqs=32, max_num_batched_tokens=256, max_model_len=192)
+    expected = generate(llm, prompts)
+    assert llm.scheduler.num_prefix_hit_tokens == 0
+    for prompt, output in zip(prompts, expected, strict=True):
+        assert len(output) == 64
+        assert_greedy(reference, prompt, output)
+    assert generate(llm, prompts) == expected, "with every prompt's full blocks in the prefix cache"
+    assert llm.scheduler.num_prefix_hit_tokens > 500
+    llm.scheduler.block_manager.reset_prefix_cache()
+    assert generate(llm, prompts[-1:]) == expected[-1:], "alone"
+    for chunk in range(1, BLOCK + 2):
+        llm.scheduler.block_manager.reset_prefix_cache()
+        llm.scheduler.max_num_batched_tokens = chunk  # the shapes are compiled for 256 tokens and for anything less
+        assert generate(llm, prompts[5:8]) == expected[5:8], f"chunks of {chunk}"
+
+
+def test_greedy_tokens_when_preempted(case):
+    """A pool of which one sequence alone takes most: nearly everybody is preempted, and nothing changes."""
+    directory, reference = case
+    prompts = random_prompts(12)
+    llm = LLM(
+        directory, block_size=BLOCK, max_num_seqs=32, max_num_batched_tokens=256, max_model_len=160, num_kvcache_blocks=14
+    )
+    for prompt, output in zip(prompts, generate(llm, prompts), strict=True):
+        assert_greedy(reference, prompt, output)
+    assert llm.scheduler.num_preemptions > 3
