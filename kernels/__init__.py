@@ -1,17 +1,21 @@
 """Attention over a paged KV cache: one function each to write it, to decode from it and to prefill against it.
 
-On an NVIDIA GPU each runs its Pallas kernel, anywhere else its plain-jnp oracle (reference.py, same signature). Which one is
-settled when a program is lowered, so a compiled step holds one of the two and never a branch. Each sits in a jit of its own:
-the layers of a model share one trace and one lowering.
+On an NVIDIA GPU each runs its Pallas kernel, anywhere else its plain-jnp oracle (reference.py, same signature). Which
+one is settled when a program is lowered, so a compiled step holds one of the two and never a branch. Each sits in a jit
+of its own: the layers of a model share one trace and one lowering.
+
+Shapes: T tokens, B sequences with one new token each, P sequences in prefill, N query heads, K kv heads, H head_dim,
+W blocks in a row of a block table.
 """
 
 import functools
 
 import jax
 
-from . import decode, prefill, reference, store
+from . import decode, norm, prefill, reference, store
+from . import qkv as qkv_kernel
 
-__all__ = ["paged_decode_attention", "paged_prefill_attention", "store_kv"]
+__all__ = ["add_norm", "norm_rope_store", "paged_decode_attention", "paged_prefill_attention", "store_kv"]
 
 
 @jax.jit
@@ -20,8 +24,8 @@ def store_kv(
 ) -> tuple[jax.Array, jax.Array]:
     """Write the new tokens' keys and values into their cache slots; donated caches are updated in place.
 
-    k, v [T, K, H]; slot_mapping [T] int32, block * block_size + offset in the block, or -1 for a padded row, which writes
-    nothing. k_cache, v_cache [num_blocks, K, block_size, H], of k's dtype. Returns (k_cache, v_cache).
+    k, v [T, K, H]; slot_mapping [T] int32, block * block_size + offset in the block, or -1 for a padded row, which
+    writes nothing. k_cache, v_cache [num_blocks, K, block_size, H], of k's dtype. Returns (k_cache, v_cache).
     """
     return jax.lax.platform_dependent(
         k, v, slot_mapping, k_cache, v_cache, cuda=store.store_kv, default=reference.store_kv
@@ -30,13 +34,19 @@ def store_kv(
 
 @functools.partial(jax.jit, static_argnames="scale")
 def paged_decode_attention(
-    q: jax.Array, k_cache: jax.Array, v_cache: jax.Array, block_tables: jax.Array, context_lens: jax.Array, *, scale: float
+    q: jax.Array,
+    k_cache: jax.Array,
+    v_cache: jax.Array,
+    block_tables: jax.Array,
+    context_lens: jax.Array,
+    *,
+    scale: float,
 ) -> jax.Array:
     """Attention of one new token per sequence over that sequence's cached tokens, itself among them.
 
     q [B, N, H], query head n belonging to kv head n // (N / K); k_cache, v_cache [num_blocks, K, block_size, H];
-    block_tables [B, W] int32, of which entries past a sequence's context may be anything; context_lens [B] int32 in tokens,
-    0 for a padded row. scale multiplies the scores. Returns [B, N, H] in q's dtype, zeros for padded rows.
+    block_tables [B, W] int32, of which entries past a sequence's context may be anything; context_lens [B] int32 in
+    tokens, 0 for a padded row. scale multiplies the scores. Returns [B, N, H] in q's dtype, zeros for padded rows.
     """
     return jax.lax.platform_dependent(
         q,
@@ -63,10 +73,10 @@ def paged_prefill_attention(
     """Causal attention of each sequence's newest tokens over all its cached tokens, the new ones among them.
 
     q [T, N, H], the sequences' new tokens one after another: those of sequence p are rows query_starts[p] to
-    query_starts[p + 1], and they are the last of its context_lens[p] cached tokens. So a first prefill, a chunk and a prefix
-    hit are one case. query_starts [P + 1] int32 rises from 0 (a padded sequence is empty), context_lens [P] int32,
-    block_tables [P, W] int32; caches and scale as in paged_decode_attention. Returns [T, N, H] in q's dtype, zeros in the
-    rows past query_starts[P].
+    query_starts[p + 1], and they are the last of its context_lens[p] cached tokens. So a first prefill, a chunk and a
+    prefix hit are one case. query_starts [P + 1] int32 rises from 0 (a padded sequence is empty), context_lens [P]
+    int32, block_tables [P, W] int32; caches and scale as in paged_decode_attention. Returns [T, N, H] in q's dtype,
+    zeros in the rows past query_starts[P].
     """
     return jax.lax.platform_dependent(
         q,
@@ -78,3 +88,49 @@ def paged_prefill_attention(
         cuda=functools.partial(prefill.paged_prefill_attention, scale=scale),
         default=functools.partial(reference.paged_prefill_attention, scale=scale),
     )
+
+
+@functools.partial(jax.jit, static_argnames="eps")
+def norm_rope_store(
+    qkv: jax.Array,
+    q_gain: jax.Array,
+    k_gain: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    slot_mapping: jax.Array,
+    k_cache: jax.Array,
+    v_cache: jax.Array,
+    *,
+    eps: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Normalise and rotate queries and keys, and write keys and values into the paged cache.
+
+    qkv [T, K, G + 2, H]: for each kv head its G query heads, its key and its value. q_gain, k_gain [H]: the RMS norms'
+    weights. cos, sin [T, H / 2] float32. slot_mapping and caches as in store_kv.
+    Returns (q [T, K * G, H], k_cache, v_cache).
+    """
+    return jax.lax.platform_dependent(
+        *(qkv, q_gain, k_gain, cos, sin, slot_mapping, k_cache, v_cache),
+        cuda=functools.partial(qkv_kernel.norm_rope_store, eps=eps),
+        default=functools.partial(reference.norm_rope_store, eps=eps),
+    )
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
+def add_norm(x: jax.Array, delta: jax.Array, gain: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
+    """x + delta, and its RMS norm times gain. x, delta [T, D]; gain [D]. Returns two arrays like x; differentiable."""
+    return _add_norm(x, delta, gain, eps=eps)
+
+
+@functools.partial(jax.jit, static_argnames="eps")
+def _add_norm(x, delta, gain, *, eps):
+    return jax.lax.platform_dependent(
+        *(x, delta, gain),
+        cuda=functools.partial(norm.add_norm, eps=eps),
+        default=functools.partial(reference.add_norm, eps=eps),
+    )
+
+
+@add_norm.defjvp
+def _add_norm_jvp(eps, primals, tangents):
+    return jax.jvp(functools.partial(reference.add_norm, eps=eps), primals, tangents)

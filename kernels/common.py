@@ -14,10 +14,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-# Known, and said in docs/: jax is pinned to versions that still have the backend. Users need not hear it at each compile.
+# Known and documented: jax is pinned to versions that have the backend. Users need not hear it at each compile.
 warnings.filterwarnings("ignore", message="The Pallas Triton backend is deprecated", category=DeprecationWarning)
 
 LOG2E = math.log2(math.e)
+SMS = 132  # of an H100 or H200
 NEG_INF = -1e30  # finite, so that the difference of two masked scores is not NaN
 
 
@@ -32,7 +33,10 @@ def pallas_call(
     interpret: bool = False,
     **static: object,
 ) -> list[jax.Array]:
-    """Run kernel(*refs, **static) over the grid; each ref is a whole array, as a paged kernel does its own indexing."""
+    """Run kernel(*refs, **static) over the grid; each ref is a whole array, as a paged kernel does its own indexing.
+
+    interpret runs it in plain JAX on any machine, slowly: for tests.
+    """
 
     def whole(x):
         return pl.BlockSpec(x.shape, lambda *_: (0,) * len(x.shape))
@@ -63,10 +67,10 @@ def log2(x: int) -> int:
 
 
 def cache_tile(table_ref, sequence, start, limit, *, block_size: int, block_k: int):
-    """Where tokens start to start + block_k of a sequence lie: their block and their offset in it, as indices of the cache.
+    """Where tokens start to start + block_k of a sequence lie: (blocks, offsets in them), as indices of the cache.
 
-    start is a multiple of block_k. A tile inside one block is a slice, else every token has its own index. Tokens from limit on
-    may have no block, so their table entry is not read.
+    start is a multiple of block_k. A tile inside one block is a slice, else every token has its own index. Tokens from
+    limit on may have no block, so their table entry is not read.
     """
     block, offset = start >> log2(block_size), start & (block_size - 1)
     if block_k <= block_size:
@@ -77,7 +81,7 @@ def cache_tile(table_ref, sequence, start, limit, *, block_size: int, block_k: i
 
 
 def load_tile(cache_ref, blocks, head, offsets, mask=None) -> jax.Array:
-    """[block_k, H] keys or values of one kv head at cache_tile's (blocks, offsets); zeros where mask [block_k] is False."""
+    """[block_k, H] keys or values of a kv head at cache_tile's (blocks, offsets), zeros where not mask [block_k]."""
     head_dim = cache_ref.shape[-1]
     if isinstance(offsets, pl.Slice):
         ref = cache_ref.at[blocks, head, offsets, :]
@@ -94,19 +98,38 @@ def spread(column: jax.Array, shape: tuple[int, int]) -> jax.Array:
 
 
 def softmax_start(rows: int, head_dim: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(acc [R, H], m [R], l [R]) before the first tile of keys: weighted sum of values, highest score, sum of weights."""
+    """(acc [R, H], m [R], l [R]) before any key: weighted sum of values, highest score, sum of weights."""
     acc = jnp.zeros((rows, head_dim), jnp.float32)
     return acc, jnp.full((rows,), NEG_INF, jnp.float32), jnp.zeros((rows,), jnp.float32)
 
 
-def softmax_step(state, scores: jax.Array, v: jax.Array, scale: float):
-    """Take in one more tile of keys: scores [R, block_k] not yet scaled, v [block_k, H] (flash attention's online softmax)."""
+def softmax_step(state, scores: jax.Array, v: jax.Array, *, scale: float, fused_exp2: bool):
+    """Take in a tile of keys: scores [R, block_k] not yet scaled, v [block_k, H] (Milakov and Gimelshein 2018)."""
     acc, m, l = state
     m_new = jnp.maximum(m, scores.max(axis=1))
-    to_exponent = scale * LOG2E  # a weight is exp2(score * to_exponent - m * to_exponent): one multiply-add, one exp2
-    p = jnp.exp2(scores * to_exponent - (m_new * to_exponent)[:, None])
-    alpha = jnp.exp2((m - m_new) * to_exponent)
+    to_exponent = scale * LOG2E
+    shift = m_new * -to_exponent
+    p = exp2_of_line(scores, to_exponent, shift[:, None], fused_exp2)
+    alpha = exp2_of_line(m, to_exponent, shift, fused_exp2)
     return acc * alpha[:, None] + dot(p.astype(v.dtype), v), m_new, l * alpha + p.sum(axis=1)
+
+
+def exp2_of_line(x: jax.Array, slope: float, shift: jax.Array, fused: bool) -> jax.Array:
+    """exp2(x * slope + shift) in float32 as one multiply-add and one exp2 instruction, denormals to zero.
+
+    Triton on its own makes seven instructions of it, and prefill has one of these for every score. The fused form is
+    assembly for the GPU, so an interpreted kernel takes the other.
+    """
+    if not fused:
+        return jnp.exp2(x * slope + shift)
+    [y] = plgpu.elementwise_inline_asm(
+        "{ .reg .f32 line; fma.rn.f32 line, $1, $2, $3; ex2.approx.ftz.f32 $0, line; }",
+        args=[x, jnp.full_like(x, slope), jnp.broadcast_to(shift, x.shape)],
+        constraints="=f,f,f,f",
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.float32)],
+    )
+    return y
 
 
 def softmax_end(state) -> jax.Array:
@@ -116,8 +139,10 @@ def softmax_end(state) -> jax.Array:
 
 
 def prefill_tiles(query_starts: jax.Array, context_lens: jax.Array, tokens: int, block_q: int):
-    """Cut T tokens into tiles of at most block_q, each of one sequence. Returns int32 arrays [tiles]: its sequence, its first
-    row of the T, how many rows it has (0: an unused tile), and its first token's position in the sequence.
+    """Cut T tokens into tiles of at most block_q, each of one sequence.
+
+    Returns int32 arrays [tiles]: a tile's sequence, its first row of the T, how many rows it has (0: an unused tile),
+    and its first token's position in the sequence.
 
     The rows past the last sequence are cut as well, as a sequence P without context: their positions are below 0.
     Example: query_starts [0, 5, 7], T 8, block_q 4 -> rows (0, 4, 5, 7), counts (4, 1, 2, 1) and one unused tile.

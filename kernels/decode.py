@@ -1,7 +1,7 @@
 """Pallas kernels: attention of one token per sequence over the paged cache, split over long contexts.
 
-Flash-decoding (Dao et al. 2023): where batch times kv heads is too little to fill the GPU, several programs share a context, each
-leaving a normalised partial result and the log2 of its weights' sum; a second kernel combines them.
+Flash-decoding (Dao et al. 2023): where batch times kv heads is too little to fill the GPU, several programs share a
+context, each leaving a normalised partial result and the log2 of its weights' sum; a second kernel combines them.
 Shapes: B sequences, N query heads, K kv heads, G = N / K, H head_dim, S splits.
 """
 
@@ -14,15 +14,23 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from .common import (
-    LOG2E, NEG_INF, cache_tile, dot, load_tile, pallas_call, softmax_end, softmax_start, softmax_step, spread,
+    LOG2E,
+    NEG_INF,
+    SMS,
+    cache_tile,
+    dot,
+    load_tile,
+    pallas_call,
+    softmax_end,
+    softmax_start,
+    softmax_step,
 )
 
-SMS = 132  # of an H100 or H200
-PROGRAMS = 4 * SMS  # enough to fill it, with some in reserve for contexts of unequal length
+PROGRAMS = 2048  # to have in flight or waiting: enough to fill the GPU evenly with contexts of unequal length
 
 
 class Tiles(NamedTuple):
-    """How the work is cut: keys to a tile, programs to a context and tiles to each of them at least, warps, pipeline depth."""
+    """How the work is cut: keys to a tile, programs to a context, tiles to each at least, warps, pipeline depth."""
 
     block_k: int
     splits: int
@@ -32,11 +40,12 @@ class Tiles(NamedTuple):
 
 
 def default_tiles(batch: int, kv_heads: int, head_dim: int, max_context: int, dtype: jnp.dtype) -> Tiles:
-    """The fastest settings measured on an H200."""
-    block_k = max(16, min(128, 16384 // (head_dim * jnp.dtype(dtype).itemsize)))  # 16 KiB of keys
-    wanted = pl.next_power_of_2(pl.cdiv(PROGRAMS, batch * kv_heads))
-    splits = min(wanted, 64, pl.next_power_of_2(pl.cdiv(max_context, block_k)))
-    return Tiles(block_k=block_k, splits=splits, min_tiles=1 if batch * kv_heads < SMS else 4, num_warps=4, num_stages=3)
+    """Settings for an H200: 16 KiB of keys to a tile, and splits where the batch leaves SMs idle."""
+    size = jnp.dtype(dtype).itemsize
+    block_k = max(16, min(128, 16384 // (head_dim * size)))
+    programs = batch * kv_heads
+    splits = min(pl.next_power_of_2(pl.cdiv(PROGRAMS, programs)), 64, pl.next_power_of_2(pl.cdiv(max_context, block_k)))
+    return Tiles(block_k, splits, min_tiles=1 if programs < SMS else 4, num_warps=8 if size == 4 else 4, num_stages=3)
 
 
 def _tiles_per_split(context, *, block_k, splits, min_tiles):
@@ -45,7 +54,10 @@ def _tiles_per_split(context, *, block_k, splits, min_tiles):
     return tiles, jnp.maximum(lax.div(tiles + (splits - 1), jnp.int32(splits)), min_tiles)
 
 
-def _decode_kernel(q_ref, k_ref, v_ref, table_ref, context_ref, o_ref, *lse_ref, block_size, rows, scale, block_k, splits, min_tiles):
+def _decode_kernel(
+    *refs, block_size: int, rows: int, scale: float, block_k: int, splits: int, min_tiles: int, fused_exp2: bool
+):
+    q_ref, k_ref, v_ref, table_ref, context_ref, o_ref, *lse_ref = refs
     b, head, split = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     heads, head_dim = q_ref.shape[1:]
     group = heads // k_ref.shape[1]
@@ -66,7 +78,8 @@ def _decode_kernel(q_ref, k_ref, v_ref, table_ref, context_ref, o_ref, *lse_ref,
             blocks, offsets = cache_tile(table_ref, b, start, context, block_size=block_size, block_k=block_k)
             scores = dot(q, load_tile(k_ref, blocks, head, offsets, valid), trans_b=True)
             scores = jnp.where(valid[None, :], scores, NEG_INF)
-            return softmax_step(state, scores, load_tile(v_ref, blocks, head, offsets, valid), scale)
+            v = load_tile(v_ref, blocks, head, offsets, valid)
+            return softmax_step(state, scores, v, scale=scale, fused_exp2=fused_exp2)
 
         return lax.fori_loop(first, last, step, softmax_start(rows, head_dim))
 
@@ -86,7 +99,6 @@ def _decode_kernel(q_ref, k_ref, v_ref, table_ref, context_ref, o_ref, *lse_ref,
 def _combine_kernel(part_ref, lse_ref, context_ref, o_ref, *, rows, **cut):
     """Sum a query head's S partial results, weighted by their share of the softmax's denominator."""
     b, head = pl.program_id(0), pl.program_id(1)
-    head_dim = o_ref.shape[-1]
     tiles, per_split = _tiles_per_split(context_ref[b], **cut)
     live = jnp.arange(rows, dtype=jnp.int32) < lax.div(tiles + per_split - 1, per_split)
     lse = plgpu.load(lse_ref.at[b, pl.ds(0, rows), head], mask=live, other=NEG_INF)
@@ -124,6 +136,7 @@ def paged_decode_attention(
         block_size=block_size,
         rows=max(16, pl.next_power_of_2(heads // kv_heads)),
         scale=scale,
+        fused_exp2=not interpret,
         **cut,
     )
     if tiles.splits > 1:

@@ -1,7 +1,7 @@
 """Pallas kernel: causal attention of new tokens against the paged cache, one tile of query tokens a program.
 
-Flash attention (Dao et al. 2022) with the keys read through block tables (vLLM's PagedAttention, Kwon et al. 2023). All G query
-heads of a kv head share a tile: row r of it is query token r // G, head r % G, so that any G fills the tensor cores.
+Flash attention (Dao et al. 2022) with the keys read through block tables (PagedAttention, Kwon et al. 2023). All G
+query heads of a kv head share a tile: its row r is query token r // G, head r % G, so that any G fills tensor cores.
 Shapes: T tokens, P sequences, N query heads, K kv heads, G = N / K, H head_dim.
 """
 
@@ -15,12 +15,22 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from .common import (
-    NEG_INF, cache_tile, dot, load_tile, pallas_call, prefill_tiles, softmax_end, softmax_start, softmax_step, spread,
+    NEG_INF,
+    SMS,
+    cache_tile,
+    dot,
+    load_tile,
+    pallas_call,
+    prefill_tiles,
+    softmax_end,
+    softmax_start,
+    softmax_step,
+    spread,
 )
 
 
 class Tiles(NamedTuple):
-    """How the work is cut: rows (query tokens times G) and keys to a tile, and the program's warps and pipeline depth."""
+    """How the work is cut: rows (query tokens times G) and keys to a tile, a program's warps and pipeline depth."""
 
     rows: int
     block_k: int
@@ -28,14 +38,17 @@ class Tiles(NamedTuple):
     num_stages: int
 
 
-def default_tiles(group: int, head_dim: int, block_size: int, dtype: jnp.dtype) -> Tiles:
-    """The fastest settings measured on an H200."""
-    if jnp.dtype(dtype).itemsize == 4:
-        return Tiles(rows=max(32, pl.next_power_of_2(group)), block_k=32, num_warps=4, num_stages=2)
-    return Tiles(rows=128, block_k=64 if head_dim <= 128 else 32, num_warps=8, num_stages=2)
+def default_tiles(tokens: int, heads: int, group: int, head_dim: int, dtype: jnp.dtype) -> Tiles:
+    """Settings for an H200: 128 rows to a tile, so that keys are loaded rarely, or 64 where that leaves SMs idle."""
+    at_least = pl.next_power_of_2(group)
+    if jnp.dtype(dtype).itemsize == 4:  # exact products run outside the tensor cores and need many registers
+        return Tiles(rows=max(32, at_least), block_k=32 if head_dim <= 128 else 16, num_warps=8, num_stages=2)
+    if tokens * heads < 2 * SMS * 128:
+        return Tiles(rows=max(64, at_least), block_k=64 if head_dim <= 128 else 32, num_warps=4, num_stages=3)
+    return Tiles(rows=max(128, at_least), block_k=128 if head_dim <= 128 else 32, num_warps=8, num_stages=3)
 
 
-def _prefill_kernel(q_ref, k_ref, v_ref, table_ref, tile_ref, o_ref, *, block_size, block_k, rows, scale):
+def _prefill_kernel(q_ref, k_ref, v_ref, table_ref, tile_ref, o_ref, *, block_size, block_k, rows, scale, fused_exp2):
     tiles, heads, head_dim = tile_ref.shape[0], q_ref.shape[1], q_ref.shape[2]
     group = heads // k_ref.shape[1]
     tile = tiles - 1 - pl.program_id(0)  # a sequence's last tiles see most keys: they start first
@@ -53,15 +66,17 @@ def _prefill_kernel(q_ref, k_ref, v_ref, table_ref, tile_ref, o_ref, *, block_si
         q = plgpu.load(q_ref.at[at], mask=live[:, None], other=0)
         end = jnp.maximum(position + count, 0)  # keys from here on are beyond every query of the tile
 
+        take_in = functools.partial(softmax_step, scale=scale, fused_exp2=fused_exp2)
+
         def step(i, state, diagonal):
             start = i * block_k
             blocks, offsets = cache_tile(table_ref, sequence, start, end, block_size=block_size, block_k=block_k)
             scores = dot(q, load_tile(k_ref, blocks, head, offsets), trans_b=True)
             key = start + jnp.arange(block_k, dtype=jnp.int32)
             if not diagonal:
-                return softmax_step(state, scores, load_tile(v_ref, blocks, head, offsets), scale)
+                return take_in(state, scores, load_tile(v_ref, blocks, head, offsets))
             scores = jnp.where(key[None, :] <= (position + token)[:, None], scores, NEG_INF)
-            return softmax_step(state, scores, load_tile(v_ref, blocks, head, offsets, key < end), scale)
+            return take_in(state, scores, load_tile(v_ref, blocks, head, offsets, key < end))
 
         # Tiles of keys that the first query sees whole need no mask.
         whole = lax.div(jnp.maximum(position + 1, 0), jnp.int32(block_k))
@@ -83,11 +98,11 @@ def paged_prefill_attention(
     tiles: Tiles | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """nanovllm_jax.kernels.paged_prefill_attention as one kernel, and a few jnp operations that are the same in every layer."""
+    """nanovllm_jax.kernels.paged_prefill_attention as one kernel, and jnp operations that every layer shares."""
     tokens, heads, head_dim = q.shape
     kv_heads, block_size = k_cache.shape[1:3]
     group = heads // kv_heads
-    tiles = tiles or default_tiles(group, head_dim, block_size, q.dtype)
+    tiles = tiles or default_tiles(tokens, heads, group, head_dim, q.dtype)
     tile_table = jnp.stack(prefill_tiles(query_starts, context_lens, tokens, tiles.rows // group), axis=1)
     [out] = pallas_call(
         _prefill_kernel,
@@ -101,5 +116,6 @@ def paged_prefill_attention(
         block_k=tiles.block_k,
         rows=tiles.rows,
         scale=scale,
+        fused_exp2=not interpret,
     )
     return out

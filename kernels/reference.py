@@ -1,9 +1,8 @@
 """The kernels' oracles in plain jnp: same signatures, float32 throughout. They are what a CPU runs.
 
-Shapes: T tokens, B sequences (rows), P sequences in prefill, N query heads, K kv heads, G = N / K, H head_dim, W table width.
+Shapes: T tokens, B sequences, N query heads, K kv heads, G = N / K, H head_dim, S tokens of a block.
 """
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -18,6 +17,30 @@ def store_kv(k, v, slot_mapping, k_cache, v_cache):
     block = jnp.where(slot_mapping < 0, num_blocks, slot_mapping // block_size)  # past the end: the write is dropped
     offset = slot_mapping % block_size
     return k_cache.at[block, :, offset].set(k, mode="drop"), v_cache.at[block, :, offset].set(v, mode="drop")
+
+
+def norm_rope_store(qkv, q_gain, k_gain, cos, sin, slot_mapping, k_cache, v_cache, *, eps):
+    """See nanovllm_jax.kernels.norm_rope_store."""
+    q, k, v = qkv[:, :, :-2], qkv[:, :, -2], qkv[:, :, -1]
+    q = q.reshape(len(q), -1, q.shape[-1])
+    q, k = (_rope(_rms_norm(x, gain, eps), cos[:, None], sin[:, None]) for x, gain in ((q, q_gain), (k, k_gain)))
+    return q, *store_kv(k, v, slot_mapping, k_cache, v_cache)
+
+
+def add_norm(x, delta, gain, *, eps):
+    """See nanovllm_jax.kernels.add_norm."""
+    return x + delta, _rms_norm(x + delta, gain, eps)
+
+
+def _rms_norm(x, gain, eps):
+    wide = x.astype(jnp.float32)
+    scale = lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return (wide * scale).astype(x.dtype) * gain
+
+
+def _rope(x, cos, sin):
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1).astype(x.dtype)
 
 
 def paged_decode_attention(q, k_cache, v_cache, block_tables, context_lens, *, scale):
@@ -44,9 +67,9 @@ def paged_prefill_attention(q, k_cache, v_cache, block_tables, query_starts, con
 
 
 def _attend(q, k_cache, v_cache, block_tables, positions, scale):
-    """Attention of query [b, t] (q [B, T, N, H]) over keys 0 to positions[b, t] of sequence b, block after block of the cache.
+    """Attention of query [b, t] (q [B, T, N, H]) over keys 0 to positions[b, t] of sequence b, block after block.
 
-    Time and memory go with the longest context in the call, not with the table's width or the pool. Returns [B, T, N, H].
+    Time goes with the longest context in the call, not with the table's width or the pool. Returns [B, T, N, H].
     """
     num_blocks, kv_heads, block_size, head_dim = k_cache.shape
     rows, queries, heads, _ = q.shape

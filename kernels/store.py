@@ -29,13 +29,15 @@ def default_tiles(tokens: int) -> Tiles:
 def _store_kernel(k_ref, v_ref, slot_ref, _k_in, _v_in, k_cache_ref, v_cache_ref, *, tile, heads, block_size):
     total, kv_heads, head_dim = k_ref.shape
     shape = (tile, heads, head_dim)  # heads: kv_heads, rounded up to a power of two
-    token, head, column = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in range(3))
-    token = token + pl.program_id(0) * tile
-    in_range = (token < total) & (head < kv_heads)
-    slot = plgpu.load(slot_ref.at[token], mask=in_range, other=-1)
-    live = slot >= 0
-    source = (token, head, column)
-    target = (slot >> log2(block_size), head, slot & (block_size - 1), column)
+    token = pl.program_id(0) * tile + jnp.arange(tile, dtype=jnp.int32)
+    slot = plgpu.load(slot_ref.at[token], mask=token < total, other=-1)
+    head, column = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (1, 2))
+    token, block, offset, slot = (
+        jnp.broadcast_to(x[:, None, None], shape)
+        for x in (token, slot >> log2(block_size), slot & (block_size - 1), slot)
+    )
+    live = (slot >= 0) & (head < kv_heads)
+    source, target = (token, head, column), (block, head, offset, column)
     for new_ref, cache_ref in ((k_ref, k_cache_ref), (v_ref, v_cache_ref)):
         plgpu.store(cache_ref.at[target], plgpu.load(new_ref.at[source], mask=live, other=0), mask=live)
 

@@ -1,6 +1,7 @@
 """Shared by all tests: a compilation cache, and small random checkpoints written by transformers itself."""
 
 import json
+import os
 
 import jax
 import pytest
@@ -96,3 +97,9 @@ def checkpoint(tmp_path_factory):
         return made[name]
 
     return make
+
+
+def pytest_configure(config):
+    """On a GPU, leave half of it to the transformers processes that the tests compare with."""
+    if config.getoption("-m") == "gpu":
+        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.5")

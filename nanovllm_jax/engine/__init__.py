@@ -1,0 +1,1 @@
+"""The engine: what runs next, packed into arrays, run on the device."""

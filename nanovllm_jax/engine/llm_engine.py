@@ -6,8 +6,11 @@ from collections import deque
 from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass, replace
 from itertools import count
+from numbers import Integral
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from nanovllm_jax.checkpoints.load import find_checkpoint
 from nanovllm_jax.checkpoints.tokenizer import load_tokenizer, stop_token_ids
@@ -77,17 +80,14 @@ class LLMEngine:
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
             raise TypeError(f"sampling_params must be a SamplingParams, not {params!r}")
-        if request_id is not None and request_id in self._requests:
+        if request_id is not None and not isinstance(request_id, str):
+            raise TypeError(f"request_id must be a string or None, not {request_id!r}")
+        if request_id in self._requests:
             raise ValueError(f"request_id {request_id!r} is in use by a request that has not finished")
         text, tokens = self._tokenize(prompt)
         if not tokens:
             raise ValueError(f"the prompt {prompt!r} has no tokens; give at least one")
-        vocab_size = self.model_config.vocab_size
-        for token in tokens:
-            if type(token) is not int:
-                raise TypeError(f"prompt token ids must be integers, not {token!r}")
-            if not 0 <= token < vocab_size:
-                raise ValueError(f"prompt token id {token} is not in the vocabulary: 0 to {vocab_size - 1}")
+        tokens = _check_token_ids(tokens, self.model_config.vocab_size)
         if len(tokens) >= self.max_model_len:
             raise ValueError(
                 f"the prompt has {len(tokens)} tokens; with one generated token it must fit in max_model_len="
@@ -103,7 +103,13 @@ class LLMEngine:
 
     def add_requests(self, prompts: Sequence_[Prompt], params: Sequence_[SamplingParams | None]) -> list[str]:
         """Queue all of these requests, or, where one of them is refused, none."""
-        requests = [self.check_request(prompt, p) for prompt, p in zip(prompts, params, strict=True)]
+        requests = []
+        for prompt, param in zip(prompts, params, strict=True):
+            try:
+                requests.append(self.check_request(prompt, param))
+            except (TypeError, ValueError) as error:
+                error.add_note(f"This is prompt {len(requests)} of {len(prompts)}, counted from 0; none was started.")
+                raise
         return [self._add(request) for request in requests]
 
     def abort_request(self, request_id: str) -> None:
@@ -117,17 +123,28 @@ class LLMEngine:
         return bool(self._requests or self._in_flight)
 
     def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        """The prompt's text, where it is given as text, and its token ids."""
+        key, value = None, prompt
         if isinstance(prompt, dict):
             if set(prompt) not in ({"prompt_token_ids"}, {"prompt"}):
-                raise ValueError(f"a prompt dict has the key 'prompt_token_ids' or 'prompt', not {sorted(prompt)}")
-            (prompt,) = prompt.values()
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ValueError("the checkpoint has no tokenizer: give the prompt as a list of token ids")
-            return prompt, self.tokenizer.encode(prompt)
-        if isinstance(prompt, (list, tuple)):
-            return None, list(prompt)
-        raise TypeError(f"a prompt is a string, a list of token ids or a dict, not {prompt!r}")
+                raise ValueError(f"a prompt dict has the key 'prompt_token_ids' or 'prompt', not {list(prompt)}")
+            ((key, value),) = prompt.items()
+        if isinstance(value, np.ndarray):
+            value = value.tolist()
+        if isinstance(value, str) and key != "prompt_token_ids":
+            return value, self._encode(value)
+        if isinstance(value, (list, tuple)) and key != "prompt":
+            return None, list(value)
+        raise TypeError(f'a prompt is a string, a list of token ids or {{"prompt_token_ids": [...]}}, not {prompt!r}')
+
+    def _encode(self, text: str) -> list[int]:
+        if self.tokenizer is None:
+            raise ValueError("the checkpoint has no tokenizer: give the prompt as a list of token ids")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # half a surrogate pair, which no tokenizer takes
+            raise ValueError(f"the prompt {text!r} is not valid Unicode text: {error}") from error
+        return self.tokenizer.encode(text)
 
     def _add(self, request: Request) -> str:
         seq_id = next(self._seq_ids)
@@ -192,3 +209,16 @@ class LLMEngine:
             outputs=[CompletionOutput(0, text, tokens, seq.finish_reason)],
             num_cached_tokens=seq.num_cached_tokens,
         )
+
+
+def _check_token_ids(tokens: list, vocab_size: int) -> list[int]:
+    """Python integers, all in the vocabulary. A prompt may have 100,000: the good ones never meet a Python loop."""
+    if set(map(type, tokens)) != {int}:
+        for token in tokens:
+            if isinstance(token, bool) or not isinstance(token, Integral):
+                raise TypeError(f"prompt token ids must be integers, not {token!r}")
+        tokens = list(map(int, tokens))  # NumPy's
+    if min(tokens) < 0 or max(tokens) >= vocab_size:
+        wrong = next(token for token in tokens if not 0 <= token < vocab_size)
+        raise ValueError(f"prompt token id {wrong} is not in the vocabulary: 0 to {vocab_size - 1}")
+    return tokens

@@ -182,7 +182,9 @@ class ModelRunner:
         start = time.perf_counter()
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             # Tracing holds the interpreter, compiling does not: each program compiles while the next is traced.
-            compiling = {shape: pool.submit(self._lower(shape).compile) for shape in shapes}
+            compiling = {
+                shape: pool.submit(self._lower(shape).compile, self._compiler_options(shape)) for shape in shapes
+            }
             self.programs: dict[BatchShape, Callable] = {shape: job.result() for shape, job in compiling.items()}
         workspace = max(program.memory_analysis().temp_size_in_bytes for program in self.programs.values())
         logger.info(
@@ -192,6 +194,12 @@ class ModelRunner:
             workspace / GIB,
         )
         return workspace
+
+    def _compiler_options(self, shape: BatchShape) -> dict[str, bool]:
+        """XLA flags for one program: measured on an H200, see docs/performance.md."""
+        if not self.on_gpu or shape.decode_rows + shape.prefill_tokens <= 32:
+            return {}  # XLA's own kernels are the faster ones for a few rows
+        return {"xla_gpu_enable_triton_gemm": False, "xla_gpu_enable_cublaslt": True}
 
     def _lower(self, shape: BatchShape):
         caches, last_tokens = self._cache_layout()

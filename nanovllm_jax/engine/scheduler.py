@@ -121,7 +121,6 @@ class Scheduler:
 
         May be empty: nothing is left to do, or nothing can be done before the tokens of dispatched steps are read.
         """
-        num_preemptions = self.num_preemptions
         decoding, prefilling = [], []
         for seq in self.running.values():
             if seq.status is PREFILL:
@@ -136,8 +135,7 @@ class Scheduler:
         for seq in prefilling:
             if seq.status is PREFILL:  # else a decode has preempted it
                 budget -= self._schedule_chunk(schedule, seq, budget)
-        if num_preemptions == self.num_preemptions:  # else blocks are short: what was freed is for those who run
-            self._schedule_admissions(schedule, budget)
+        self._schedule_admissions(schedule, budget)
         return schedule
 
     def update(self, schedule: Schedule, decode_tokens: list[int], prefill_tokens: list[int]) -> list[Sequence]:
@@ -211,7 +209,10 @@ class Scheduler:
         self.waiting.move_to_end(seq.seq_id, last=False)
 
     def _schedule_admissions(self, schedule: Schedule, budget: int) -> None:
-        """Admit waiting sequences in order while budget, slots and blocks last; nobody overtakes the first."""
+        """Admit waiting sequences in order while budget, slots and blocks last; nobody overtakes the first.
+
+        A step that preempts admits nobody: its last victim is first in line, and needs more than what it freed.
+        """
         while budget and self.waiting and self._free_slots:
             seq = next(iter(self.waiting.values()))
             if seq.num_pending or not self._admit(seq):  # preempted, and its last tokens are still on their way

@@ -1,7 +1,8 @@
 """What a decoder layer may attend with: a paged cache when serving, plain causal attention when training.
 
-An `attend` is called as attend(q, k, v, cache) -> (output, cache), with q [..., N, H] and k, v [..., K, H].
-N query heads, K kv heads, H head_dim, B decode rows, T prefill tokens, P prefill sequences, W table width.
+An `attend` is called as attend(qkv, q_norm, k_norm, cos, sin, cache) -> (output [..., N, H], cache). It gets the raw
+projection qkv [..., K, G + 2, H] (each kv head's queries, key and value together), since normalising, rotating and
+storing them is one kernel when serving. N query heads, G = N / K, K kv heads, H head_dim, B decode rows, T prefill tokens, P prefill sequences, W table width.
 """
 
 from dataclasses import dataclass, field
@@ -13,7 +14,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as Spec
 
-from nanovllm_jax.kernels import paged_decode_attention, paged_prefill_attention, store_kv
+from nanovllm_jax.kernels import norm_rope_store, paged_decode_attention, paged_prefill_attention
+from nanovllm_jax.layers.norm import RMSNorm
+from nanovllm_jax.layers.rope import apply_rope
 from nanovllm_jax.parallel.sharding import MODEL_AXIS
 
 
@@ -55,31 +58,32 @@ class PagedAttention:
     mesh: Mesh | None = field(default=None)
     """Set when heads are sharded: each device then attends with its own heads."""
 
-    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
-        """q [B + T, N, H], k and v [B + T, K, H] -> output [B + T, N, H] and the cache with k and v stored."""
+    def __call__(self, qkv, q_norm: RMSNorm, k_norm: RMSNorm, cos, sin, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        """qkv [B + T, K, G + 2, H] -> output [B + T, N, H] and the cache with the new keys and values stored."""
+        args = qkv, q_norm, k_norm, cos, sin, cache
         if self.mesh is None:
-            return self._attend(q, k, v, cache)
+            return self._attend(*args)
         heads, pages = Spec(None, MODEL_AXIS), KVCache(Spec(None, MODEL_AXIS), Spec(None, MODEL_AXIS))
         sharded = jax.shard_map(
             lambda plan, *args: plan._attend(*args),
             mesh=self.mesh,
-            in_specs=(Spec(), heads, heads, heads, pages),
+            in_specs=(Spec(), heads, Spec(), Spec(), Spec(), Spec(), pages),
             out_specs=(heads, pages),
             check_vma=False,
         )
-        return sharded(self, q, k, v, cache)
+        return sharded(self, *args)
 
-    def _attend(self, q, k, v, cache):
-        cache = KVCache(*store_kv(k, v, self.slot_mapping, *cache))
+    def _attend(self, qkv, q_norm, k_norm, cos, sin, cache):
+        gains, angles = (q_norm.weight[...], k_norm.weight[...]), (cos[:, 0], sin[:, 0])
+        q, *cache = norm_rope_store(qkv, *gains, *angles, self.slot_mapping, *cache, eps=q_norm.eps)
         rows, scale, outputs = self.decode_tables.shape[0], q.shape[-1] ** -0.5, []
         if rows:
-            outputs.append(
-                paged_decode_attention(q[:rows], *cache, self.decode_tables, self.decode_context_lens, scale=scale)
-            )
+            lens = self.decode_context_lens
+            outputs.append(paged_decode_attention(q[:rows], *cache, self.decode_tables, lens, scale=scale))
         if q.shape[0] > rows:
             lens = self.query_starts, self.prefill_context_lens
             outputs.append(paged_prefill_attention(q[rows:], *cache, self.prefill_tables, *lens, scale=scale))
-        return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs), cache
+        return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs), KVCache(*cache)
 
 
 @jax.tree_util.register_dataclass
@@ -87,9 +91,11 @@ class PagedAttention:
 class CausalAttention:
     """Every token attends to itself and those before it; nothing is cached. For training and scoring whole texts."""
 
-    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, cache: None = None) -> tuple[jax.Array, None]:
-        """q [..., T, N, H], k and v [..., T, K, H] -> output like q."""
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True), cache
+    def __call__(self, qkv, q_norm: RMSNorm, k_norm: RMSNorm, cos, sin, cache: None) -> tuple[jax.Array, None]:
+        """qkv [..., T, K, G + 2, H] -> output [..., T, N, H]."""
+        q, k, v = qkv[..., :-2, :], qkv[..., -2, :], qkv[..., -1, :]
+        q = apply_rope(q_norm(q.reshape(*q.shape[:-3], -1, q.shape[-1])), cos, sin)
+        return jax.nn.dot_product_attention(q, apply_rope(k_norm(k), cos, sin), v, is_causal=True), None
 
 
 causal_attention = CausalAttention()

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from nanovllm_jax.kernels import add_norm
 from nanovllm_jax.layers.linear import param
 
 
@@ -20,3 +21,9 @@ class RMSNorm(nnx.Module):
         wide = x.astype(jnp.float32)
         scale = lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
         return (wide * scale).astype(x.dtype) * self.weight[...]
+
+    def add(self, x: jax.Array, delta: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """x and delta [..., features] -> their sum, and its norm, in one pass over memory."""
+        rows = [array.reshape(-1, x.shape[-1]) for array in (x, delta)]
+        total, normed = add_norm(*rows, self.weight[...], self.eps)
+        return total.reshape(x.shape), normed.reshape(x.shape)

@@ -14,9 +14,9 @@ from nanovllm_jax.config import ModelConfig
 from nanovllm_jax.layers.embedding import Embedding
 from nanovllm_jax.layers.linear import Linear
 from nanovllm_jax.layers.norm import RMSNorm
-from nanovllm_jax.layers.rope import apply_rope, rope_angles
+from nanovllm_jax.layers.rope import rope_angles
 
-Attend = Callable  # attend(q, k, v, cache) -> (output, cache); see layers.attention
+Attend = Callable  # attend(qkv, q_norm, k_norm, cos, sin, cache) -> (output, cache); see layers.attention
 
 
 class Attention(nnx.Module):
@@ -41,12 +41,8 @@ class Attention(nnx.Module):
     def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, cache, attend: Attend):
         """x [T, D] -> [T, D] and the cache."""
         qkv = self.qkv_proj(x)  # (T, K, G + 2, H)
-        q, k, v = qkv[..., :-2, :], qkv[..., -2, :], qkv[..., -1, :]
-        q = q.reshape(*x.shape[:-1], -1, q.shape[-1])  # (T, N, H)
-        q = apply_rope(self.q_norm(q), cos, sin)
-        k = apply_rope(self.k_norm(k), cos, sin)  # (T, K, H)
         with jax.named_scope("attend"):
-            out, cache = attend(q, k, v, cache)  # (T, N, H)
+            out, cache = attend(qkv, self.q_norm, self.k_norm, cos, sin, cache)  # (T, N, H)
         return self.o_proj(out.reshape(*x.shape[:-1], -1)), cache
 
 
@@ -73,14 +69,15 @@ class DecoderLayer(nnx.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
         self.mlp = MLP(config, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, cache, attend: Attend):
-        """x [T, D] -> [T, D] and the cache."""
+    def __call__(self, residual: jax.Array, x: jax.Array, cos: jax.Array, sin: jax.Array, cache, attend: Attend):
+        """residual and x [T, D], whose sum is the residual stream -> the same two after this layer, and the cache."""
         with jax.named_scope("attention"):
-            attended, cache = self.self_attn(self.input_layernorm(x), cos, sin, cache, attend)
-            x = x + attended
+            residual, x = self.input_layernorm.add(residual, x)
+            x, cache = self.self_attn(x, cos, sin, cache, attend)
         with jax.named_scope("mlp"):
-            x = x + self.mlp(self.post_attention_layernorm(x))
-        return x, cache
+            residual, x = self.post_attention_layernorm.add(residual, x)
+            x = self.mlp(x)
+        return residual, x, cache
 
 
 # A module is a pytree, and the layers differ only in their arrays: the inner jit traces one of them for all.
@@ -107,11 +104,11 @@ class Qwen3ForCausalLM(nnx.Module):
         """
         x = self.embed_tokens(tokens)  # (T, D)
         cos, sin = rope_angles(positions, self.config.rope, self.config.head_dim)
-        new_caches = []
+        residual, new_caches = jnp.zeros_like(x), []
         for layer, cache in zip(self.layers, caches or [None] * len(self.layers), strict=True):
-            x, cache = _run_layer(layer, x, cos, sin, cache, attend)
+            residual, x, cache = _run_layer(layer, residual, x, cos, sin, cache, attend)
             new_caches.append(cache)
-        return self.norm(x), new_caches
+        return self.norm.add(residual, x)[1], new_caches
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Hidden [..., D] -> [..., V] float32."""

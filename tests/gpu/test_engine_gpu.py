@@ -1,0 +1,142 @@
+"""The whole engine on a GPU in bfloat16, against transformers on the same GPU. Real Qwen3 shapes, random weights."""
+
+import gc
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nanovllm_jax import LLM, SamplingParams
+from nanovllm_jax.layers.attention import KVCache, PagedAttention
+
+pytestmark = pytest.mark.gpu
+
+SIZES = {  # published configs; the vocabulary is Qwen3's
+    "0.6B": dict(hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
+                 tie_word_embeddings=True),
+    "4B": dict(hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32,
+               tie_word_embeddings=True),
+    "8B": dict(hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32),
+}  # fmt: skip
+COMMON = dict(num_key_value_heads=8, head_dim=128, vocab_size=151936, max_position_embeddings=40960,
+              rope_parameters=dict(rope_type="default", rope_theta=1e6), eos_token_id=151645)  # fmt: skip
+GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+NOISE = 0.06  # gap in logits under which bfloat16 rounding may turn the order of the top two
+
+
+def reference(*args) -> None:
+    script = Path(__file__).with_name("transformers_reference.py")
+    subprocess.run([sys.executable, str(script), *map(str, args)], check=True)
+
+
+def small_engine(directory, **options):
+    """Few batch shapes and a small pool, so that it starts quickly and leaves the GPU to transformers."""
+    sizes = dict(max_num_seqs=16, max_num_batched_tokens=512, max_model_len=2048, num_kvcache_blocks=128)
+    return LLM(directory, **(sizes | options))
+
+
+@pytest.fixture(scope="module", params=SIZES)
+def checkpoint(request, tmp_path_factory):
+    directory = tmp_path_factory.mktemp(request.param)
+    reference("write", directory, json.dumps(COMMON | SIZES[request.param]))
+    return directory
+
+
+def prompts_of_lengths(*lengths):
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 151000, n).tolist() for n in lengths]
+
+
+def paged_logits(llm, tokens):
+    """Logits of every position, through the kernels: a first chunk, then the rest against the cache."""
+    model = jax.tree.unflatten(llm.runner.treedef, llm.runner.leaves)
+    c = model.config
+    pages = jnp.full((10, c.num_key_value_heads, 256, c.head_dim), jnp.nan, llm.runner.dtype)
+    caches, table, parts = [KVCache(pages, pages)] * c.num_hidden_layers, jnp.array([[7, 2, 9, 4]]), []
+
+    @jax.jit
+    def forward(model, part, positions, caches, attend):
+        hidden, caches = model(part, positions, caches, attend)
+        return model.logits(hidden), caches
+
+    for start, stop in ((0, 300), (300, len(tokens))):
+        positions = jnp.arange(start, stop)
+        attend = PagedAttention(
+            slot_mapping=table[0, positions // 256] * 256 + positions % 256,
+            decode_tables=table[:0],
+            decode_context_lens=jnp.zeros(0, jnp.int32),
+            prefill_tables=table,
+            prefill_context_lens=jnp.array([stop]),
+            query_starts=jnp.array([0, stop - start]),
+        )
+        logits, caches = forward(model, jnp.array(tokens[start:stop]), positions, caches, attend)
+        parts.append(np.asarray(logits))
+    return np.concatenate(parts)
+
+
+def test_transformers_agrees(checkpoint, tmp_path):
+    """Greedy tokens wherever the gap exceeds bfloat16 noise, and the KL divergence of whole distributions."""
+    llm = small_engine(checkpoint)
+    prompts = prompts_of_lengths(1, 17, 256, 300, 512, 700)
+    outputs = [out["token_ids"] for out in llm.generate(prompts, GREEDY, use_tqdm=False)]
+    ours = paged_logits(llm, prompts[-1])
+    del llm
+    gc.collect()
+    sequences = {str(i): np.array(p + o) for i, (p, o) in enumerate(zip(prompts, outputs))}
+    np.savez(tmp_path / "tokens.npz", **sequences)
+    reference("score", checkpoint, tmp_path / "tokens.npz", tmp_path / "logits.npz")
+    checked = 0
+    with np.load(tmp_path / "logits.npz") as logits:
+        for i, (prompt, output) in enumerate(zip(prompts, outputs)):
+            rows = logits[str(i)][len(prompt) - 1 : -1].astype(np.float32)
+            top = np.sort(rows, axis=-1)
+            clear = top[:, -1] - top[:, -2] > NOISE
+            checked += clear.sum()
+            assert (rows.argmax(-1) == output)[clear].all(), f"prompt {i}"
+            assert (top[:, -1] - rows[np.arange(len(output)), output]).max() < NOISE, f"prompt {i}: no near tie"
+        theirs = logits[str(len(prompts) - 1)][: len(prompts[-1])].astype(np.float32)
+    assert checked > 30, "too few positions with a clear winner to say anything"
+    log_p, log_q = (np.asarray(jax.nn.log_softmax(x)) for x in (theirs, ours))
+    kl = (np.exp(log_p) * (log_p - log_q)).sum(-1)
+    print(f"{checked} clear positions, mean KL {kl.mean():.2e}, max {kl.max():.2e}")
+    assert kl.mean() < 1e-3
+
+
+def test_eager_equals_compiled(tmp_path):
+    """Op by op with the kernels, and as one program."""
+    config = COMMON | SIZES["0.6B"] | dict(num_hidden_layers=2, model_type="qwen3", architectures=["Qwen3ForCausalLM"])
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    prompts, outputs = prompts_of_lengths(5, 300), []
+    for eager in (False, True):
+        llm = small_engine(tmp_path, load_format="dummy", dtype="float32", enforce_eager=eager)
+        params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+        outputs.append([out["token_ids"] for out in llm.generate(prompts, params, use_tqdm=False)])
+        del llm
+        gc.collect()
+    assert outputs[0] == outputs[1]
+
+
+def test_full_load(tmp_path):
+    """256 requests of 100 to 1024 tokens in and out, default options: no out-of-memory, nothing compiled on the way."""
+    config = COMMON | SIZES["0.6B"] | dict(model_type="qwen3", architectures=["Qwen3ForCausalLM"])
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    llm = LLM(tmp_path, load_format="dummy")
+    stats = jax.devices()[0].memory_stats()
+    assert stats["bytes_in_use"] < stats["bytes_limit"]
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None
+    )
+    rng = np.random.default_rng(0)
+    prompts = prompts_of_lengths(*rng.integers(100, 1025, 256))
+    params = [SamplingParams(temperature=0.6, max_tokens=int(n), ignore_eos=True) for n in rng.integers(100, 1025, 256)]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    assert [len(out["token_ids"]) for out in outputs] == [p.max_tokens for p in params]
+    assert all(0 <= token < 151936 for out in outputs for token in out["token_ids"])
+    assert not compiled
+    llm.scheduler.check()

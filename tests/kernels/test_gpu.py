@@ -1,0 +1,140 @@
+"""The compiled kernels on a GPU against the float32 oracle: random ragged batches, NaN in every unused slot."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from nanovllm_jax.kernels import (
+    decode,
+    paged_decode_attention,
+    paged_prefill_attention,
+    prefill,
+    reference,
+    store_kv,
+)
+from paged_cases import paged
+
+pytestmark = pytest.mark.gpu
+
+TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 1e-2, jnp.float16: 2e-3}  # of the largest output
+SHAPES = [  # dtype, K, G, H, block_size
+    (jnp.bfloat16, 8, 2, 128, 256),
+    (jnp.bfloat16, 8, 4, 128, 16),
+    (jnp.bfloat16, 8, 5, 128, 256),
+    (jnp.bfloat16, 2, 8, 128, 64),
+    (jnp.bfloat16, 3, 1, 256, 32),
+    (jnp.bfloat16, 4, 3, 64, 128),
+    (jnp.float16, 2, 2, 128, 16),
+    (jnp.float32, 2, 2, 128, 256),
+    (jnp.float32, 1, 5, 64, 16),
+    (jnp.float32, 2, 1, 256, 32),
+]
+CONTEXTS = [3000, 0, 1, 16, 17, 255, 256, 257, 1023, 0, 700]
+RAGGED = [(1024, 1024), (0, 0), (1000, 65), (257, 1), (256, 256), (300, 44), (1, 1)]  # (context, new tokens)
+CHUNKS = [(4000, 1500), (2049, 512)]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Fill free GPU memory that outputs will reuse with NaN, so that what a kernel fails to write shows."""
+    jnp.full((2**26,), jnp.nan).block_until_ready().delete()
+
+
+def on_gpu(seed, contexts, dtype, kv_heads, group, head_dim, block_size, rows):
+    rng = np.random.default_rng(seed)
+    width = -(-max(contexts) // block_size) + 3
+    cache = paged(rng, contexts, kv_heads=kv_heads, head_dim=head_dim, block_size=block_size, width=width)
+    q = jnp.asarray(rng.standard_normal((rows, kv_heads * group, head_dim)), dtype)
+    return q, *(jnp.asarray(x, dtype) for x in cache[:2]), *map(jnp.asarray, cache[2:])
+
+
+decode_oracle = jax.jit(reference.paged_decode_attention, static_argnames="scale")
+prefill_oracle = jax.jit(reference.paged_prefill_attention, static_argnames="scale")
+
+
+def assert_close(out, oracle, args, dtype, scale):
+    expected = oracle(*(x.astype(jnp.float32) for x in args[:3]), *args[3:], scale=scale)
+    out, expected = np.asarray(out, np.float32), np.asarray(expected)
+    assert np.isfinite(out).all()
+    assert np.abs(out - expected).max() <= TOLERANCE[dtype] * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_decode(shape):
+    args = on_gpu(1, CONTEXTS, *shape, rows=len(CONTEXTS))
+    scale = shape[3] ** -0.5
+    out = paged_decode_attention(*args, scale=scale)
+    assert_close(out, decode_oracle, args, shape[0], scale)
+    assert not np.asarray(out[np.array(CONTEXTS) == 0]).any()
+
+
+@pytest.mark.parametrize("contexts", [[1], CONTEXTS * 24], ids=["one", "many"])
+def test_decode_batches(contexts):
+    args = on_gpu(2, contexts, *SHAPES[0], rows=len(contexts))
+    assert_close(paged_decode_attention(*args, scale=0.1), decode_oracle, args, SHAPES[0][0], 0.1)
+
+
+@pytest.mark.parametrize(("splits", "min_tiles"), [(1, 1), (2, 1), (5, 4), (64, 1)])
+def test_decode_splits(splits, min_tiles):
+    shape = SHAPES[0]
+    args = on_gpu(3, [4000, 0, 1, 130], *shape, rows=4)
+    tiles = decode.Tiles(block_k=64, splits=splits, min_tiles=min_tiles, num_warps=4, num_stages=3)
+    out = jax.jit(functools.partial(decode.paged_decode_attention, scale=0.1, tiles=tiles))(*args)
+    assert_close(out, decode_oracle, args, shape[0], 0.1)
+
+
+def prefill_args(sequences, shape, padding):
+    contexts, queries = zip(*sequences, strict=True)
+    starts = np.cumsum([0, *queries]).astype(np.int32)
+    q, k_cache, v_cache, tables, lens = on_gpu(4, contexts, *shape, rows=int(starts[-1]) + padding)
+    return q, k_cache, v_cache, tables, jnp.asarray(starts), lens
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_prefill(shape):
+    args = prefill_args(RAGGED, shape, padding=70)
+    scale = shape[3] ** -0.5
+    out = paged_prefill_attention(*args, scale=scale)
+    assert_close(out, prefill_oracle, args, shape[0], scale)
+    assert not np.asarray(out[-70:]).any()
+
+
+@pytest.mark.parametrize("tiles", [None, prefill.Tiles(64, 64, 4, 2), prefill.Tiles(128, 32, 4, 3)], ids=str)
+def test_prefill_of_chunks(tiles):
+    args = prefill_args(CHUNKS, SHAPES[2], padding=0)
+    out = jax.jit(functools.partial(prefill.paged_prefill_attention, scale=0.1, tiles=tiles))(*args)
+    assert_close(out, prefill_oracle, args, SHAPES[2][0], 0.1)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize(("tokens", "kv_heads"), [(1, 8), (257, 3), (5001, 8)])
+def test_store(dtype, tokens, kv_heads):
+    rng = np.random.default_rng(tokens)
+    slots = rng.permutation(64 * 256)[:tokens].astype(np.int32)
+    slots[rng.random(tokens) < 0.2] = -1
+    shape = (tokens, kv_heads, 128)
+    k, v = (jnp.asarray(rng.standard_normal(shape), dtype) for _ in range(2))
+    caches = [jnp.asarray(rng.standard_normal((64, kv_heads, 256, 128)), dtype) for _ in range(2)]
+    expected = jax.jit(reference.store_kv)(k, v, slots, *caches)
+    got = jax.jit(store_kv, donate_argnums=(3, 4))(k, v, slots, *caches)
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_compiled_step_has_no_branch_and_no_copy_of_the_cache():
+    q, k_cache, v_cache, tables, lens = on_gpu(0, [300, 20], *SHAPES[0], rows=2)
+
+    def layers(q, caches, slots):
+        for i, cache in enumerate(caches):
+            caches[i] = store_kv(q[:, :8], q[:, 8:], slots, *cache)
+            q = paged_decode_attention(q, *caches[i], tables, lens, scale=0.1)
+        return q, caches
+
+    slots = jnp.array([5, -1], jnp.int32)
+    compiled = jax.jit(layers, donate_argnums=1).lower(q, [(k_cache, v_cache)] * 3, slots).compile()
+    memory = compiled.memory_analysis()
+    assert "conditional" not in compiled.as_text()
+    assert memory.temp_size_in_bytes < k_cache.nbytes
+    assert memory.alias_size_in_bytes >= 6 * k_cache.nbytes

@@ -1,0 +1,103 @@
+"""What the public functions become: lowered for CUDA on a machine without a GPU, and lowered for the CPU."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
+from nanovllm_jax.kernels import paged_decode_attention, paged_prefill_attention, store_kv
+
+KV_HEADS = 8  # of every published Qwen3; the group sizes of 0.6B and 1.7B, 4B and 8B, 14B, 32B
+GROUPS = [2, 4, 5, 8]
+PALLAS = "__gpu$xla.gpu.triton"
+
+
+def lowered_for_cuda(f, *args, **jit_options) -> str:
+    device = AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
+        return jax.jit(f, **jit_options).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def custom_calls(text: str) -> list[str]:
+    return re.findall(r"custom_call @([\w.$]+)", text)
+
+
+def ints(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+def cache(dtype=jnp.bfloat16, block_size=256, kv_heads=KV_HEADS, head_dim=128, slots=2**17):
+    return jax.ShapeDtypeStruct((slots // block_size, kv_heads, block_size, head_dim), dtype)
+
+
+def store_case(tokens, pool):
+    new = jax.ShapeDtypeStruct((tokens, pool.shape[1], pool.shape[3]), pool.dtype)
+    return store_kv, (new, new, ints(tokens), pool, pool)
+
+
+def decode_case(batch, group, pool):
+    q = jax.ShapeDtypeStruct((batch, pool.shape[1] * group, pool.shape[3]), pool.dtype)
+    f = functools.partial(paged_decode_attention, scale=0.1)
+    return f, (q, pool, pool, ints(batch, 4096 // pool.shape[2]), ints(batch))
+
+
+def prefill_case(tokens, sequences, group, pool):
+    q = jax.ShapeDtypeStruct((tokens, pool.shape[1] * group, pool.shape[3]), pool.dtype)
+    tables = ints(sequences, 4096 // pool.shape[2])
+    f = functools.partial(paged_prefill_attention, scale=0.1)
+    return f, (q, pool, pool, tables, ints(sequences + 1), ints(sequences))
+
+
+@pytest.mark.parametrize("pool", [cache(), cache(jnp.float32, 16), cache(jnp.float16, 64, kv_heads=3)], ids=str)
+@pytest.mark.parametrize("tokens", [1, 256, 16384])
+def test_store_lowers_to_one_kernel_that_aliases_the_caches(tokens, pool):
+    f, args = store_case(tokens, pool)
+    text = lowered_for_cuda(f, *args)
+    assert custom_calls(text) == [PALLAS]
+    aliases = re.findall(r"output_operand_alias<output_tuple_indices = \[(\d)\],\s*operand_index = (\d)", text)
+    assert aliases == [("0", "3"), ("1", "4")]
+
+
+POOLS = [cache(), cache(block_size=16), cache(jnp.float32), cache(jnp.float16, 32)]
+POOLS += [cache(head_dim=64), cache(head_dim=256), cache(jnp.float32, head_dim=256, block_size=16)]
+SHAPES = [(group, pool) for group in GROUPS for pool in POOLS[:2]] + [(2, pool) for pool in POOLS[2:]]
+SHAPES += [(1, cache(kv_heads=1)), (8, cache(kv_heads=1)), (2, cache(slots=2**22))]  # offsets beyond 2**31
+
+
+@pytest.mark.parametrize(("group", "pool"), SHAPES, ids=str)
+def test_decode_lowers_to_its_kernels(group, pool):
+    for batch, kernels in ((1, 2), (2048, 1)):  # a small batch is split and combined
+        f, args = decode_case(batch, group, pool)
+        assert custom_calls(lowered_for_cuda(f, *args)) == [PALLAS] * kernels
+
+
+@pytest.mark.parametrize(("group", "pool"), SHAPES, ids=str)
+def test_prefill_lowers_to_one_kernel(group, pool):
+    f, args = prefill_case(2048, 16, group, pool)
+    assert custom_calls(lowered_for_cuda(f, *args)) == [PALLAS]
+
+
+def test_layers_share_one_lowering():
+    f, (q, pool, _, tables, lens) = decode_case(2048, 2, cache())
+
+    def layers(q, pools, tables, lens):
+        for pool in pools:
+            q = f(q, pool, pool, tables, lens)
+        return q
+
+    text = jax.jit(layers).lower(q, [pool] * 4, tables, lens).as_text()
+    assert len(re.findall(r"func.func private @paged_decode_attention", text)) == 1
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: store_case(4, cache()), lambda: decode_case(4, 2, cache()), lambda: prefill_case(64, 2, 2, cache())],
+    ids=["store", "decode", "prefill"],
+)
+def test_a_cpu_gets_the_oracle_alone(make):
+    f, args = make()
+    lowered = jax.jit(f).lower(*args)
+    assert custom_calls(lowered.as_text()) == []
+    assert "conditional" not in lowered.compile().as_text()

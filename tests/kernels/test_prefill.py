@@ -1,0 +1,94 @@
+"""paged_prefill_attention: oracle and interpreted kernel against float64 attention, unused slots full of NaN."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from nanovllm_jax.kernels import paged_prefill_attention, prefill
+from nanovllm_jax.kernels.common import prefill_tiles
+from paged_cases import paged, prefill_expected
+
+# Context and query lengths: a first prefill, a padded sequence, a chunk, a prefix hit with one new token, one more than
+# a block, and behind them rows that belong to no sequence.
+CONTEXTS, QUERIES, PADDING = [20, 0, 75, 33, 17], [20, 0, 30, 1, 17], 5
+SHAPES = [  # K, G, H, block_size, rows, block_k
+    (2, 1, 16, 64, 16, 32),
+    (1, 5, 32, 32, 32, 32),
+    (3, 2, 16, 16, 16, 64),
+]
+
+
+def case(contexts, queries, padding, kv_heads, group, head_dim, block_size):
+    rng = np.random.default_rng(sum(queries) + block_size)
+    width = -(-max(contexts) // block_size) + 1
+    cache = paged(rng, contexts, kv_heads=kv_heads, head_dim=head_dim, block_size=block_size, width=width)
+    starts = np.cumsum([0, *queries]).astype(np.int32)
+    q = rng.standard_normal((starts[-1] + padding, kv_heads * group, head_dim)).astype(np.float32)
+    args = (q, *cache[:3], starts, cache.context_lens)
+    return tuple(map(jnp.asarray, args)), head_dim**-0.5, prefill_expected(q, cache, starts, head_dim**-0.5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_oracle_equals_float64_attention(shape):
+    args, scale, expected = case(CONTEXTS, QUERIES, PADDING, *shape[:4])
+    np.testing.assert_allclose(paged_prefill_attention(*args, scale=scale), expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_kernel_equals_float64_attention(shape):
+    args, scale, expected = case(CONTEXTS, QUERIES, PADDING, *shape[:4])
+    tiles = prefill.Tiles(rows=shape[4], block_k=shape[5], num_warps=4, num_stages=2)
+    out = prefill.paged_prefill_attention(*args, scale=scale, tiles=tiles, interpret=True)
+    np.testing.assert_allclose(out, expected, atol=2e-6)
+
+
+def test_oracle_over_several_tiles_of_queries():
+    args, scale, expected = case([150, 100], [150, 70], 0, 1, 2, 16, 16)
+    np.testing.assert_allclose(paged_prefill_attention(*args, scale=scale), expected, atol=2e-6)
+
+
+def test_two_token_counts_in_one_process():
+    tiles = prefill.Tiles(rows=16, block_k=16, num_warps=4, num_stages=2)
+    for queries in ([9], [20, 3]):
+        args, scale, expected = case(queries, queries, 1, 1, 2, 16, 16)
+        out = prefill.paged_prefill_attention(*args, scale=scale, tiles=tiles, interpret=True)
+        np.testing.assert_allclose(out, expected, atol=2e-6)
+
+
+def test_all_sequences_padded():
+    args, scale, _ = case([16, 0], [0, 0], 8, 1, 1, 16, 16)
+    tiles = prefill.Tiles(rows=16, block_k=16, num_warps=4, num_stages=2)
+    for out in (
+        paged_prefill_attention(*args, scale=scale),
+        prefill.paged_prefill_attention(*args, scale=scale, tiles=tiles, interpret=True),
+    ):
+        np.testing.assert_array_equal(out, np.zeros_like(out))
+
+
+def test_it_runs_without_jit():
+    args, scale, expected = case([20, 9], [4, 9], 1, 1, 2, 16, 16)
+    with jax.disable_jit():
+        out = paged_prefill_attention(*args, scale=scale)
+    np.testing.assert_allclose(out, expected, atol=2e-6)
+
+
+def test_tiles_of_the_docstring():
+    tiles = prefill_tiles(jnp.array([0, 5, 7]), jnp.array([5, 9]), tokens=8, block_q=4)
+    used = np.stack(tiles)[:, np.array(tiles[2]) > 0]
+    np.testing.assert_array_equal(used, [[0, 0, 1, 2], [0, 4, 5, 7], [4, 1, 2, 1], [0, 4, 7, -1]])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_tiles_cover_each_row_once(seed):
+    rng = np.random.default_rng(seed)
+    lengths, block_q = rng.integers(0, 12, rng.integers(1, 6)), int(rng.integers(1, 6))
+    tokens = int(lengths.sum() + rng.integers(1, 9))
+    starts, contexts = np.cumsum([0, *lengths]), lengths + rng.integers(0, 9, len(lengths))
+    rows = np.full(tokens, -1)
+    for sequence, row, count, position in zip(*prefill_tiles(starts, contexts, tokens, block_q), strict=True):
+        assert count <= block_q
+        assert (rows[row : row + count] == -1).all()
+        rows[row : row + count] = sequence
+        if count and sequence < len(lengths):
+            assert position == contexts[sequence] - lengths[sequence] + row - starts[sequence]
+    np.testing.assert_array_equal(rows, np.repeat(np.arange(len(lengths) + 1), [*lengths, tokens - lengths.sum()]))
