@@ -3,7 +3,7 @@
     python scripts/train_tiny.py --out tiny-qwen3 --minutes 4        (a GPU)
     python scripts/train_tiny.py --out tiny-qwen3 --minutes 240      (a CPU)
 
-Shapes: S steps of one dispatch, R rows, T tokens of a row, D hidden, V vocab.
+Shapes: S steps of one dispatch, R rows, T tokens of a row, N query heads, K kv heads, G = N / K, H head_dim, V vocab.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from tokenizers import Tokenizer
 
 from nanovllm_jax.checkpoints.huggingface import save_pretrained
 from nanovllm_jax.config import ModelConfig
+from nanovllm_jax.layers.rope import apply_rope
 from nanovllm_jax.models.qwen3 import Qwen3ForCausalLM
 from nanovllm_jax.tiny.conversations import chat_segments, training_conversation
 from nanovllm_jax.tiny.data import Batch, batches_ahead, encode, pack
@@ -35,7 +36,7 @@ from nanovllm_jax.tiny.tokenizer import END_OF_MESSAGE, END_OF_TEXT, save_tokeni
 VOCAB_SIZE = 512
 ROW_LENGTH = 256
 STEPS_PER_DISPATCH = 8  # a step is shorter than its dispatch
-WARM_UP = 0.02  # share of the run
+WARM_UP_STEPS = 200
 EVALUATIONS = 10
 
 
@@ -47,10 +48,13 @@ class PackedAttention:
     conversations: jax.Array
     """[R, T] int32: equal where tokens belong together."""
 
-    def __call__(self, q: jax.Array, k: jax.Array, v: jax.Array, cache: None) -> tuple[jax.Array, None]:
-        """q [R, T, N, H], k and v [R, T, K, H] -> [R, T, N, H]."""
+    def __call__(self, qkv, q_norm, k_norm, cos, sin, cache: None) -> tuple[jax.Array, None]:
+        """qkv [R, T, K, G + 2, H] -> [R, T, N, H]; as layers.attention.CausalAttention."""
+        q, k, v = qkv[..., :-2, :], qkv[..., -2, :], qkv[..., -1, :]
+        q = apply_rope(q_norm(q.reshape(*q.shape[:-3], -1, q.shape[-1])), cos, sin)
+        k = apply_rope(k_norm(k), cos, sin)
         same = self.conversations[:, None, :, None] == self.conversations[:, None, None, :]  # (R, 1, T, T)
-        return jax.nn.dot_product_attention(q, k, v, mask=same, is_causal=True), cache
+        return jax.nn.dot_product_attention(q, k, v, mask=same, is_causal=True), None
 
 
 class Trainer(NamedTuple):
@@ -75,7 +79,7 @@ class Trainer(NamedTuple):
         return jnp.sum(losses * learned) / jnp.maximum(jnp.sum(learned), 1)
 
     def steps(self, state: tuple, batches: Batch, learning_rate: jax.Array) -> tuple[tuple, jax.Array]:
-        """Run S optimizer steps on batches of [S, R, T]; returns the new (params, optimizer state) and the mean loss."""
+        """S optimizer steps on batches of [S, R, T]: the new state (params, optimizer state) and the mean loss."""
 
         def step(state, batch):
             params, optimizer_state = state
@@ -128,11 +132,9 @@ class HeldOut(NamedTuple):
         return {task: 100 * float(right[tasks == task].mean()) for task in ALL_TASKS}
 
 
-def schedule(progress: float) -> float:
-    """The learning rate's factor at a share of the run: linear warm-up, then a cosine to 1 %."""
-    if progress < WARM_UP:
-        return max(progress, 0.01) / WARM_UP
-    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min((progress - WARM_UP) / (1 - WARM_UP), 1.0)))
+def schedule(step: int, progress: float) -> float:
+    """The learning rate's factor: a linear warm-up in steps, a cosine to 1 % over the run's steps or minutes."""
+    return min((step + 1) / WARM_UP_STEPS, 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def make_optimizer() -> optax.GradientTransformation:
@@ -159,7 +161,7 @@ def train(
     start, step, progress, shown, losses = time.monotonic(), 0, 0.0, 0.0, []
     while progress < 1:
         stacked = Batch(*map(np.stack, zip(*(next(batches) for _ in range(STEPS_PER_DISPATCH)))))
-        state, loss = run_steps(state, stacked, options.learning_rate * schedule(progress))
+        state, loss = run_steps(state, stacked, options.learning_rate * schedule(step, progress))
         losses.append(loss)
         losses[:-1] = map(float, losses[:-1])  # waits for the dispatch before this one: the device is one ahead
         step += STEPS_PER_DISPATCH
@@ -169,7 +171,8 @@ def train(
             accuracy = held_out.accuracy(partial(mistakes, state[0]))
             rate = step * options.rows * ROW_LENGTH / elapsed / 1e6
             columns = (f"{accuracy[task]:8.0f}" for task in ALL_TASKS)
-            print(f"{min(progress, 1):5.0%} {step:6} {rate:6.2f} {np.mean(losses):7.4f}", *columns, flush=True)
+            recent = np.mean([float(loss) for loss in losses])
+            print(f"{min(progress, 1):5.0%} {step:6} {rate:6.2f} {recent:7.4f}", *columns, flush=True)
             shown, losses = progress, []
     nnx.update(model, state[0])
     return accuracy

@@ -6,7 +6,16 @@ from typing import NamedTuple
 from nanovllm_jax.tiny.tasks import ALL_TASKS, WORDS, Turn, draw
 
 SMALL_TALK = {
-    "Hello! How can I help you?": ("Hello!", "Hello", "Hi", "Hi!", "hello", "Hey", "Good morning!", "Hello, nano-vLLM."),
+    "Hello! How can I help you?": (
+        "Hello!",
+        "Hello",
+        "Hi",
+        "Hi!",
+        "hello",
+        "Hey",
+        "Good morning!",
+        "Hello, nano-vLLM.",
+    ),
     "I am a tiny Qwen3, trained from scratch in JAX. I can add, subtract, sort, reverse, count, copy and spell.": (
         "Who are you?",
         "who are you",

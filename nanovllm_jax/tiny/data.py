@@ -7,6 +7,7 @@ import multiprocessing
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from random import Random
 from typing import NamedTuple
 
@@ -99,7 +100,7 @@ def batches_ahead(tokenizer: Tokenizer, seed: int, rows: int, length: int, worke
     for process in processes:
         process.start()
     try:
-        yield iter(queue.get, None)
+        yield iter(partial(queue.get, timeout=120), None)  # workers that died must not be waited for
     finally:
         for process in processes:
             process.terminate()

@@ -87,7 +87,10 @@ CHAT_TEMPLATE = r"""{%- macro write_call(tool) %}
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Learn a byte-level BPE of `vocab_size` tokens, the special ones last. Any string round-trips: no normalisation."""
+    """Learn a byte-level BPE of `vocab_size` tokens, the special ones last.
+
+    Any string round-trips: all 256 bytes are tokens, and nothing is normalised.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
