@@ -61,10 +61,6 @@ def test_held_out_questions_are_answered(scores, task):
     assert scores[task] >= 95
 
 
-def test_something_is_left_to_learn(scores):
-    assert min(scores[task] for task in ROOM_TO_GROW) < 30
-
-
 def test_small_talk(llm, tokenizer):
     pairs = [(question, answer) for answer, questions in SMALL_TALK.items() for question in questions]
     answers = ask(llm, tokenizer, [[{"role": "user", "content": question}] for question, _ in pairs])

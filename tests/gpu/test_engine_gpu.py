@@ -26,7 +26,7 @@ SIZES = {  # published configs; the vocabulary is Qwen3's
 COMMON = dict(num_key_value_heads=8, head_dim=128, vocab_size=151936, max_position_embeddings=40960,
               rope_parameters=dict(rope_type="default", rope_theta=1e6), eos_token_id=151645)  # fmt: skip
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
-NOISE = 0.06  # gap in logits under which bfloat16 rounding may turn the order of the top two
+NOISE = 8  # standard deviations of transformers' own bfloat16 error: under this gap, rounding may swap the top two
 
 
 def reference(*args) -> None:
@@ -36,7 +36,7 @@ def reference(*args) -> None:
 
 def small_engine(directory, **options):
     """Few batch shapes and a small pool, so that it starts quickly and leaves the GPU to transformers."""
-    sizes = dict(max_num_seqs=16, max_num_batched_tokens=512, max_model_len=2048, num_kvcache_blocks=128)
+    sizes = dict(max_num_seqs=8, max_num_batched_tokens=256, max_model_len=2048, num_kvcache_blocks=128)
     return LLM(directory, **(sizes | options))
 
 
@@ -93,13 +93,15 @@ def test_transformers_agrees(checkpoint, tmp_path):
     checked = 0
     with np.load(tmp_path / "logits.npz") as logits:
         for i, (prompt, output) in enumerate(zip(prompts, outputs)):
-            rows = logits[str(i)][len(prompt) - 1 : -1].astype(np.float32)
+            rows, noise = logits[str(i)][len(prompt) - 1 : -1], NOISE * logits[f"noise_{i}"]
             top = np.sort(rows, axis=-1)
-            clear = top[:, -1] - top[:, -2] > NOISE
+            clear = top[:, -1] - top[:, -2] > noise
             checked += clear.sum()
-            assert (rows.argmax(-1) == output)[clear].all(), f"prompt {i}"
-            assert (top[:, -1] - rows[np.arange(len(output)), output]).max() < NOISE, f"prompt {i}: no near tie"
-        theirs = logits[str(len(prompts) - 1)][: len(prompts[-1])].astype(np.float32)
+            behind = top[:, -1] - rows[np.arange(len(output)), output]
+            print(f"prompt {i}: noise {noise:.3f}, {clear.sum()} clear, most behind {behind.max():.3f}")
+            assert (behind[clear] == 0).all(), f"prompt {i}"
+            assert behind.max() < noise, f"prompt {i}: not even a near tie"
+        theirs = logits[str(len(prompts) - 1)][: len(prompts[-1])]
     assert checked > 30, "too few positions with a clear winner to say anything"
     log_p, log_q = (np.asarray(jax.nn.log_softmax(x)) for x in (theirs, ours))
     kl = (np.exp(log_p) * (log_p - log_q)).sum(-1)

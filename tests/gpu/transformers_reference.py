@@ -1,7 +1,7 @@
 """Run transformers' Qwen3 on the GPU, in a process of its own (torch and JAX do not share a GPU well).
 
-    python transformers_reference.py write DIRECTORY CONFIG_JSON     save random weights as safetensors shards
-    python transformers_reference.py score DIRECTORY TOKENS_NPZ OUT  logits of every position of each sequence
+    python transformers_reference.py write DIRECTORY CONFIG_JSON     saves random weights as safetensors shards
+    python transformers_reference.py score DIRECTORY TOKENS_NPZ OUT  writes the logits of every position
 """
 
 import json
@@ -21,12 +21,21 @@ def write(directory: str, config_json: str) -> None:
 
 @torch.no_grad()
 def score(directory: str, tokens_npz: str, out: str) -> None:
-    model = Qwen3ForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).cuda().eval()
-    logits = {}
-    for name, tokens in np.load(tokens_npz).items():
-        scores = model(torch.from_numpy(tokens)[None].cuda()).logits[0]
-        logits[name] = scores.float().cpu().numpy().astype(np.float16)  # bfloat16's 8 bits fit
-    np.savez(out, **logits)
+    """bfloat16 logits [tokens, V] of each sequence, and how far they are from float32's: its standard deviation."""
+    sequences = {name: torch.from_numpy(tokens)[None].cuda() for name, tokens in np.load(tokens_npz).items()}
+    results, exact = {}, {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = Qwen3ForCausalLM.from_pretrained(directory, dtype=dtype).cuda().eval()
+        for name, tokens in sequences.items():
+            logits = model(tokens).logits[0].float()
+            if dtype == torch.float32:
+                exact[name] = logits.cpu()
+            else:
+                results[name] = logits.cpu().numpy()
+                results[f"noise_{name}"] = (logits.cpu() - exact[name]).std().numpy()
+        del model
+        torch.cuda.empty_cache()
+    np.savez(out, **results)
 
 
 if __name__ == "__main__":
