@@ -1,7 +1,7 @@
 """Settings: what the model is (from its config.json) and how the engine runs it (from the user)."""
 
 import difflib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,14 @@ DTYPES = {
     "float16": "float16",
     "half": "float16",
 }
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
 
 
 @dataclass(frozen=True)
@@ -29,19 +37,21 @@ class ModelConfig:
     head_dim: int
     max_position_embeddings: int
     rms_norm_eps: float = 1e-6
-    rope: RopeConfig = RopeConfig()
+    rope: RopeConfig = field(default_factory=RopeConfig)
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     dtype: str = "float32"
 
     def __post_init__(self):
         """Raise ValueError where no model can have this shape."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type is int and (type(value) is not int or value < 1):
-                raise ValueError(f"config.json: {field.name} must be a positive integer, not {value!r}")
-            if field.type is bool and type(value) is not bool:
-                raise ValueError(f"config.json: {field.name} must be true or false, not {value!r}")
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.type is int and (type(value) is not int or value < 1):
+                raise ValueError(f"config.json: {f.name} must be a positive integer, not {value!r}")
+            if f.type is bool and type(value) is not bool:
+                raise ValueError(f"config.json: {f.name} must be true or false, not {value!r}")
+        if type(self.rms_norm_eps) not in (int, float) or not 0 <= self.rms_norm_eps < 1:
+            raise ValueError(f"config.json: rms_norm_eps must be a small positive number, not {self.rms_norm_eps!r}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"config.json: num_attention_heads={self.num_attention_heads} must be a multiple of "
@@ -67,7 +77,10 @@ class ModelConfig:
                 f"{directory / 'config.json'}: this engine runs Qwen3ForCausalLM (model_type qwen3), "
                 f"not {architectures[0]} (model_type {raw.get('model_type')})"
             )
-        # transformers knows the defaults; rope, whose form differs between its versions, is read from the file.
+        for name in SIZES:  # for which transformers' defaults fit no weights
+            if name not in raw:
+                raise ValueError(f"{directory / 'config.json'} has no {name}")
+        # transformers knows the other defaults; rope, whose form differs by version, is read from the file.
         known = {k: v for k, v in raw.items() if k not in ("rope_scaling", "rope_parameters")}
         try:
             hf = Qwen3Config(**known)
@@ -92,6 +105,8 @@ class ModelConfig:
     def num_parameters(self) -> int:
         """Number of weights, the tied head not counted twice."""
         attention = self.hidden_size * self.head_dim * 2 * (self.num_attention_heads + self.num_key_value_heads)
+        if self.attention_bias:
+            attention += self.head_dim * (self.num_attention_heads + 2 * self.num_key_value_heads) + self.hidden_size
         layer = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size + 2 * self.head_dim
         tables = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
         return tables + self.num_hidden_layers * layer + self.hidden_size
@@ -124,6 +139,11 @@ def _refuse_unsupported(hf: Any) -> None:
         raise ValueError(f"config.json: hidden_act={hf.hidden_act!r} is not supported, only 'silu'")
     if hf.use_sliding_window:
         raise ValueError("config.json: use_sliding_window=true is not supported; no published Qwen3 sets it")
+    quantization = getattr(hf, "quantization_config", None)
+    if quantization is not None:
+        raise ValueError(
+            f"config.json: quantization_config={quantization} is not supported; use the unquantized weights"
+        )
 
 
 def _read_rope(raw: dict[str, Any], max_position_embeddings: int) -> RopeConfig:
@@ -162,6 +182,8 @@ class EngineConfig:
     """Most tokens computed in one step. None: 16,384 on a GPU, 1,024 on a CPU."""
     gpu_memory_utilization: float = 0.9
     """Share of the GPU's memory for weights, workspace and KV cache together."""
+    num_scheduler_steps: int | None = None
+    """Tokens that one program decodes for each of a few sequences when nobody waits. None: 4 on a GPU, 1 on a CPU."""
     tensor_parallel_size: int = 1
     """Number of devices that the model is spread over."""
     enforce_eager: bool = False
@@ -178,7 +200,7 @@ class EngineConfig:
     """Seeds the requests that bring no seed of their own."""
     load_format: str = "auto"
     """auto: read the checkpoint; dummy: random weights, only config.json is needed."""
-    compilation_cache_dir: str | None = "~/.cache/nanovllm_jax"
+    compilation_cache_dir: str | Path | None = "~/.cache/nanovllm_jax"
     """Where compiled programs are kept between runs; None keeps none."""
 
     @classmethod
@@ -198,15 +220,22 @@ class EngineConfig:
 
     def __post_init__(self):
         """Raise ValueError or TypeError for a value out of range."""
-        optional = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "num_kvcache_blocks")
+        optional = (
+            "max_model_len",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "num_kvcache_blocks",
+            "num_scheduler_steps",
+        )
         for name in (*optional, "tensor_parallel_size", "block_size", "seed"):
             value = getattr(self, name)
             if value is None and name in optional:
                 continue
             if type(value) is not int:
                 raise TypeError(f"{name} must be an integer, not {value!r}")
-            if value < 1 and name != "seed":
-                raise ValueError(f"{name} must be at least 1, not {value}")
+            least = 2 if name == "max_model_len" else 1  # one token of the prompt, one generated
+            if value < least and name != "seed":
+                raise ValueError(f"{name} must be at least {least}, not {value}")
         if not -(2**63) <= self.seed < 2**64:
             raise ValueError(f"seed must fit in 64 bits, not {self.seed}")
         for name in ("enforce_eager", "enable_prefix_caching"):
@@ -215,9 +244,13 @@ class EngineConfig:
         if self.block_size not in (16, 32, 64, 128, 256):
             raise ValueError(f"block_size must be 16, 32, 64, 128 or 256, not {self.block_size}")
         utilization = self.gpu_memory_utilization
-        if type(utilization) not in (int, float) or not 0 < utilization <= 1:
+        if type(utilization) not in (int, float):
+            raise TypeError(f"gpu_memory_utilization must be a number, not {utilization!r}")
+        if not 0 < utilization <= 1:
             raise ValueError(f"gpu_memory_utilization must be above 0 and at most 1, not {utilization!r}")
         if self.dtype not in ("auto", *DTYPES):
             raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}, not {self.dtype!r}")
         if self.load_format not in ("auto", "dummy"):
             raise ValueError(f"load_format must be 'auto' or 'dummy', not {self.load_format!r}")
+        if not isinstance(self.compilation_cache_dir, (str, Path, type(None))):
+            raise TypeError(f"compilation_cache_dir must be a directory or None, not {self.compilation_cache_dir!r}")

@@ -9,7 +9,7 @@ class CompletionOutput:
 
     index: int
     text: str
-    """The tokens decoded, special tokens left out; empty when the engine has no tokenizer."""
+    """The tokens decoded, without the one that ended it and special tokens; empty when the engine has no tokenizer."""
     token_ids: list[int]
     """Every generated token, the end-of-sequence token included."""
     finish_reason: str | None = None

@@ -1,0 +1,1 @@
+"""Where weights come from: Hugging Face files, or random numbers."""

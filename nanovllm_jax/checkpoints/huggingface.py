@@ -20,6 +20,8 @@ from nanovllm_jax.config import ModelConfig, read_json
 from nanovllm_jax.models.parameters import ParameterPath, parameters_of
 from nanovllm_jax.models.qwen3 import Qwen3ForCausalLM
 
+STORED_DTYPES = ("BF16", "F16", "F32", "F64")
+
 Index = tuple[slice, ...]
 Read = Callable[[str, Index], np.ndarray]
 
@@ -92,7 +94,9 @@ def parameter_sources(config: ModelConfig) -> dict[ParameterPath, Source]:
             ("self_attn", "k_norm", "weight"): _copied(f"{attention}.k_norm.weight", (c.head_dim,)),
             ("self_attn", "qkv_proj", "weight"): _fused_qkv([f"{attention}.{x}_proj.weight" for x in "qkv"], c, d),
             ("self_attn", "o_proj", "weight"): _copied(f"{attention}.o_proj.weight", (d, q_width)),
-            ("mlp", "gate_up_proj", "weight"): _stacked([f"{layer}.mlp.{x}_proj.weight" for x in ("gate", "up")], (f, d)),
+            ("mlp", "gate_up_proj", "weight"): _stacked(
+                [f"{layer}.mlp.{x}_proj.weight" for x in ("gate", "up")], (f, d)
+            ),
             ("mlp", "down_proj", "weight"): _copied(f"{layer}.mlp.down_proj.weight", (d, f)),
         }
         if c.attention_bias:
@@ -118,12 +122,11 @@ class CheckpointFiles:
                 raise ValueError(f"{path} is missing, truncated or corrupt: {error}") from error
 
     def _paths(self) -> list[Path]:
-        index = self.directory / "model.safetensors.index.json"
+        single, index = (self.directory / f"model.safetensors{suffix}" for suffix in ("", ".index.json"))
+        if single.exists():  # before an index, which an older, sharded checkpoint may have left; as in transformers
+            return [single]
         if not index.exists():
-            single = self.directory / "model.safetensors"
-            if single.exists():
-                return [single]
-            raise ValueError(f"{self.directory} holds neither model.safetensors nor {index.name}")
+            raise ValueError(f"{self.directory} holds neither {single.name} nor {index.name}")
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise ValueError(f"{index}: weight_map must map tensor names to file names")
@@ -133,7 +136,7 @@ class CheckpointFiles:
         return [self.directory / name for name in sorted(set(weight_map.values()))]
 
     def check(self, config: ModelConfig, sources: dict) -> None:
-        """Raise ValueError naming every tensor that is missing, unexpected or of another shape."""
+        """Raise ValueError naming the tensors that are missing, unexpected, of another shape or no fractions."""
         expected = {name: shape for source in sources.values() for name, shape in source.shapes.items()}
         ignored = {"lm_head.weight"} if config.tie_word_embeddings else set()
         problems = [f"{name} is missing" for name in expected if name not in self.files]
@@ -142,9 +145,12 @@ class CheckpointFiles:
                 if name not in ignored and not name.endswith("rotary_emb.inv_freq"):
                     problems.append(f"{name} is unexpected")
                 continue
-            found = tuple(file.get_slice(name).get_shape())
-            if found != expected[name]:
-                problems.append(f"{name} has shape {found}, config.json asks for {expected[name]}")
+            tensor = file.get_slice(name)
+            shape, stored = tuple(tensor.get_shape()), tensor.get_dtype()
+            if shape != expected[name]:
+                problems.append(f"{name} has shape {shape}, config.json asks for {expected[name]}")
+            if stored not in STORED_DTYPES:
+                problems.append(f"{name} is stored as {stored}, not as one of {', '.join(STORED_DTYPES)}")
         if problems:
             more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
             raise ValueError(f"{self.directory} does not fit its config.json: {'; '.join(problems[:8])}{more}")
@@ -206,7 +212,9 @@ def config_json(config: ModelConfig, dtype: str) -> dict:
         "vocab_size",
     )
     rope = config.rope
-    scaling = {k: v for k, v in vars(rope).items() if k != "rope_theta" and v is not None}
+    scaling = {name: value for name, value in vars(rope).items() if name != "rope_theta" and value is not None}
+    if rope.rope_type == "linear":
+        scaling = {"rope_type": "linear", "factor": rope.factor}
     return {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",

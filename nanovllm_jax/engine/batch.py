@@ -21,7 +21,7 @@ class BatchView(NamedTuple):
     slots: Any
     """[R] row of each sequence in the device's state; max_num_seqs for padding."""
     context_lens: Any
-    """[R] tokens of the sequence in the cache after this step; 0 for padding."""
+    """[R] tokens of the sequence in the cache after the (first) step; 0 for padding."""
     temperatures: Any
     """[R] the bits of a float32."""
     seeds: Any
@@ -44,6 +44,8 @@ class BatchShape:
     prefill_rows: int
     prefill_tokens: int
     table_width: int
+    num_steps: int = 1
+    """Tokens that each decode row computes, one after the other."""
 
     @cached_property
     def layout(self) -> list[tuple[int, int, tuple[int, ...]]]:
@@ -92,6 +94,9 @@ class Buckets:
     """How much larger each size is than the one before: the most that padding can cost."""
     mixed_decode_rows: tuple[int, ...]
     """Sizes of the decode part beside a prefill: few, as a padded row costs little there. The last takes any number."""
+    num_steps: int = 1
+    """Tokens that a step computes for each of at most `multi_step_rows` sequences, when it only decodes."""
+    multi_step_rows: int = 0
 
     @cached_property
     def decode_rows(self) -> tuple[int, ...]:
@@ -108,11 +113,11 @@ class Buckets:
         rows = tokens if tokens == self.prefill_tokens[-1] else max(8, tokens // 16)
         return min(self.max_num_seqs, rows)
 
-    def shape_for(self, decodes: int, prefills: int, tokens: int) -> BatchShape:
+    def shape_for(self, decodes: int, prefills: int, tokens: int, num_steps: int = 1) -> BatchShape:
         """The smallest shape for this many decode rows, and prefill sequences with this many tokens together."""
         if not prefills:
             rows = next(size for size in self.decode_rows if size >= decodes)
-            return BatchShape(rows, 0, 0, self.table_width)
+            return BatchShape(rows, 0, 0, self.table_width, num_steps)
         rows = next(size for size in self.mixed_decode_rows if size >= decodes)
         padded = next(t for t in self.prefill_tokens if t >= tokens and self.prefill_rows(t) >= prefills)
         return BatchShape(rows, self.prefill_rows(padded), padded, self.table_width)
@@ -125,7 +130,12 @@ class Buckets:
             for tokens in self.prefill_tokens
             for rows in self.mixed_decode_rows
         ]
-        return sorted(decode + mixed, key=lambda s: (s.prefill_tokens, s.decode_rows), reverse=True)
+        several = [
+            BatchShape(rows, 0, 0, self.table_width, self.num_steps)
+            for rows in self.decode_rows
+            if rows <= self.multi_step_rows and self.num_steps > 1
+        ]
+        return sorted(decode + mixed + several, key=lambda s: (s.prefill_tokens, s.decode_rows), reverse=True)
 
 
 class BatchPacker:
@@ -144,12 +154,14 @@ class BatchPacker:
         for seq in schedule.admitted:
             self._admit(seq)
         decodes, prefills = schedule.decodes, schedule.prefills
-        shape = self.buckets.shape_for(len(decodes), len(prefills), sum(chunk.num_tokens for chunk in prefills))
+        tokens, steps = sum(chunk.num_tokens for chunk in prefills), schedule.num_steps
+        shape = self.buckets.shape_for(len(decodes), len(prefills), tokens, steps)
         buffer = np.zeros(shape.size, np.int32)
         view = shape.views(buffer)
         view.slots[:] = self.buckets.max_num_seqs
         self._pack_rows(view, 0, decodes)
-        view.decode_tokens[: len(decodes)] = [seq.token_ids[-1] if seq.num_pending == 1 else -1 for seq in decodes]
+        view.context_lens[: len(decodes)] -= steps - 1  # of the first step
+        view.decode_tokens[: len(decodes)] = [seq.token_ids[-1] if seq.num_pending == steps else -1 for seq in decodes]
         if prefills:
             self._pack_rows(view, shape.decode_rows, [chunk.seq for chunk in prefills])
             end = 0

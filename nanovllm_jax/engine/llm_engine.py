@@ -59,6 +59,8 @@ class LLMEngine:
             max_num_batched_tokens=runner.max_num_batched_tokens,
             max_model_len=runner.max_model_len,
             enable_prefix_caching=config.enable_prefix_caching,
+            num_steps=runner.buckets.num_steps,
+            multi_step_rows=runner.buckets.multi_step_rows,
         )
         self.packer = BatchPacker(runner.buckets)
         self.num_prefill_tokens = 0
@@ -183,6 +185,7 @@ class LLMEngine:
             self._in_flight.clear()
             self._requests.clear()
             self.scheduler.abort_all()
+            self.runner.reset()
             raise
         return [self._output(seq) for seq in finished]
 
@@ -190,18 +193,21 @@ class LLMEngine:
         shape, buffer = self.packer.pack(schedule)
         self._in_flight.append((schedule, shape.decode_rows, self.runner.dispatch(shape, buffer)))
         self.num_prefill_tokens += schedule.num_tokens - len(schedule.decodes)
-        self.num_decode_tokens += len(schedule.decodes)
+        self.num_decode_tokens += len(schedule.decodes) * schedule.num_steps
 
     def _collect(self) -> list[Sequence]:
         schedule, decode_rows, handle = self._in_flight.popleft()
-        tokens = self.runner.collect(handle)
-        prefill_tokens = tokens[decode_rows : decode_rows + len(schedule.prefills)]
-        return self.scheduler.update(schedule, tokens[: len(schedule.decodes)], prefill_tokens)
+        finished, decodes, prefills = [], len(schedule.decodes), len(schedule.prefills)
+        for tokens in self.runner.collect(handle):
+            prefill_tokens = tokens[decode_rows : decode_rows + prefills]
+            finished += self.scheduler.update(schedule, tokens[:decodes], prefill_tokens)
+        return finished
 
     def _output(self, seq: Sequence) -> RequestOutput:
         request, _ = self._requests.pop(seq.request_id)
         tokens = seq.completion_token_ids
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True) if self.tokenizer else ""
+        shown = tokens[:-1] if seq.finish_reason == "stop" else tokens
+        text = self.tokenizer.decode(shown, skip_special_tokens=True) if self.tokenizer else ""
         return RequestOutput(
             request_id=request.request_id,
             prompt=request.prompt,

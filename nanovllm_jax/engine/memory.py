@@ -1,11 +1,9 @@
 """How large the pool of KV blocks may be: one factor a line, bytes throughout."""
 
-import logging
+import os
 from dataclasses import dataclass
 
 from nanovllm_jax.config import EngineConfig, ModelConfig
-
-logger = logging.getLogger(__name__)
 
 GIB = 1 << 30
 RESERVE = GIB // 2  # cuBLAS workspaces, the arrays of a step in flight, fragmentation
@@ -34,10 +32,17 @@ class MemoryPlan:
 
 def estimate_workspace(model: ModelConfig, itemsize: int, tokens: int, rows: int, shards: int) -> int:
     """An upper estimate of a step's temporary memory, needed before the programs can be compiled; checked after."""
-    widest = 2 * model.intermediate_size + (2 * model.num_attention_heads + 2 * model.num_key_value_heads) * model.head_dim
+    widest = (
+        2 * model.intermediate_size + (2 * model.num_attention_heads + 2 * model.num_key_value_heads) * model.head_dim
+    )
     activations = tokens * (4 * model.hidden_size + widest // shards) * itemsize
     logits = 3 * rows * model.vocab_size * 4
     return activations + logits
+
+
+def host_memory() -> int:
+    """This machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def decide_num_blocks(plan: MemoryPlan, config: EngineConfig, wanted_tokens: int, cpu_bytes: int = GIB) -> int:
@@ -45,15 +50,21 @@ def decide_num_blocks(plan: MemoryPlan, config: EngineConfig, wanted_tokens: int
 
     Raises ValueError when it does not fit, saying what would.
     """
+    asked = config.num_kvcache_blocks
     if plan.budget is None:
-        return config.num_kvcache_blocks or max(1, min(-(-wanted_tokens // config.block_size), cpu_bytes // plan.block))
+        if asked and asked * plan.block > host_memory():
+            raise ValueError(
+                f"num_kvcache_blocks={asked} takes {asked * plan.block / GIB:.2f} GiB, more than this machine's "
+                f"{host_memory() / GIB:.2f} GiB of memory; lower it"
+            )
+        return asked or max(1, min(-(-wanted_tokens // config.block_size), cpu_bytes // plan.block))
     fits = plan.blocks
-    if fits < (config.num_kvcache_blocks or 1):
+    if fits < (asked or 1):
         raise ValueError(
             f"the memory does not hold the model: {plan.budget / GIB:.2f} GiB "
-            f"(gpu_memory_utilization={config.gpu_memory_utilization}) less weights {plan.weights / GIB:.2f} and "
-            f"workspace {plan.workspace / GIB:.2f} GiB leaves room for {fits} blocks of {plan.block / GIB:.3f} GiB, and "
-            f"{config.num_kvcache_blocks or 1} are needed. Raise gpu_memory_utilization, or lower "
+            f"(gpu_memory_utilization={config.gpu_memory_utilization}) less weights {plan.weights / GIB:.2f} "
+            f"and workspace {plan.workspace / GIB:.2f} GiB leave room for {fits} blocks of {plan.block / GIB:.3f} GiB; "
+            f"needed are {asked or 1}. Raise gpu_memory_utilization, or lower "
             "max_num_batched_tokens, max_num_seqs or num_kvcache_blocks, or use more devices (tensor_parallel_size)"
         )
-    return config.num_kvcache_blocks or fits
+    return asked or fits

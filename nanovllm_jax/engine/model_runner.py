@@ -1,6 +1,7 @@
 """The device: weights, KV cache, compiled programs, dispatch and collect. The only file of the engine with jax."""
 
 import logging
+import math
 import os
 import time
 from collections.abc import Callable
@@ -23,6 +24,10 @@ from nanovllm_jax.models.step import engine_step
 from nanovllm_jax.parallel.sharding import MODEL_AXIS, make_mesh, replicated
 
 logger = logging.getLogger(__name__)
+
+# Up to this many rows, a step takes the GPU less time than the host needs to dispatch it: so several go in one program.
+MULTI_STEP_ROWS = 8
+GPU_STEPS = 4
 
 
 class ModelRunner:
@@ -51,16 +56,21 @@ class ModelRunner:
     # ------------------------------------------------------------ one step
 
     def dispatch(self, shape: BatchShape, buffer: np.ndarray) -> jax.Array:
-        """Start one step; returns its tokens [R] int32 for `collect` without waiting for the device."""
+        """Start one step; returns its tokens [S, R] int32 for `collect` without waiting for the device."""
         tokens, self.caches, self.last_tokens = self.programs[shape](
             self.leaves, self.caches, self.last_tokens, buffer
         )
         tokens.copy_to_host_async()
         return tokens
 
-    def collect(self, tokens: jax.Array) -> list[int]:
+    def collect(self, tokens: jax.Array) -> list[list[int]]:
         """Wait for a dispatched step and read its tokens."""
         return np.asarray(tokens).tolist()
+
+    def reset(self) -> None:
+        """Make the device's state anew: a step that failed, or was interrupted, may have taken the old one with it."""
+        self.caches = self.last_tokens = None
+        self._allocate()
 
     def _step(self, shape: BatchShape, leaves, caches, last_tokens, buffer):
         # A module is a pytree; passed flat, it costs no Python at a call.
@@ -81,10 +91,14 @@ class ModelRunner:
         return jnp.dtype(DTYPES[self.model_config.dtype] if self.on_gpu else "float32")
 
     def _check_shards(self) -> None:
-        heads, shards = self.model_config.num_key_value_heads, self.mesh.size
-        if heads % shards:
-            sizes = [n for n in range(1, heads + 1) if heads % n == 0]
-            raise ValueError(f"tensor_parallel_size={shards} must divide the {heads} kv heads: use one of {sizes}")
+        c, shards = self.model_config, self.mesh.size
+        common = math.gcd(c.num_key_value_heads, c.intermediate_size, c.vocab_size)
+        if common % shards:
+            raise ValueError(
+                f"tensor_parallel_size={shards} must divide num_key_value_heads={c.num_key_value_heads}, intermediate_size="
+                f"{c.intermediate_size} and vocab_size={c.vocab_size}: use one of "
+                f"{[n for n in range(1, common + 1) if common % n == 0]}"
+            )
 
     def _load(self, directory: Path):
         start, options = time.perf_counter(), dict(load_format=self.config.load_format, seed=self.config.seed)
@@ -126,7 +140,11 @@ class ModelRunner:
         width = -(-self.max_model_len // config.block_size)
         # A CPU is for small models: there few shapes to compile are worth more than little padding.
         ratio, mixed = (2, {0, min(32, self.max_num_seqs), self.max_num_seqs}) if self.on_gpu else (16, {self.max_num_seqs})
-        self.buckets = Buckets(self.max_num_seqs, self.max_num_batched_tokens, width, ratio, tuple(sorted(mixed)))
+        self.buckets = Buckets(
+            *(self.max_num_seqs, self.max_num_batched_tokens, width, ratio, tuple(sorted(mixed))),
+            num_steps=config.num_scheduler_steps or (GPU_STEPS if self.on_gpu else 1),
+            multi_step_rows=MULTI_STEP_ROWS,
+        )
         logger.info(
             "memory a device: %.2f GiB weights, %.2f GiB workspace, %.2f GiB cache = %d blocks of %d tokens = %d tokens; "
             "max_model_len %d",

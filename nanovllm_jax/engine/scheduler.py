@@ -34,12 +34,14 @@ class Schedule:
 
     A row of `decodes` computes the one token at position `seq.num_computed - 1`, and samples. Where the host has not
     read that token yet (`seq.num_pending` is over 1), the device has it under `seq.slot`. `admitted` are those
-    sequences of the step that have just got their slot and blocks.
+    sequences of the step that have just got their slot and blocks. With `num_steps` over 1, where nothing prefills,
+    each row computes so many tokens, each from the one sampled before it: up to position `seq.num_computed - 1`.
     """
 
     decodes: list[Sequence] = field(default_factory=list)
     prefills: list[PrefillChunk] = field(default_factory=list)
     admitted: list[Sequence] = field(default_factory=list)
+    num_steps: int = 1
 
     def __bool__(self):
         return bool(self.decodes or self.prefills)
@@ -66,13 +68,18 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_model_len: int,
         enable_prefix_caching: bool = True,
+        num_steps: int = 1,
+        multi_step_rows: int = 0,
     ):
+        """Up to `multi_step_rows` sequences that only decode compute `num_steps` tokens each in one program."""
         assert max_num_seqs > 0, max_num_seqs
         assert max_num_batched_tokens > 0, max_num_batched_tokens
         self.block_manager = BlockManager(num_blocks, block_size, enable_prefix_caching)
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
+        self.num_steps = num_steps
+        self.multi_step_rows = multi_step_rows
         self.waiting: OrderedDict[int, Sequence] = OrderedDict()  # by seq_id, in arrival order
         self.running: dict[int, Sequence] = {}  # the admitted ones, by seq_id, in arrival order
         self.num_preemptions = 0
@@ -128,6 +135,8 @@ class Scheduler:
             elif seq.num_computed + 1 < seq.max_len:  # else the pending tokens complete it
                 decoding.append(seq)
         schedule = Schedule()
+        if not prefilling and not self.waiting and self._can_run_ahead(decoding):
+            schedule.num_steps = self.num_steps
         self._schedule_decodes(schedule, decoding)
         # The budget is never short here. Whoever decodes had a token in the step before. So had the one sequence, at
         # most, that is in the middle of its prompt: it took what the step before had left.
@@ -142,7 +151,7 @@ class Scheduler:
         """Take in the tokens of the oldest dispatched step; returns the sequences that finished with them.
 
         One token for each row of `schedule.decodes` and each of `schedule.prefills` (of no meaning where the chunk
-        does not sample).
+        does not sample). To be called `schedule.num_steps` times, with each step's tokens in turn.
         """
         sampled = list(zip(schedule.decodes, decode_tokens, strict=True))
         for chunk, token in zip(schedule.prefills, prefill_tokens, strict=True):
@@ -175,19 +184,33 @@ class Scheduler:
         order = [*self.running, *self.waiting]
         assert order == sorted(order), "arrival order is lost"
 
+    def _can_run_ahead(self, decoding: list[Sequence]) -> bool:
+        """Whether each of these can compute `num_steps` tokens without preemption or reaching its end."""
+        steps, manager = self.num_steps, self.block_manager
+        if steps == 1 or not 0 < len(decoding) <= self.multi_step_rows:
+            return False
+        if any(seq.num_computed + steps >= seq.max_len for seq in decoding):
+            return False
+        missing = (-(-(seq.num_computed + steps) // manager.block_size) - len(seq.block_table) for seq in decoding)
+        return sum(missing) <= manager.num_free_blocks
+
     def _schedule_decodes(self, schedule: Schedule, sequences: list[Sequence]) -> None:
-        """One token of each, in arrival order: a victim of preemption is then never one that was scheduled already."""
-        decodes, block_size = schedule.decodes, self.block_manager.block_size
+        """The next token of each, in arrival order: a victim of preemption is then never one scheduled already."""
+        decodes, block_size, steps = schedule.decodes, self.block_manager.block_size, schedule.num_steps
         for seq in sequences:
             if seq.status is not DECODE:  # preempted by one before it
                 continue
             # The token computed now goes to position num_computed, counted from 0. A table of b blocks has room for
-            # positions 0..b*block_size-1, so the sequence needs another block exactly when the two are equal.
-            if seq.num_computed == len(seq.block_table) * block_size and not self._grow(seq):
-                continue
-            seq.num_computed += 1
-            seq.num_pending += 1
-            decodes.append(seq)
+            # positions 0..b*block_size-1, so the sequence needs another block exactly when the two are equal. (Several
+            # steps may need several blocks.)
+            end = seq.num_computed + steps
+            while end > len(seq.block_table) * block_size:
+                if not self._grow(seq):
+                    break
+            else:
+                seq.num_computed = end
+                seq.num_pending += steps
+                decodes.append(seq)
 
     def _grow(self, seq: Sequence) -> bool:
         """Add a block to a sequence, preempting later arrivals for it; False where it was itself the latest."""

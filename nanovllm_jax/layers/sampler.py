@@ -1,6 +1,6 @@
 """From logits to tokens, inside the compiled step.
 
-Noise is counter-based: it depends on a request's seed and the position of the token alone, never on the batch.
+Noise is counter-based: it depends on a request's seed, the token's position and the vocabulary entry, never on the batch.
 """
 
 import jax
@@ -13,8 +13,28 @@ def sample(logits: jax.Array, temperatures: jax.Array, seeds: jax.Array, positio
     logits [R, V] float32, temperatures [R] float32, seeds [R, 2] uint32, positions [R] int32 (of the drawn token)
     -> [R] int32.
     """
-    keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(seeds), positions)
-    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)  # (R, V)
     greedy = temperatures[:, None] == 0
     scaled = logits / jnp.where(greedy, 1, temperatures[:, None])
+    noise = gumbel(seeds, positions, logits.shape[1])
     return jnp.argmax(jnp.where(greedy, logits, scaled + noise), axis=-1).astype(jnp.int32)
+
+
+def gumbel(seeds: jax.Array, positions: jax.Array, size: int) -> jax.Array:
+    """Standard Gumbel noise [R, size] float32 for each (seed, position), of seeds [R, 2] uint32 and positions [R].
+
+    Threefry makes one key for a row. Over a large vocabulary it would take longer than reading the logits, so the row
+    itself is a keyed hash of the entry's number: two rounds of a 32-bit mixer, a word of the key before each.
+    """
+    keys = jax.random.key_data(jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(seeds), positions))
+    entries = jnp.arange(size, dtype=jnp.uint32)
+    bits = _mix(_mix(entries ^ keys[:, :1]) ^ keys[:, 1:])
+    # The small end of the exponential decides who wins, and log1p keeps all 32 bits there.
+    uniform = (bits.astype(jnp.float32) + 0.5) * 2.0**-32
+    return -jnp.log(-jnp.log1p(-uniform))
+
+
+def _mix(x: jax.Array) -> jax.Array:
+    """A bijection of uint32 in which every input bit flips each output bit half the time (lowbias32, C. Wellons)."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+    return x ^ (x >> 16)

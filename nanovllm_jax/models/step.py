@@ -23,15 +23,33 @@ def engine_step(
     block_size: int,
     mesh: Mesh | None,
 ) -> tuple[jax.Array, list[KVCache], jax.Array]:
-    """Compute one batch and sample.
+    """Compute one batch and sample, once or several times over.
 
     last_tokens [max_num_seqs + 1] int32: each running sequence's last token, by slot; the last entry takes padding.
     buffer: the batch, packed by engine.batch.
-    Returns tokens [R] int32, the caches and last_tokens, both updated; both are donated when compiled.
+    Returns tokens [S, R] int32 of the shape's S steps, the caches and last_tokens, both updated; both are donated when
+    compiled.
     """
     batch = shape.views(buffer)
-    rows = shape.decode_rows
-    slots = batch.slots
+
+    def step(state, number):
+        """Decode rows go on from the token that the step before left in last_tokens."""
+        lens, tokens = batch.context_lens, batch.decode_tokens
+        if shape.num_steps > 1:
+            lens = jnp.where(lens > 0, lens + number, 0)
+            tokens = jnp.where(number == 0, tokens, -1)
+        return _one_step(model, *state, batch._replace(context_lens=lens, decode_tokens=tokens), block_size, mesh)
+
+    if shape.num_steps == 1:
+        (caches, last_tokens), tokens = step((caches, last_tokens), 0)
+        return tokens[None], caches, last_tokens
+    (caches, last_tokens), tokens = jax.lax.scan(step, (caches, last_tokens), jnp.arange(shape.num_steps))
+    return tokens, caches, last_tokens
+
+
+def _one_step(model, caches, last_tokens, batch: BatchView, block_size: int, mesh: Mesh | None):
+    """Compute the batch's tokens and sample: ((caches, last_tokens), tokens [R])."""
+    rows, slots = batch.decode_tokens.shape[0], batch.slots
     decode_tokens = jnp.where(batch.decode_tokens >= 0, batch.decode_tokens, last_tokens[slots[:rows]])
     tokens = jnp.concatenate((decode_tokens, batch.prefill_tokens))  # (B + T)
     positions, table_rows = _token_positions(batch, rows)
@@ -46,14 +64,14 @@ def engine_step(
     )
     hidden, caches = model(tokens, jnp.maximum(positions, 0), caches, attend)  # (B + T, D)
     last_of_prefill = jnp.maximum(batch.query_starts[1:] - 1, 0) + rows
-    sampled = jnp.concatenate((jnp.arange(rows), last_of_prefill)) if shape.prefill_rows else jnp.arange(rows)
+    sampled = jnp.concatenate((jnp.arange(rows), last_of_prefill)) if len(last_of_prefill) else jnp.arange(rows)
     with jax.named_scope("head"):
         logits = model.logits(hidden[sampled])  # (R, V)
     with jax.named_scope("sample"):
         temperatures = jax.lax.bitcast_convert_type(batch.temperatures, jnp.float32)
         seeds = jax.lax.bitcast_convert_type(batch.seeds, jnp.uint32)
         new_tokens = sample(logits, temperatures, seeds, batch.context_lens)
-    return new_tokens, caches, last_tokens.at[slots].set(new_tokens)
+    return (caches, last_tokens.at[slots].set(new_tokens)), new_tokens
 
 
 def _token_positions(batch: BatchView, rows: int) -> tuple[jax.Array, jax.Array]:

@@ -43,18 +43,22 @@ class SimulatedDevice:
         self.owners = [None] * max_num_seqs
         self.last_tokens = [None] * max_num_seqs
 
-    def run(self, schedule: Schedule) -> tuple[list[int], list[int]]:
-        """Tokens of the decode rows and of the prefill chunks (-1 where a chunk does not sample)."""
+    def run(self, schedule: Schedule) -> list[tuple[list[int], list[int]]]:
+        """For each step: tokens of the decode rows and of the prefill chunks (-1 where a chunk does not sample)."""
         for seq in schedule.admitted:
             self.owners[seq.slot], self.last_tokens[seq.slot] = seq, None
-        rows = [(seq, seq.num_computed - 1) for seq in schedule.decodes]
+        return [self._run_step(schedule, behind) for behind in reversed(range(schedule.num_steps))]
+
+    def _run_step(self, schedule: Schedule, behind: int) -> tuple[list[int], list[int]]:
+        """The step that ends `behind` tokens before what the sequences count as computed."""
+        rows = [(seq, seq.num_computed - behind - 1) for seq in schedule.decodes]
         rows += [(chunk.seq, chunk.seq.num_computed - chunk.num_tokens) for chunk in schedule.prefills]
         assert all(self.owners[seq.slot] is seq for seq, _ in rows), "a sequence in a slot that nobody announced"
-        cells = [self._cells(seq) for seq, _ in rows]
+        cells = [self._cells(seq, seq.num_computed - behind) for seq, _ in rows]
         written = [cell for (_, start), row in zip(rows, cells) for cell in row[start:]]
         assert len(written) == len(set(written)), "two rows of one step write the same cell"
         for (seq, start), row in zip(rows, cells):  # each layer stores the whole step before it attends
-            for position in range(start, seq.num_computed):
+            for position in range(start, len(row)):
                 self.layers[0][row[position]] = hash((position, self._input_token(seq, position)))
         for (_, start), row in zip(rows, cells):
             state = 0
@@ -71,10 +75,10 @@ class SimulatedDevice:
                 self.last_tokens[seq.slot] = token
         return tokens[:num_decodes], tokens[num_decodes:]
 
-    def _cells(self, seq: Sequence) -> list[int]:
-        """Where the positions 0..num_computed-1 of a sequence lie."""
+    def _cells(self, seq: Sequence, end: int) -> list[int]:
+        """Where the positions 0..end-1 of a sequence lie."""
         size = self.block_size
-        return [seq.block_table[p // size] * size + p % size for p in range(seq.num_computed)]
+        return [seq.block_table[p // size] * size + p % size for p in range(end)]
 
     def _input_token(self, seq: Sequence, position: int) -> int:
         known = position < len(seq.token_ids)
@@ -92,6 +96,7 @@ class Simulation:
         self.in_flight: deque = deque()
         self.sequences: list[Sequence] = []
         self.num_steps = 0
+        self.num_steps_ahead = 0  # those dispatched together with one before them
         self.stall = (None, 0)  # the oldest sequence's progress, and for how many steps it has not changed
 
     @property
@@ -124,14 +129,16 @@ class Simulation:
             assert oldest.num_preemptions == preempted, f"the oldest sequence was preempted: {oldest}"
         if schedule:
             self._check_progress(oldest)
-            self.in_flight.append((schedule, *self.device.run(schedule)))
+            self.in_flight.append((schedule, self.device.run(schedule)))
             self.num_steps += 1
+            self.num_steps_ahead += schedule.num_steps - 1
         self.check()
         return schedule
 
     def collect(self) -> list[Sequence]:
         """Read the tokens of the oldest step in flight."""
-        finished = self.scheduler.update(*self.in_flight.popleft())
+        schedule, steps = self.in_flight.popleft()
+        finished = [seq for tokens in steps for seq in self.scheduler.update(schedule, *tokens)]
         for seq in finished:
             expected = expected_completion(seq.prompt_token_ids, seq.max_len, seq.stop_token_ids)
             assert (seq.completion_token_ids, seq.finish_reason) == expected, seq
@@ -176,7 +183,8 @@ class Simulation:
         assert all(self.scheduler.running.get(seq.seq_id) is seq for seq in rows)
         assert schedule.num_tokens == len(schedule.decodes) + sum(c.num_tokens for c in schedule.prefills)
         assert schedule.num_tokens <= self.budget
-        assert all(seq.status is Status.DECODE and seq.num_pending for seq in schedule.decodes)
+        assert all(seq.status is Status.DECODE and seq.num_pending >= schedule.num_steps for seq in schedule.decodes)
+        assert schedule.num_steps == 1 or not schedule.prefills
         for chunk in schedule.prefills:
             assert chunk.num_tokens > (1 if chunk.samples else 0)
             assert chunk.samples == (chunk.seq.num_computed == len(chunk.seq.token_ids))

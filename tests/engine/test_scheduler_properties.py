@@ -27,8 +27,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_num_seqs=st.integers(1, 6),
         budget=st.integers(1, 30),
         caching=st.booleans(),
+        num_steps=st.integers(1, 5),
     )
-    def start(self, block_size, max_model_len, spare_blocks, max_num_seqs, budget, caching):
+    def start(self, block_size, max_model_len, spare_blocks, max_num_seqs, budget, caching, num_steps):
         self.simulation = Simulation(
             num_blocks=tightest_pool(max_model_len, block_size) + spare_blocks,
             block_size=block_size,
@@ -36,6 +37,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_num_batched_tokens=budget,
             max_model_len=max_model_len,
             enable_prefix_caching=caching,
+            num_steps=num_steps,
+            multi_step_rows=3,
         )
         self.max_model_len = max_model_len
 
@@ -100,6 +103,8 @@ def random_simulation(rng: random.Random) -> Simulation:
         max_num_batched_tokens=rng.choice((rng.randint(1, max_num_seqs), rng.randint(1, 20), rng.randint(20, 150))),
         max_model_len=max_model_len,
         enable_prefix_caching=rng.random() < 0.85,
+        num_steps=rng.choice((1, 1, 2, 4, 7)),
+        multi_step_rows=rng.randint(1, max_num_seqs),
     )
 
 
@@ -135,6 +140,7 @@ def run_random_workload(seed: int, num_steps: int) -> dict[str, int]:
     simulation.drain(depth)
     return {
         "steps": simulation.num_steps,
+        "steps ahead": simulation.num_steps_ahead,
         "preemptions": scheduler.num_preemptions,
         "hit tokens": scheduler.num_prefix_hit_tokens,
         "stops": sum(seq.finish_reason == "stop" for seq in simulation.sequences),
@@ -157,6 +163,7 @@ def test_random_workloads():
     assert totals["steps"] > 100_000
     assert min(totals["preemptions"], totals["stops"], totals["lengths"], totals["aborts"]) > 1_000, totals
     assert totals["hit tokens"] > 20_000, totals
+    assert totals["steps ahead"] > 5_000, totals
 
 
 @pytest.mark.slow

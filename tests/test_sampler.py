@@ -1,0 +1,95 @@
+"""Drawing tokens: the right distribution, the same draw for the same request whatever runs beside it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nanovllm_jax.layers.sampler import sample
+
+DRAWS = 20_000
+LOGITS = np.array([2.0, 1.0, 0.0, -1.0, 0.5, -np.inf, 1.5, -3.0], np.float32)
+draw = jax.jit(sample)
+
+
+def rows(count, logits=LOGITS, temperature=1.0, seeds=None, positions=None):
+    """Arguments of `sample` for `count` rows of one distribution."""
+    seeds = np.zeros((count, 2), np.uint32) if seeds is None else seeds
+    positions = np.zeros(count, np.int32) if positions is None else positions
+    return np.tile(logits, (count, 1)), np.full(count, temperature, np.float32), seeds, positions
+
+
+def seeds_of(count):
+    return np.stack([np.arange(count), np.full(count, 7)], axis=1).astype(np.uint32)
+
+
+def softmax(logits):
+    exp = np.exp(logits - logits.max())
+    return exp / exp.sum()
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
+@pytest.mark.parametrize("varied", ["seeds", "positions"])
+def test_draws_follow_the_softmax(temperature, varied):
+    """Over many seeds at one position, and over one seed's many positions: chi-square at 1 in 100,000."""
+    vary = dict(seeds=seeds_of(DRAWS)) if varied == "seeds" else dict(positions=np.arange(DRAWS, dtype=np.int32))
+    counts = np.bincount(draw(*rows(DRAWS, temperature=temperature, **vary)), minlength=LOGITS.size)
+    expected = DRAWS * softmax(LOGITS / temperature)
+    assert counts[expected == 0].sum() == 0
+    kept = expected >= 5
+    rest = counts[~kept].sum() - expected[~kept].sum()
+    chi2 = ((counts - expected)[kept] ** 2 / expected[kept]).sum() + rest**2 / max(expected[~kept].sum(), 1)
+    assert chi2 < 36  # 7 degrees of freedom
+
+
+def test_neighbouring_seeds_and_positions_are_independent():
+    """Pairs of draws, of seed s and s + 1 and of position p and p + 1, are alike as often as chance has it."""
+    chance = (softmax(LOGITS) ** 2).sum()
+    for vary in (dict(seeds=seeds_of(DRAWS)), dict(positions=np.arange(DRAWS, dtype=np.int32))):
+        tokens = np.asarray(draw(*rows(DRAWS, **vary)))
+        alike = (tokens[1:] == tokens[:-1]).mean()
+        assert abs(alike - chance) < 4 * np.sqrt(chance / DRAWS)
+
+
+def test_both_halves_of_a_seed_count():
+    seeds = np.random.default_rng(0).integers(0, 2**32, (64, 2), np.uint32)
+    flat = np.zeros(1000, np.float32)
+    drawn = {
+        half: np.asarray(draw(*rows(64, flat, seeds=seeds * np.uint32(half)))) for half in ((1, 1), (1, 0), (0, 1))
+    }
+    assert (drawn[1, 1] != drawn[1, 0]).sum() > 56
+    assert (drawn[1, 1] != drawn[0, 1]).sum() > 56
+
+
+def test_a_row_does_not_depend_on_its_batch():
+    rng = np.random.default_rng(1)
+    logits = rng.standard_normal((9, 33), np.float32)
+    temperatures = rng.uniform(0.5, 2, 9).astype(np.float32)
+    seeds, positions = seeds_of(9), rng.integers(0, 4096, 9, np.int32)
+    together = np.asarray(draw(logits, temperatures, seeds, positions))
+    order = rng.permutation(9)
+    np.testing.assert_array_equal(
+        draw(logits[order], temperatures[order], seeds[order], positions[order]), together[order]
+    )
+    for i in range(9):
+        alone = draw(logits[i : i + 1], temperatures[i : i + 1], seeds[i : i + 1], positions[i : i + 1])
+        assert alone == together[i]
+
+
+def test_greedy_and_sampling_rows_in_one_batch():
+    logits, _, seeds, positions = rows(64, seeds=seeds_of(64))
+    temperatures = np.tile([0, 2], 32).astype(np.float32)
+    tokens = np.asarray(draw(logits, temperatures, seeds, positions))
+    assert (tokens[::2] == LOGITS.argmax()).all()
+    assert len(set(tokens[1::2].tolist())) > 3
+
+
+@pytest.mark.parametrize("temperature", [0, 0.01])
+@pytest.mark.parametrize("scale", [1, 1e4])
+def test_low_temperatures_take_the_best(temperature, scale):
+    tokens = draw(*rows(100, scale * LOGITS, temperature, seeds_of(100)))
+    assert (np.asarray(tokens) == LOGITS.argmax()).all()
+
+
+def test_the_first_of_equal_logits_is_greedy():
+    assert draw(*rows(1, jnp.zeros(5), 0)) == 0
