@@ -1,11 +1,11 @@
-"""Attention over a paged KV cache: one function each to write it, to decode from it and to prefill against it.
+"""Attention over a paged KV cache, a function each to write it, decode from it and prefill against it, and a norm.
 
 On an NVIDIA GPU each runs its Pallas kernel, anywhere else its plain-jnp oracle (reference.py, same signature). Which
 one is settled when a program is lowered, so a compiled step holds one of the two and never a branch. Each sits in a jit
 of its own: the layers of a model share one trace and one lowering.
 
 Shapes: T tokens, B sequences with one new token each, P sequences in prefill, N query heads, K kv heads, H head_dim,
-W blocks in a row of a block table.
+W blocks in a row of a block table, D hidden.
 """
 
 import functools
@@ -13,26 +13,40 @@ import functools
 import jax
 
 from . import decode, norm, prefill, reference, store
-from . import qkv as qkv_kernel
+from .common import kernel
 
-__all__ = ["add_norm", "norm_rope_store", "paged_decode_attention", "paged_prefill_attention", "store_kv"]
+__all__ = ["add_norm", "norm_rope_store", "paged_decode_attention", "paged_prefill_attention"]
 
 
-@jax.jit
-def store_kv(
-    k: jax.Array, v: jax.Array, slot_mapping: jax.Array, k_cache: jax.Array, v_cache: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Write the new tokens' keys and values into their cache slots; donated caches are updated in place.
+@functools.partial(kernel, static_argnames="eps")
+def norm_rope_store(
+    qkv: jax.Array,
+    q_gain: jax.Array,
+    k_gain: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    slot_mapping: jax.Array,
+    k_cache: jax.Array,
+    v_cache: jax.Array,
+    *,
+    eps: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Normalise and rotate queries and keys, and write keys and values into the paged cache.
 
-    k, v [T, K, H]; slot_mapping [T] int32, block * block_size + offset in the block, or -1 for a padded row, which
-    writes nothing. k_cache, v_cache [num_blocks, K, block_size, H], of k's dtype. Returns (k_cache, v_cache).
+    qkv [T, K, G + 2, H]: for each kv head its G query heads, its key and its value. q_gain, k_gain [H]: the RMS norms'
+    weights. cos, sin [T, H / 2] float32. slot_mapping [T] int32: block * block_size + offset in the block where a
+    token's key and value go, no two in one place, or -1 for a padded row, which writes nothing. k_cache, v_cache
+    [num_blocks, K, block_size, H], of qkv's dtype; donated caches are updated in place.
+    Returns (q [T, K * G, H], k_cache, v_cache).
     """
     return jax.lax.platform_dependent(
-        k, v, slot_mapping, k_cache, v_cache, cuda=store.store_kv, default=reference.store_kv
+        *(qkv, q_gain, k_gain, cos, sin, slot_mapping, k_cache, v_cache),
+        cuda=functools.partial(store.norm_rope_store, eps=eps),
+        default=functools.partial(reference.norm_rope_store, eps=eps),
     )
 
 
-@functools.partial(jax.jit, static_argnames="scale")
+@functools.partial(kernel, static_argnames="scale")
 def paged_decode_attention(
     q: jax.Array,
     k_cache: jax.Array,
@@ -59,7 +73,7 @@ def paged_decode_attention(
     )
 
 
-@functools.partial(jax.jit, static_argnames="scale")
+@functools.partial(kernel, static_argnames="scale")
 def paged_prefill_attention(
     q: jax.Array,
     k_cache: jax.Array,
@@ -90,39 +104,16 @@ def paged_prefill_attention(
     )
 
 
-@functools.partial(jax.jit, static_argnames="eps")
-def norm_rope_store(
-    qkv: jax.Array,
-    q_gain: jax.Array,
-    k_gain: jax.Array,
-    cos: jax.Array,
-    sin: jax.Array,
-    slot_mapping: jax.Array,
-    k_cache: jax.Array,
-    v_cache: jax.Array,
-    *,
-    eps: float,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Normalise and rotate queries and keys, and write keys and values into the paged cache.
-
-    qkv [T, K, G + 2, H]: for each kv head its G query heads, its key and its value. q_gain, k_gain [H]: the RMS norms'
-    weights. cos, sin [T, H / 2] float32. slot_mapping and caches as in store_kv.
-    Returns (q [T, K * G, H], k_cache, v_cache).
-    """
-    return jax.lax.platform_dependent(
-        *(qkv, q_gain, k_gain, cos, sin, slot_mapping, k_cache, v_cache),
-        cuda=functools.partial(qkv_kernel.norm_rope_store, eps=eps),
-        default=functools.partial(reference.norm_rope_store, eps=eps),
-    )
-
-
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
 def add_norm(x: jax.Array, delta: jax.Array, gain: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
-    """x + delta, and its RMS norm times gain. x, delta [T, D]; gain [D]. Returns two arrays like x; differentiable."""
+    """The residual sum, and its RMS norm as transformers rounds it: to x's dtype before the gain and after.
+
+    x, delta [T, D], of one dtype; gain [D]. Returns (x + delta, its norm times gain), both [T, D]. Differentiable.
+    """
     return _add_norm(x, delta, gain, eps=eps)
 
 
-@functools.partial(jax.jit, static_argnames="eps")
+@functools.partial(kernel, static_argnames="eps")
 def _add_norm(x, delta, gain, *, eps):
     return jax.lax.platform_dependent(
         *(x, delta, gain),

@@ -23,7 +23,7 @@ NEG_INF = -1e30  # finite, so that the difference of two masked scores is not Na
 
 
 def pallas_call(
-    kernel: Callable,
+    body: Callable,
     *args: jax.Array,
     grid: tuple[int, ...],
     out_shape: Sequence[jax.ShapeDtypeStruct],
@@ -33,7 +33,7 @@ def pallas_call(
     interpret: bool = False,
     **static: object,
 ) -> list[jax.Array]:
-    """Run kernel(*refs, **static) over the grid; each ref is a whole array, as a paged kernel does its own indexing.
+    """Run body(*refs, **static) over the grid; each ref is a whole array, as a paged kernel does its own indexing.
 
     interpret runs it in plain JAX on any machine, slowly: for tests.
     """
@@ -42,7 +42,7 @@ def pallas_call(
         return pl.BlockSpec(x.shape, lambda *_: (0,) * len(x.shape))
 
     return pl.pallas_call(
-        functools.partial(kernel, **static),
+        functools.partial(body, **static),
         grid=grid,
         in_specs=[whole(x) for x in args],
         out_specs=[whole(x) for x in out_shape],
@@ -50,8 +50,20 @@ def pallas_call(
         input_output_aliases=aliases or {},
         interpret=interpret,
         compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages),
-        name=kernel.__name__.strip("_"),
+        name=body.__name__.strip("_"),
     )(*args)
+
+
+def kernel(function: Callable, *, static_argnames: str) -> Callable:
+    """jax.jit that holds under jax.disable_jit too: a bare pallas_call would be compiled anew at every call."""
+    compiled = jax.jit(function, static_argnames=static_argnames)
+
+    @functools.wraps(function)
+    def call(*args, **options):
+        with jax.disable_jit(False):
+            return compiled(*args, **options)
+
+    return call
 
 
 def dot(a: jax.Array, b: jax.Array, *, trans_b: bool = False) -> jax.Array:

@@ -1,6 +1,7 @@
-"""Pallas kernel: the residual sum and the norm after it in one pass. Shapes: T tokens, D hidden."""
+"""Pallas kernel: the residual sum and the RMS norm after it in one pass. Shapes: T tokens, D hidden."""
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,33 +12,55 @@ from jax.experimental.pallas import triton as plgpu
 from .common import pallas_call
 
 
-def _add_norm_kernel(x_ref, delta_ref, gain_ref, sum_ref, normed_ref, *, width, eps):
-    token, features = pl.program_id(0), x_ref.shape[1]
-    column = jnp.arange(width, dtype=jnp.int32)  # D rounded up to a power of two
-    load = partial(plgpu.load, mask=column < features, other=0)
-    store = partial(plgpu.store, mask=column < features)
-    at = (token, pl.ds(0, width))
+class Tiles(NamedTuple):
+    """How the work is cut: tokens to a program, at most T, and the program's warps."""
+
+    tokens: int
+    num_warps: int
+
+
+def default_tiles(features: int) -> Tiles:
+    """Settings for an H200: 16 values or more to a thread."""
+    return Tiles(tokens=1, num_warps=min(16, max(1, pl.next_power_of_2(features) // 512)))
+
+
+def _add_norm_kernel(x_ref, delta_ref, gain_ref, sum_ref, normed_ref, *, tile: int, width: int, eps: float):
+    tokens, features = x_ref.shape
+    # The last tile is moved back to end with the last token: what two programs both write is the same.
+    at = pl.ds(jnp.minimum(pl.program_id(0) * tile, tokens - tile), tile), pl.ds(0, width)
+    used = jnp.arange(width) < features  # of D rounded up to a power of two
+    live = jnp.broadcast_to(used[None], (tile, width))
+    load, store = partial(plgpu.load, mask=live, other=0), partial(plgpu.store, mask=live)
     total = (load(x_ref.at[at]).astype(jnp.float32) + load(delta_ref.at[at]).astype(jnp.float32)).astype(x_ref.dtype)
     store(sum_ref.at[at], total)
     wide = total.astype(jnp.float32)
-    normed = (wide * lax.rsqrt((wide * wide).sum() / features + eps)).astype(x_ref.dtype)
-    gain = load(gain_ref.at[pl.ds(0, width)]).astype(jnp.float32)
-    store(normed_ref.at[at], (normed.astype(jnp.float32) * gain).astype(x_ref.dtype))
+    scale = lax.rsqrt((wide * wide).sum(axis=1) / features + eps)
+    normed = (wide * scale[:, None]).astype(x_ref.dtype).astype(jnp.float32)  # rounded where transformers rounds
+    gain = plgpu.load(gain_ref.at[pl.ds(0, width)], mask=used, other=0)
+    store(normed_ref.at[at], (normed * gain.astype(jnp.float32)).astype(x_ref.dtype))
 
 
 def add_norm(
-    x: jax.Array, delta: jax.Array, gain: jax.Array, *, eps: float, interpret: bool = False
+    x: jax.Array,
+    delta: jax.Array,
+    gain: jax.Array,
+    *,
+    eps: float,
+    tiles: Tiles | None = None,
+    interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """nanovllm_jax.kernels.add_norm as one kernel, one token to a program."""
-    width = pl.next_power_of_2(x.shape[1])
+    """nanovllm_jax.kernels.add_norm as one kernel."""
+    tokens, features = x.shape
+    tiles = tiles or default_tiles(features)
     total, normed = pallas_call(
         _add_norm_kernel,
         *(x, delta, gain),
-        grid=(x.shape[0],),
+        grid=(pl.cdiv(tokens, tiles.tokens),),
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype)] * 2,
-        num_warps=min(16, max(1, width // 512)),
+        num_warps=tiles.num_warps,
         interpret=interpret,
-        width=width,
+        tile=tiles.tokens,
+        width=pl.next_power_of_2(features),
         eps=eps,
     )
     return total, normed

@@ -11,36 +11,41 @@ from .common import NEG_INF, prefill_tiles
 QUERIES_PER_TILE = 64  # prefill goes through its tokens in tiles, so that its memory stays small
 
 
-def store_kv(k, v, slot_mapping, k_cache, v_cache):
-    """See nanovllm_jax.kernels.store_kv."""
-    num_blocks, _, block_size, _ = k_cache.shape
-    block = jnp.where(slot_mapping < 0, num_blocks, slot_mapping // block_size)  # past the end: the write is dropped
-    offset = slot_mapping % block_size
-    return k_cache.at[block, :, offset].set(k, mode="drop"), v_cache.at[block, :, offset].set(v, mode="drop")
-
-
 def norm_rope_store(qkv, q_gain, k_gain, cos, sin, slot_mapping, k_cache, v_cache, *, eps):
     """See nanovllm_jax.kernels.norm_rope_store."""
     q, k, v = qkv[:, :, :-2], qkv[:, :, -2], qkv[:, :, -1]
     q = q.reshape(len(q), -1, q.shape[-1])
     q, k = (_rope(_rms_norm(x, gain, eps), cos[:, None], sin[:, None]) for x, gain in ((q, q_gain), (k, k_gain)))
-    return q, *store_kv(k, v, slot_mapping, k_cache, v_cache)
+    return q, *(_store(*pair, slot_mapping) for pair in ((k, k_cache), (v, v_cache)))
 
 
 def add_norm(x, delta, gain, *, eps):
     """See nanovllm_jax.kernels.add_norm."""
-    return x + delta, _rms_norm(x + delta, gain, eps)
+    total = _rounded(x + delta, x.dtype)
+    return total, _rms_norm(total, gain, eps)
 
 
 def _rms_norm(x, gain, eps):
     wide = x.astype(jnp.float32)
     scale = lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return (wide * scale).astype(x.dtype) * gain
+    return _rounded(_rounded(wide * scale, x.dtype) * gain, x.dtype).astype(x.dtype)
+
+
+def _rounded(x, dtype):
+    """x with dtype's precision: in compiled code a conversion to 16 bits and back would be left out."""
+    kind = jnp.finfo(dtype)
+    return lax.reduce_precision(x, kind.nexp, kind.nmant)
 
 
 def _rope(x, cos, sin):
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1).astype(x.dtype)
+
+
+def _store(new, cache, slot_mapping):
+    num_blocks, _, block_size, _ = cache.shape
+    block = jnp.where(slot_mapping < 0, num_blocks, slot_mapping // block_size)  # past the end: the write is dropped
+    return cache.at[block, :, slot_mapping % block_size].set(new, mode="drop")
 
 
 def paged_decode_attention(q, k_cache, v_cache, block_tables, context_lens, *, scale):

@@ -1,6 +1,7 @@
-"""Pallas kernel: write new keys and values into the paged cache, in place.
+"""Pallas kernel: from the q/k/v projection to the query and the cache in one pass.
 
-Shapes: T tokens, K kv heads, H head_dim.
+Normalises and rotates queries and keys, and writes keys and values into the paged cache, in place: what would be seven
+small kernels a layer. Shapes: T tokens, K kv heads, G query heads to each, N = K * G, H head_dim.
 """
 
 from typing import NamedTuple
@@ -15,56 +16,85 @@ from .common import log2, pallas_call
 
 
 class Tiles(NamedTuple):
-    """How the work is cut: tokens to a program, and the program's warps."""
+    """How the work is cut: tokens of one kv head to a program, at most T, and the program's warps."""
 
     tokens: int
     num_warps: int
 
 
 def default_tiles(tokens: int) -> Tiles:
-    """One token to a program until there are programs enough for every SM several times over."""
-    return Tiles(tokens=1, num_warps=4) if tokens <= 2048 else Tiles(tokens=4, num_warps=4)
+    """Settings for an H200: one token to a program until there are programs enough, then several."""
+    return Tiles(tokens=1, num_warps=1) if tokens <= 1024 else Tiles(tokens=8, num_warps=4)
 
 
-def _store_kernel(k_ref, v_ref, slot_ref, _k_in, _v_in, k_cache_ref, v_cache_ref, *, tile, heads, block_size):
-    total, kv_heads, head_dim = k_ref.shape
-    shape = (tile, heads, head_dim)  # heads: kv_heads, rounded up to a power of two
-    token = pl.program_id(0) * tile + jnp.arange(tile, dtype=jnp.int32)
-    slot = plgpu.load(slot_ref.at[token], mask=token < total, other=-1)
-    head, column = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (1, 2))
-    token, block, offset, slot = (
-        jnp.broadcast_to(x[:, None, None], shape)
-        for x in (token, slot >> log2(block_size), slot & (block_size - 1), slot)
-    )
-    live = (slot >= 0) & (head < kv_heads)
-    source, target = (token, head, column), (block, head, offset, column)
-    for new_ref, cache_ref in ((k_ref, k_cache_ref), (v_ref, v_cache_ref)):
-        plgpu.store(cache_ref.at[target], plgpu.load(new_ref.at[source], mask=live, other=0), mask=live)
+def _norm_rope_store_kernel(*refs, tile: int, rows: int, eps: float, block_size: int):
+    qkv_ref, q_gain_ref, k_gain_ref, cos_ref, sin_ref, slot_ref, _, _, q_ref, k_cache_ref, v_cache_ref = refs
+    tokens, _, parts, head_dim = qkv_ref.shape
+    group, dtype, half = parts - 2, q_ref.dtype, head_dim // 2
+    head = pl.program_id(1)
+    # The last tile is moved back to end with the last token: what two programs both write is the same.
+    own = pl.ds(jnp.minimum(pl.program_id(0) * tile, tokens - tile), tile)
+    halves = pl.ds(0, half), pl.ds(half, half)
+    cos, sin = cos_ref[own, :], sin_ref[own, :]  # (tile, H / 2)
+
+    def rounded(x):
+        return x.astype(dtype).astype(jnp.float32)
+
+    def norm_rope(x, gain_ref, cos, sin):
+        """The two halves of heads, rounded where transformers rounds."""
+        x = [part.astype(jnp.float32) for part in x]
+        scale = lax.rsqrt(sum((part * part).sum(axis=-1) for part in x) / head_dim + eps)[..., None]
+        gains = (gain_ref[at].astype(jnp.float32) for at in halves)
+        first, second = (rounded(rounded(part * scale) * gain) for part, gain in zip(x, gains))
+        return first * cos - second * sin, second * cos + first * sin
+
+    # Rows: G rounded up to a power of two.
+    live = jnp.broadcast_to((jnp.arange(rows) < group)[None, :, None], (tile, rows, half))
+    q = [plgpu.load(qkv_ref.at[own, head, pl.ds(0, rows), at], mask=live, other=0) for at in halves]
+    for part, at in zip(norm_rope(q, q_gain_ref, cos[:, None], sin[:, None]), halves):
+        plgpu.store(q_ref.at[own, pl.ds(head * group, rows), at], part.astype(dtype), mask=live)
+
+    k = norm_rope([qkv_ref[own, head, group, at] for at in halves], k_gain_ref, cos, sin)
+    v = [qkv_ref[own, head, group + 1, at] for at in halves]
+    shape = (tile, half)
+    slot, column = jnp.broadcast_to(slot_ref[own][:, None], shape), lax.broadcasted_iota(jnp.int32, shape, 1)
+    block, offset = slot >> log2(block_size), slot & (block_size - 1)
+    for cache_ref, new in ((k_cache_ref, k), (v_cache_ref, v)):
+        for part, start in zip(new, (0, half)):
+            target = cache_ref.at[block, jnp.full_like(block, head), offset, column + start]
+            plgpu.store(target, part.astype(dtype), mask=slot >= 0)
 
 
-def store_kv(
-    k: jax.Array,
-    v: jax.Array,
+def norm_rope_store(
+    qkv: jax.Array,
+    q_gain: jax.Array,
+    k_gain: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
     slot_mapping: jax.Array,
     k_cache: jax.Array,
     v_cache: jax.Array,
     *,
+    eps: float,
     tiles: Tiles | None = None,
     interpret: bool = False,
-) -> tuple[jax.Array, jax.Array]:
-    """nanovllm_jax.kernels.store_kv as one kernel, with the caches aliased to its results."""
-    tokens, kv_heads, _ = k.shape
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """nanovllm_jax.kernels.norm_rope_store as one kernel, with the caches aliased to its results."""
+    tokens, kv_heads, parts, head_dim = qkv.shape
+    group = parts - 2
     tiles = tiles or default_tiles(tokens)
-    k_cache, v_cache = pallas_call(
-        _store_kernel,
-        *(k, v, slot_mapping, k_cache, v_cache),
-        grid=(pl.cdiv(tokens, tiles.tokens),),
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k_cache, v_cache)],
-        aliases={3: 0, 4: 1},
+    q = jax.ShapeDtypeStruct((tokens, kv_heads * group, head_dim), qkv.dtype)
+    q, k_cache, v_cache = pallas_call(
+        _norm_rope_store_kernel,
+        *(qkv, q_gain, k_gain, cos, sin, slot_mapping, k_cache, v_cache),
+        grid=(pl.cdiv(tokens, tiles.tokens), kv_heads),
+        out_shape=[q, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k_cache, v_cache))],
+        aliases={6: 1, 7: 2},
         num_warps=tiles.num_warps,
         interpret=interpret,
         tile=tiles.tokens,
-        heads=pl.next_power_of_2(kv_heads),
+        rows=pl.next_power_of_2(group),
+        eps=eps,
         block_size=k_cache.shape[2],
     )
-    return k_cache, v_cache
+    return q, k_cache, v_cache

@@ -1,16 +1,19 @@
 """Time each kernel alone on a GPU, beside the limit of the card, and for prefill beside cuDNN.
 
-    python scripts/bench_kernels.py                    # every kernel at its default settings, checked on the oracle
-    python scripts/bench_kernels.py --sweep prefill    # every tile setting of the list below, fastest first
+    python scripts/bench_kernels.py                         # every kernel as it is, checked on the oracle
+    python scripts/bench_kernels.py --sweep                 # the tile settings listed below against the default ones
+    python scripts/bench_kernels.py --sweep --only decode
     python scripts/bench_kernels.py --group 4 --kv-heads 8 --block-size 16
 
-A call's time is that of a program which makes many of them, each on its own inputs (together more than the L2 cache
-holds), divided by their number: launch gaps count, host time does not. The median of several runs is printed.
+A call's time is that of a program which makes many of them, on inputs that are together more than the L2 cache holds
+(but for a few tokens of store and norm), divided by their number: launch gaps count, host time does not. The median of
+several runs is printed.
 """
 
 import argparse
 import functools
 import itertools
+import os
 import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -19,33 +22,39 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from nanovllm_jax.kernels import decode, prefill, reference, store
+from nanovllm_jax.kernels import decode, norm, prefill, reference, store
 
-DECODE = [(1, 1000, 1000), (1, 32000, 32000), (8, 1000, 1000), (64, 200, 1486), (256, 1000, 1000), (256, 200, 1486)]
+# (batch, shortest and longest context), (sequences, new tokens and context of each), tokens, tokens
+DECODE = [(1, 1000, 1000), (1, 32000, 32000), (8, 1000, 1000), (64, 1000, 1000), (64, 200, 1486)]
+DECODE += [(256, 1000, 1000), (256, 200, 1486)]
 PREFILL = [(16, 1024, 1024), (1, 16384, 16384), (64, 256, 256), (4, 2048, 8192), (1, 1000, 1000)]
-STORE = [1, 256, 2048, 16384]
+STORE = [1, 64, 256, 16384]
+NORM = [1, 256, 16384]
+CHAINED_CALLS = 128
+TABLE_TOKENS = 4096  # a block table's width: at least so many tokens, as an engine's goes by its longest context
 
-DECODE_TILES = [
-    decode.Tiles(block_k, splits, min_tiles, num_warps, num_stages)
-    for block_k, num_warps, num_stages in [(64, 4, 3), (64, 4, 5), (32, 2, 3), (32, 4, 5), (128, 4, 3), (128, 8, 3)]
-    for splits, min_tiles in [(1, 1), (2, 4), (4, 4), (16, 1), (64, 1)]
-]
-PREFILL_CUTS = [(128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 8, 5), (128, 64, 4, 2), (128, 32, 4, 3)]
-PREFILL_CUTS += [(64, 64, 4, 3), (64, 128, 4, 3), (64, 128, 8, 3), (256, 64, 8, 3)]
-PREFILL_TILES = [prefill.Tiles(*cut) for cut in PREFILL_CUTS]
-STORE_TILES = [store.Tiles(tokens, warps) for tokens in (1, 2, 4, 8) for warps in (2, 4, 8)]
+DECODE_CUTS = [(64, 4, 3), (64, 4, 2), (64, 4, 4), (64, 4, 5), (64, 8, 3), (32, 4, 3), (32, 4, 5), (32, 2, 3)]
+DECODE_CUTS += [(32, 2, 5), (128, 4, 3), (128, 8, 3)]  # block_k, warps, stages
+DECODE_SPLITS = [(2**n, 1) for n in range(8)] + [(2, 8), (4, 4), (4, 8), (8, 4)]  # splits, min_tiles
+PREFILL_CUTS = [(128, 128, 8, 3), (128, 128, 8, 2), (128, 128, 8, 4), (128, 64, 8, 3), (128, 64, 8, 4), (128, 64, 4, 2)]
+PREFILL_CUTS += [(128, 64, 4, 3), (128, 32, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 4), (64, 128, 4, 3)]
+PREFILL_CUTS += [(64, 32, 4, 3), (32, 64, 4, 3), (32, 64, 2, 3), (256, 64, 8, 3), (256, 128, 8, 2)]
+STORE_CUTS = [*itertools.product((1, 2, 4), (1, 2, 4)), (8, 2), (8, 4), (8, 8), (16, 4), (16, 8), (32, 8)]
+NORM_CUTS = [*itertools.product((1, 2), (1, 2, 4, 8, 16)), (4, 2), (4, 4), (4, 8), (8, 4), (8, 8)]
 
 
 class Case(NamedTuple):
-    """One problem: a kernel as kernel(*inputs, tiles=...), its input sets, and what it must move or compute."""
+    """One problem: a kernel as call(*inputs, *state, tiles=...), its input sets, and what it must move or compute."""
 
     kernel: str
     name: str
     call: object
     oracle: object
     sets: list
+    default: tuple  # the tile settings that it has on its own
     bytes: float
-    flops: float
+    flops: float = 0.0
+    state: tuple = ()  # what calls hand on: each returns an output and the next one's
     first_prefill: tuple[int, int] | None = None  # (sequences, tokens of each): cuDNN can do the same
 
 
@@ -56,6 +65,7 @@ class Shape(NamedTuple):
     group: int
     head_dim: int
     block_size: int
+    hidden: int
     dtype: jnp.dtype
 
     @property
@@ -63,9 +73,12 @@ class Shape(NamedTuple):
         """Bytes of one token's keys and values."""
         return 2 * self.kv_heads * self.head_dim * self.dtype.itemsize
 
-    def queries(self, rng, rows):
-        shape = (rows, self.kv_heads * self.group, self.head_dim)
-        return jnp.asarray(rng.standard_normal(shape, np.float32), self.dtype)
+    @property
+    def heads(self) -> int:
+        return self.kv_heads * self.group
+
+    def random(self, rng, *size):
+        return jax.random.normal(jax.random.key(rng.integers(2**31)), size, self.dtype)
 
 
 def make_pool(shape: Shape, tokens: int):
@@ -79,25 +92,31 @@ def sets_for(set_bytes: float) -> int:
 
 
 def random_tables(rng, shape: Shape, pool, contexts):
-    width = -(-max(contexts) // shape.block_size)
+    used = [-(-context // shape.block_size) for context in contexts]
+    tables = np.zeros((len(contexts), max(TABLE_TOKENS // shape.block_size, *used)), np.int32)
     blocks = itertools.cycle(rng.permutation(len(pool[0])))
-    rows = [list(itertools.islice(blocks, width)) for _ in contexts]
-    return jnp.array(rows, jnp.int32), jnp.array(contexts, jnp.int32)
+    for table, count in zip(tables, used, strict=True):
+        table[:count] = list(itertools.islice(blocks, count))
+    return jnp.asarray(tables), jnp.array(contexts, jnp.int32)
+
+
+def kernel_and_oracle(module, name: str, **static):
+    return [functools.partial(getattr(place, name), **static) for place in (module, reference)]
 
 
 def decode_case(rng, shape: Shape, pool, batch, low, high) -> Case:
     contexts = rng.integers(low, high + 1, batch)
     moved = float(contexts.sum()) * shape.token_bytes
-    sets = [
-        (shape.queries(rng, batch), *pool, *random_tables(rng, shape, pool, rng.permutation(contexts)))
-        for _ in range(sets_for(moved))
-    ]
-    scale = shape.head_dim**-0.5
-    call = functools.partial(decode.paged_decode_attention, scale=scale)
-    oracle = functools.partial(reference.paged_decode_attention, scale=scale)
-    flops = 4.0 * contexts.sum() * shape.kv_heads * shape.group * shape.head_dim
+    sets = []
+    for _ in range(sets_for(moved)):
+        q = shape.random(rng, batch, shape.heads, shape.head_dim)
+        sets.append((q, *pool, *random_tables(rng, shape, pool, rng.permutation(contexts))))
     name = f"{batch} x {low}" + (f"-{high}" if high > low else "")
-    return Case("decode", name, call, oracle, sets, moved, flops)
+    functions = kernel_and_oracle(decode, "paged_decode_attention", scale=shape.head_dim**-0.5)
+    longest = sets[0][3].shape[1] * shape.block_size
+    default = decode.default_tiles(batch, shape.kv_heads, shape.head_dim, longest, shape.dtype)
+    flops = 4.0 * contexts.sum() * shape.heads * shape.head_dim
+    return Case("decode", name, *functions, sets, default, moved, flops)
 
 
 def prefill_case(rng, shape: Shape, pool, sequences, new, context) -> Case:
@@ -105,66 +124,77 @@ def prefill_case(rng, shape: Shape, pool, sequences, new, context) -> Case:
     sets = []
     for _ in range(4):
         tables, lens = random_tables(rng, shape, pool, [context] * sequences)
-        sets.append((shape.queries(rng, sequences * new), *pool, tables, starts, lens))
-    scale = shape.head_dim**-0.5
-    call = functools.partial(prefill.paged_prefill_attention, scale=scale)
-    oracle = functools.partial(reference.paged_prefill_attention, scale=scale)
-    seen = sequences * new * (context - new + (new + 1) / 2)  # keys, summed over the query tokens
-    flops = 4.0 * seen * shape.kv_heads * shape.group * shape.head_dim
+        q = shape.random(rng, sequences * new, shape.heads, shape.head_dim)
+        sets.append((q, *pool, tables, starts, lens))
     name = f"{sequences} x {new}" + (f" of {context}" if context > new else "")
+    functions = kernel_and_oracle(prefill, "paged_prefill_attention", scale=shape.head_dim**-0.5)
+    default = prefill.default_tiles(sequences * new, shape.heads, shape.group, shape.head_dim, shape.dtype)
+    seen = sequences * new * (context - new + (new + 1) / 2)  # keys, summed over the query tokens
+    flops = 4.0 * seen * shape.heads * shape.head_dim
     moved = float(sequences * context) * shape.token_bytes
     first_prefill = (sequences, new) if context == new and shape.dtype.itemsize == 2 else None
-    return Case("prefill", name, call, oracle, sets, moved, flops, first_prefill)
+    return Case("prefill", name, *functions, sets, default, moved, flops, first_prefill=first_prefill)
 
 
 def store_case(rng, shape: Shape, pool, tokens) -> Case:
-    slots = len(pool[0]) * shape.block_size
-    new = (tokens, shape.kv_heads, shape.head_dim)
-    moved = 2.0 * tokens * shape.token_bytes
+    slots, half = len(pool[0]) * shape.block_size, shape.head_dim // 2
+    moved = 2.0 * tokens * shape.token_bytes * (shape.group + 2) / 2  # queries, keys and values come in and go out
     sets = []
-    for _ in range(min(16, sets_for(moved))):
-        k, v = (jnp.asarray(rng.standard_normal(new, np.float32), shape.dtype) for _ in range(2))
-        sets.append((k, v, jnp.asarray(rng.permutation(slots)[:tokens], jnp.int32)))
-    return Case("store", f"{tokens}", store.store_kv, reference.store_kv, sets, moved, 0.0)
+    for _ in range(sets_for(moved)):
+        qkv = shape.random(rng, tokens, shape.kv_heads, shape.group + 2, shape.head_dim)
+        gains = [shape.random(rng, shape.head_dim) for _ in range(2)]
+        angles = [shape.random(rng, tokens, half).astype(jnp.float32) for _ in range(2)]
+        sets.append((qkv, *gains, *angles, jnp.asarray(rng.permutation(slots)[:tokens], jnp.int32)))
+    functions = kernel_and_oracle(store, "norm_rope_store", eps=1e-6)
+    return Case("store", f"{tokens}", *functions, sets, store.default_tiles(tokens), moved, state=pool)
 
 
-def compiled(case: Case, call, pool):
-    """A program that makes one call on each input set; for store, on caches that it is given and gives back."""
-    if case.kernel == "store":
+def norm_case(rng, shape: Shape, pool, tokens) -> Case:
+    def output_first(add_norm, delta, gain, x, **tiles):
+        return add_norm(x, delta, gain, **tiles)[::-1]
 
-        def program(caches, sets):
-            for inputs in sets:
-                caches = call(*inputs, *caches)
-            return caches
-
-        return jax.jit(program, donate_argnums=0).lower(pool, case.sets).compile()
-    return jax.jit(lambda sets: [call(*inputs) for inputs in sets]).lower(case.sets).compile()
+    moved = 4.0 * tokens * shape.hidden * shape.dtype.itemsize
+    x, gain = shape.random(rng, tokens, shape.hidden), shape.random(rng, shape.hidden)
+    sets = [(shape.random(rng, tokens, shape.hidden), gain) for _ in range(sets_for(moved))]
+    functions = [functools.partial(output_first, f) for f in kernel_and_oracle(norm, "add_norm", eps=1e-6)]
+    return Case("norm", f"{tokens}", *functions, sets, norm.default_tiles(shape.hidden), moved, state=(x,))
 
 
-def seconds_per_call(case: Case, program, pool, samples: int = 7) -> float:
+def compiled(case: Case, call):
+    """A program that makes a call on each input set, or enough calls that dispatching it is quicker than running it."""
+    call = jax.jit(call)  # of one trace, however many calls
+
+    def chain(state, sets):
+        for inputs in itertools.islice(itertools.cycle(sets), CHAINED_CALLS):
+            out, *state = call(*inputs, *state)
+        return out, state
+
+    if case.state:
+        return jax.jit(chain, donate_argnums=0).lower(list(case.state), case.sets).compile()
+    return jax.jit(lambda _, sets: ([call(*inputs) for inputs in sets], [])).lower([], case.sets).compile()
+
+
+def seconds_per_call(case: Case, program, samples: int = 7) -> float:
     """The median over samples of about 10 ms each."""
-    caches = jax.tree.map(jnp.copy, pool) if case.kernel == "store" else None
+    state = [jnp.copy(array) for array in case.state]  # as a program reuses its memory
 
     def run(times):
-        nonlocal caches
+        nonlocal state
         start = time.perf_counter()
         for _ in range(times):
-            if caches is None:
-                out = program(case.sets)
-            else:
-                out = caches = program(caches, case.sets)
+            out, state = program(state, case.sets)
         jax.block_until_ready(out)
         return time.perf_counter() - start
 
     run(2)
     times = max(2, int(0.01 / (run(3) / 3)))
-    return statistics.median(run(times) for _ in range(samples)) / times / len(case.sets)
+    calls = CHAINED_CALLS if case.state else len(case.sets)
+    return statistics.median(run(times) for _ in range(samples)) / times / calls
 
 
-def relative_error(case: Case, pool) -> float:
+def relative_error(case: Case) -> float:
     """The largest difference to the oracle on the first input set, relative to the largest output."""
-    inputs = (*case.sets[0], *pool) if case.kernel == "store" else case.sets[0]
-    got, expected = jax.jit(case.call)(*inputs), jax.jit(case.oracle)(*inputs)
+    got, expected = (jax.jit(f)(*case.sets[0], *case.state) for f in (case.call, case.oracle))
     pairs = zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True)
     as_f32 = [[x.astype(jnp.float32) for x in pair] for pair in pairs]
     return max(float(jnp.abs(a - b).max() / jnp.abs(b).max()) for a, b in as_f32)
@@ -173,14 +203,11 @@ def relative_error(case: Case, pool) -> float:
 def cudnn_seconds(case: Case, shape: Shape, sequences: int, new: int) -> float:
     """cuDNN's fused attention on the same first prefill, contiguous instead of paged."""
     rng = np.random.default_rng(0)
-    sizes = [(sequences, new, heads, shape.head_dim) for heads in (shape.kv_heads * shape.group, shape.kv_heads)]
-    sets = []
-    for _ in case.sets:
-        q, k, v = (jnp.asarray(rng.standard_normal(size, np.float32), shape.dtype) for size in (*sizes, sizes[1]))
-        sets.append((q, k, v))
+    heads = shape.heads, shape.kv_heads, shape.kv_heads
+    sets = [[shape.random(rng, sequences, new, n, shape.head_dim) for n in heads] for _ in case.sets]
     attention = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
     contiguous = case._replace(kernel="cudnn", sets=sets)
-    return seconds_per_call(contiguous, compiled(contiguous, attention, None), None)
+    return seconds_per_call(contiguous, compiled(contiguous, attention))
 
 
 def rate(case: Case, seconds: float, args) -> str:
@@ -192,38 +219,67 @@ def rate(case: Case, seconds: float, args) -> str:
     return f"{seconds * 1e6:9.1f} us  {amount}  {limit / seconds:5.0%} of the limit"
 
 
-def bench(case: Case, shape: Shape, pool, args) -> None:
-    seconds = seconds_per_call(case, compiled(case, case.call, pool), pool)
-    line = f"{case.kernel:8}{case.name:16}{rate(case, seconds, args)}  error {relative_error(case, pool):.1e}"
+def bench(case: Case, shape: Shape, args) -> None:
+    seconds = seconds_per_call(case, compiled(case, case.call))
+    line = f"{case.kernel:8}{case.name:16}{rate(case, seconds, args)}  error {relative_error(case):.1e}"
     if case.first_prefill:
         other = cudnn_seconds(case, shape, *case.first_prefill)
         line += f"  cuDNN {other * 1e6:.1f} us ({other / seconds:.2f} x its speed)"
     print(line, flush=True)
 
 
-def sweep(case: Case, pool, args) -> None:
-    """All settings of the case's kernel, compiled in parallel, timed one after another."""
-    settings = {"decode": DECODE_TILES, "prefill": PREFILL_TILES, "store": STORE_TILES}[case.kernel]
-    if case.kernel == "decode":  # neither a handful of programs nor heaps of empty ones
-        unsplit = len(case.sets[0][0]) * pool[0].shape[1]
-        settings = [tiles for tiles in settings if 64 <= unsplit * tiles.splits <= 8192]
+def settings(case: Case, shape: Shape) -> list:
+    """What to try on a case, its default first."""
+    tokens, cuts = len(case.sets[0][0]), {"prefill": PREFILL_CUTS, "store": STORE_CUTS, "norm": NORM_CUTS}
+    if case.kernel == "decode":
+        tried = decode_settings(np.asarray(case.sets[0][4]), shape.kv_heads)
+    else:  # a tile of more tokens than there are is of use in prefill alone
+        tried = [type(case.default)(*cut) for cut in cuts[case.kernel] if case.kernel == "prefill" or cut[0] <= tokens]
+    return list(dict.fromkeys([case.default, *tried]))
 
-    def build(tiles):
+
+def decode_settings(contexts, kv_heads: int):
+    """Those with neither a handful of programs nor heaps of empty ones; a minimum matters where contexts differ."""
+    for (block_k, warps, stages), (splits, least) in itertools.product(DECODE_CUTS, DECODE_SPLITS):
+        useful = splits * least < 2 * -(-contexts.max() // block_k)
+        most = 4096 if least == 1 else 8192 if contexts.min() < contexts.max() else 0
+        if useful and 64 <= len(contexts) * kv_heads * splits <= most:
+            yield decode.Tiles(block_k, splits, least, warps, stages)
+
+
+def sweep(cases: list[Case], shape: Shape, args) -> None:
+    """All settings of all cases, compiled in parallel, then timed one after another; the best beside the default."""
+
+    def build(case, tiles):
         try:
-            return compiled(case, functools.partial(case.call, tiles=tiles), pool)
+            return compiled(case, functools.partial(case.call, tiles=tiles))
         except Exception as error:  # most often: more shared memory than there is
             return error
 
-    with ThreadPoolExecutor() as threads:
-        programs = list(threads.map(build, settings))
-    timed = []
-    for tiles, program in zip(settings, programs, strict=True):
-        if isinstance(program, Exception):
-            print(f"{case.kernel:8}{case.name:16}{tiles} does not compile: {str(program).splitlines()[0][:80]}")
-        else:
-            timed.append((seconds_per_call(case, program, pool, samples=3), tiles))
-    for seconds, tiles in sorted(timed):
-        print(f"{case.kernel:8}{case.name:16}{rate(case, seconds, args)}  {tiles}", flush=True)
+    start = time.perf_counter()
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        jobs = [(case, [(t, threads.submit(build, case, t)) for t in settings(case, shape)]) for case in cases]
+    print(f"compiled {sum(len(tried) for _, tried in jobs)} settings in {time.perf_counter() - start:.0f} s")
+    summary = []
+    for case, tried in jobs:
+        timed = []
+        for tiles, job in tried:
+            if isinstance(program := job.result(), Exception):
+                print(f"{case.kernel} {case.name} {tuple(tiles)} fails: {str(program).splitlines()[0][:70]}")
+            else:
+                timed.append((seconds_per_call(case, program, samples=3), tiles))
+        timed.sort()
+        print(f"\n{case.kernel:8}{case.name}: {len(timed)} of {len(tried)} settings; {case.default._fields}")
+        for seconds, tiles in timed[: args.top]:
+            print(f"{rate(case, seconds, args)}  {tuple(tiles)}", flush=True)
+        (best, tiles), default = timed[0], next(seconds for seconds, tiles in timed if tiles == case.default)
+        change = f"default {default * 1e6:.1f} us {tuple(case.default)}, {default / best:.2f} x as long"
+        summary.append(f"{case.kernel:8}{case.name:14}{best * 1e6:8.1f} us {tuple(tiles)}; {change}")
+    print(f"\nBest settings, {time.perf_counter() - start:.0f} s after the start:", *summary, sep="\n")
+
+
+KERNELS = {"decode": (decode_case, DECODE), "prefill": (prefill_case, PREFILL)}
+KERNELS |= {"store": (store_case, STORE), "norm": (norm_case, NORM)}
 
 
 def main() -> None:
@@ -234,27 +290,25 @@ def main() -> None:
     parser.add_argument("--block-size", type=int, default=256)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--tokens", type=int, default=2**19, help="size of the KV cache")
-    parser.add_argument("--only", choices=["decode", "prefill", "store"])
-    parser.add_argument("--sweep", choices=["decode", "prefill", "store"], help="time this kernel's tile settings")
+    parser.add_argument("--hidden", type=int, default=1024, help="what add_norm works on")
+    parser.add_argument("--only", nargs="+", choices=KERNELS, default=list(KERNELS))
+    parser.add_argument("--sweep", action="store_true", help="time many tile settings")
+    parser.add_argument("--top", type=int, default=6, help="how many of a sweep's settings to print for each problem")
     parser.add_argument("--bandwidth", type=float, default=4.4, help="the card's measured TB/s (H200: 4.4)")
     parser.add_argument("--flops", type=float, default=790, help="the card's measured TFLOP/s (H200, bf16: 790)")
     args = parser.parse_args()
     if jax.default_backend() != "gpu":
         parser.error("no GPU: the kernels are compiled for NVIDIA GPUs only")
-    shape = Shape(args.kv_heads, args.group, args.head_dim, args.block_size, jnp.dtype(args.dtype))
+    shape = Shape(args.kv_heads, args.group, args.head_dim, args.block_size, args.hidden, jnp.dtype(args.dtype))
     pool = make_pool(shape, args.tokens)
     rng = np.random.default_rng(0)
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}: {shape}")
-    kernels = {"decode": (decode_case, DECODE), "prefill": (prefill_case, PREFILL), "store": (store_case, STORE)}
-    for kernel, (make, problems) in kernels.items():
-        if kernel != (args.sweep or args.only or kernel):
-            continue
-        for problem in problems:
-            case = make(rng, shape, pool, *np.atleast_1d(problem).tolist())
-            if args.sweep:
-                sweep(case, pool, args)
-            else:
-                bench(case, shape, pool, args)
+    problems = [(KERNELS[kernel][0], problem) for kernel in args.only for problem in KERNELS[kernel][1]]
+    cases = (make(rng, shape, pool, *np.atleast_1d(problem).tolist()) for make, problem in problems)
+    if args.sweep:
+        return sweep(list(cases), shape, args)
+    for case in cases:
+        bench(case, shape, args)
 
 
 if __name__ == "__main__":

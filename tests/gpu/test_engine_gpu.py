@@ -26,7 +26,7 @@ SIZES = {  # published configs; the vocabulary is Qwen3's
 COMMON = dict(num_key_value_heads=8, head_dim=128, vocab_size=151936, max_position_embeddings=40960,
               rope_parameters=dict(rope_type="default", rope_theta=1e6), eos_token_id=151645)  # fmt: skip
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
-NOISE = 8  # standard deviations of transformers' own bfloat16 error: under this gap, rounding may swap the top two
+NOISE = 4  # standard deviations of transformers' own bfloat16 error: under this gap, rounding may swap the top two
 
 
 def reference(*args) -> None:
@@ -79,36 +79,6 @@ def paged_logits(llm, tokens):
     return np.concatenate(parts)
 
 
-def test_transformers_agrees(checkpoint, tmp_path):
-    """Greedy tokens wherever the gap exceeds bfloat16 noise, and the KL divergence of whole distributions."""
-    llm = small_engine(checkpoint)
-    prompts = prompts_of_lengths(1, 17, 256, 300, 512, 700)
-    outputs = [out["token_ids"] for out in llm.generate(prompts, GREEDY, use_tqdm=False)]
-    ours = paged_logits(llm, prompts[-1])
-    del llm
-    gc.collect()
-    sequences = {str(i): np.array(p + o) for i, (p, o) in enumerate(zip(prompts, outputs))}
-    np.savez(tmp_path / "tokens.npz", **sequences)
-    reference("score", checkpoint, tmp_path / "tokens.npz", tmp_path / "logits.npz")
-    checked = 0
-    with np.load(tmp_path / "logits.npz") as logits:
-        for i, (prompt, output) in enumerate(zip(prompts, outputs)):
-            rows, noise = logits[str(i)][len(prompt) - 1 : -1], NOISE * logits[f"noise_{i}"]
-            top = np.sort(rows, axis=-1)
-            clear = top[:, -1] - top[:, -2] > noise
-            checked += clear.sum()
-            behind = top[:, -1] - rows[np.arange(len(output)), output]
-            print(f"prompt {i}: noise {noise:.3f}, {clear.sum()} clear, most behind {behind.max():.3f}")
-            assert (behind[clear] == 0).all(), f"prompt {i}"
-            assert behind.max() < noise, f"prompt {i}: not even a near tie"
-        theirs = logits[str(len(prompts) - 1)][: len(prompts[-1])]
-    assert checked > 30, "too few positions with a clear winner to say anything"
-    log_p, log_q = (np.asarray(jax.nn.log_softmax(x)) for x in (theirs, ours))
-    kl = (np.exp(log_p) * (log_p - log_q)).sum(-1)
-    print(f"{checked} clear positions, mean KL {kl.mean():.2e}, max {kl.max():.2e}")
-    assert kl.mean() < 1e-3
-
-
 def test_eager_equals_compiled(tmp_path):
     """Op by op with the kernels, and as one program."""
     config = COMMON | SIZES["0.6B"] | dict(num_hidden_layers=2, model_type="qwen3", architectures=["Qwen3ForCausalLM"])
@@ -142,3 +112,33 @@ def test_full_load(tmp_path):
     assert all(0 <= token < 151936 for out in outputs for token in out["token_ids"])
     assert not compiled
     llm.scheduler.check()
+
+
+def test_transformers_agrees(checkpoint, tmp_path):
+    """Greedy tokens wherever the gap exceeds bfloat16 noise, and the KL divergence of whole distributions."""
+    llm = small_engine(checkpoint)
+    prompts = prompts_of_lengths(1, 17, 256, 300, 512, 700)
+    outputs = [out["token_ids"] for out in llm.generate(prompts, GREEDY, use_tqdm=False)]
+    ours = paged_logits(llm, prompts[-1])
+    del llm
+    gc.collect()
+    sequences = {str(i): np.array(p + o) for i, (p, o) in enumerate(zip(prompts, outputs))}
+    np.savez(tmp_path / "tokens.npz", **sequences)
+    reference("score", checkpoint, tmp_path / "tokens.npz", tmp_path / "logits.npz")
+    checked = 0
+    with np.load(tmp_path / "logits.npz") as logits:
+        for i, (prompt, output) in enumerate(zip(prompts, outputs)):
+            rows, noise = logits[str(i)][len(prompt) - 1 : -1], NOISE * logits[f"noise_{i}"]
+            top = np.sort(rows, axis=-1)
+            clear = top[:, -1] - top[:, -2] > noise
+            checked += clear.sum()
+            behind = top[:, -1] - rows[np.arange(len(output)), output]
+            print(f"prompt {i}: noise {noise:.3f}, {clear.sum()} clear, most behind {behind.max():.3f}")
+            assert (behind[clear] == 0).all(), f"prompt {i}"
+            assert behind.max() < noise, f"prompt {i}: not even a near tie"
+        theirs = logits[str(len(prompts) - 1)][: len(prompts[-1])]
+    assert checked > 30, "too few positions with a clear winner to say anything"
+    log_p, log_q = (np.asarray(jax.nn.log_softmax(x)) for x in (theirs, ours))
+    kl = (np.exp(log_p) * (log_p - log_q)).sum(-1)
+    print(f"{checked} clear positions, mean KL {kl.mean():.2e}, max {kl.max():.2e}")
+    assert kl.mean() < 1e-3

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
-from nanovllm_jax.kernels import paged_decode_attention, paged_prefill_attention, store_kv
+from nanovllm_jax.kernels import add_norm, norm_rope_store, paged_decode_attention, paged_prefill_attention
 
 KV_HEADS = 8  # of every published Qwen3; the group sizes of 0.6B and 1.7B, 4B and 8B, 14B, 32B
 GROUPS = [2, 4, 5, 8]
@@ -32,9 +32,19 @@ def cache(dtype=jnp.bfloat16, block_size=256, kv_heads=KV_HEADS, head_dim=128, s
     return jax.ShapeDtypeStruct((slots // block_size, kv_heads, block_size, head_dim), dtype)
 
 
-def store_case(tokens, pool):
-    new = jax.ShapeDtypeStruct((tokens, pool.shape[1], pool.shape[3]), pool.dtype)
-    return store_kv, (new, new, ints(tokens), pool, pool)
+def store_case(tokens, group, pool):
+    kv_heads, head_dim = pool.shape[1], pool.shape[3]
+    qkv = jax.ShapeDtypeStruct((tokens, kv_heads, group + 2, head_dim), pool.dtype)
+    gain, angle = (
+        jax.ShapeDtypeStruct((head_dim,), pool.dtype),
+        jax.ShapeDtypeStruct((tokens, head_dim // 2), jnp.float32),
+    )
+    return functools.partial(norm_rope_store, eps=1e-6), (qkv, gain, gain, angle, angle, ints(tokens), pool, pool)
+
+
+def norm_case(tokens, features, dtype=jnp.bfloat16):
+    x = jax.ShapeDtypeStruct((tokens, features), dtype)
+    return functools.partial(add_norm, eps=1e-6), (x, x, jax.ShapeDtypeStruct((features,), dtype))
 
 
 def decode_case(batch, group, pool):
@@ -50,20 +60,27 @@ def prefill_case(tokens, sequences, group, pool):
     return f, (q, pool, pool, tables, ints(sequences + 1), ints(sequences))
 
 
-@pytest.mark.parametrize("pool", [cache(), cache(jnp.float32, 16), cache(jnp.float16, 64, kv_heads=3)], ids=str)
-@pytest.mark.parametrize("tokens", [1, 256, 16384])
-def test_store_lowers_to_one_kernel_that_aliases_the_caches(tokens, pool):
-    f, args = store_case(tokens, pool)
-    text = lowered_for_cuda(f, *args)
-    assert custom_calls(text) == [PALLAS]
-    aliases = re.findall(r"output_operand_alias<output_tuple_indices = \[(\d)\],\s*operand_index = (\d)", text)
-    assert aliases == [("0", "3"), ("1", "4")]
-
-
 POOLS = [cache(), cache(block_size=16), cache(jnp.float32), cache(jnp.float16, 32)]
 POOLS += [cache(head_dim=64), cache(head_dim=256), cache(jnp.float32, head_dim=256, block_size=16)]
 SHAPES = [(group, pool) for group in GROUPS for pool in POOLS[:2]] + [(2, pool) for pool in POOLS[2:]]
 SHAPES += [(1, cache(kv_heads=1)), (8, cache(kv_heads=1)), (2, cache(slots=2**22))]  # offsets beyond 2**31
+
+
+@pytest.mark.parametrize(("group", "pool"), SHAPES, ids=str)
+def test_store_lowers_to_one_kernel_that_aliases_the_caches(group, pool):
+    for tokens in (1, 256, 544, 16384):
+        f, args = store_case(tokens, group, pool)
+        text = lowered_for_cuda(f, *args)
+        assert custom_calls(text) == [PALLAS]
+        aliases = re.findall(r"output_operand_alias<output_tuple_indices = \[(\d)\],\s*operand_index = (\d)", text)
+        assert aliases == [("1", "6"), ("2", "7")]
+
+
+@pytest.mark.parametrize("features", [1024, 2048, 2560, 4096, 5120, 48])  # of 0.6B, 1.7B, 4B, 8B, 14B and 32B
+def test_norm_lowers_to_one_kernel(features):
+    for tokens, dtype in ((1, jnp.bfloat16), (256, jnp.float32), (16384, jnp.float16)):
+        f, args = norm_case(tokens, features, dtype)
+        assert custom_calls(lowered_for_cuda(f, *args)) == [PALLAS]
 
 
 @pytest.mark.parametrize(("group", "pool"), SHAPES, ids=str)
@@ -93,8 +110,13 @@ def test_layers_share_one_lowering():
 
 @pytest.mark.parametrize(
     "make",
-    [lambda: store_case(4, cache()), lambda: decode_case(4, 2, cache()), lambda: prefill_case(64, 2, 2, cache())],
-    ids=["store", "decode", "prefill"],
+    [
+        lambda: store_case(4, 2, cache()),
+        lambda: norm_case(4, 64),
+        lambda: decode_case(4, 2, cache()),
+        lambda: prefill_case(64, 2, 2, cache()),
+    ],
+    ids=["store", "norm", "decode", "prefill"],
 )
 def test_a_cpu_gets_the_oracle_alone(make):
     f, args = make()

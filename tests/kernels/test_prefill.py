@@ -24,6 +24,7 @@ def case(contexts, queries, padding, kv_heads, group, head_dim, block_size):
     cache = paged(rng, contexts, kv_heads=kv_heads, head_dim=head_dim, block_size=block_size, width=width)
     starts = np.cumsum([0, *queries]).astype(np.int32)
     q = rng.standard_normal((starts[-1] + padding, kv_heads * group, head_dim)).astype(np.float32)
+    q[starts[-1] :] = np.nan  # what a padded row holds is nobody's business
     args = (q, *cache[:3], starts, cache.context_lens)
     return tuple(map(jnp.asarray, args)), head_dim**-0.5, prefill_expected(q, cache, starts, head_dim**-0.5)
 
