@@ -1,105 +1,228 @@
-"""Throughput and latency of the whole engine, through LLM.generate.
+"""This engine beside nano-vllm and vLLM: the same token ids, lengths and weights, each in its own process.
 
-    python scripts/bench.py --model DIRECTORY                     # nano-vllm's workload: 256 sequences, 100-1024 in and out
-    python scripts/bench.py --model DIRECTORY --load-format dummy # a directory with only a config.json: random weights
-    python scripts/bench.py --workload nano single prefill        # one engine start serves all; no --model: the tiny model
+    python scripts/bench.py --model DIRECTORY                       # nano-vllm's own benchmark, every engine installed
+    python scripts/bench.py --model DIRECTORY --engines ours --workload nano single prefill sweep shared online
+    python scripts/bench.py --random-weights CONFIG.json            # writes a random checkpoint of that shape once
+    python scripts/bench.py --model DIRECTORY --load-format dummy   # a config.json is enough; not for nano-vllm
+    python scripts/bench.py --model DIRECTORY --python vllm=/path/to/venv/bin/python --json run.json --plot run.png
+    python scripts/bench.py --report run.json --plot run.png        # an earlier run's table and picture
+
+Engines take turns, round by round, and every call is warmed up and then repeated; the prefix cache is emptied before
+each. No --model: the tiny model, on a CPU too.
 """
 
 import argparse
+import hashlib
 import json
-import platform
-import random
-import time
-from collections.abc import Callable
-from importlib.metadata import version
-from statistics import median
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
-import jax
+from benchmark import machine, report
+from benchmark.engines import ENGINES
+from benchmark.workloads import SWEEP_STEPS, WORKLOADS, Sizes
 
-from nanovllm_jax import LLM, SamplingParams
-from nanovllm_jax.checkpoints.load import TINY_MODEL
+from nanovllm_jax.checkpoints.load import TINY_MODEL, find_checkpoint
+from nanovllm_jax.config import ModelConfig
 
-
-def random_prompts(rng: random.Random, vocab_size: int, lengths: list[int]) -> list[list[int]]:
-    return [[rng.randrange(min(10000, vocab_size)) for _ in range(length)] for length in lengths]
-
-
-def timed(llm: LLM, prompts: list[list[int]], max_tokens: list[int]) -> float:
-    """Seconds to generate all, with an empty prefix cache."""
-    llm.scheduler.block_manager.reset_prefix_cache()
-    params = [SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=n) for n in max_tokens]
-    start = time.perf_counter()
-    outputs = llm.generate(prompts, params, use_tqdm=False)
-    elapsed = time.perf_counter() - start
-    assert [len(out["token_ids"]) for out in outputs] == max_tokens
-    return elapsed
+SCRIPTS = Path(__file__).parent
 
 
-def nano(llm: LLM, vocab_size: int) -> dict[str, float]:
-    """nano-vllm's bench.py: its seed, its order of draws."""
-    rng = random.Random(0)
-    longest = min(1024, llm.max_model_len // 2 - 1)
-    prompts = [
-        [rng.randint(0, min(10000, vocab_size - 1)) for _ in range(rng.randint(100, longest))] for _ in range(256)
-    ]
-    outputs = [rng.randint(100, longest) for _ in range(256)]
-    seconds = timed(llm, prompts, outputs)
-    return {"prompt tokens": sum(map(len, prompts)), "output tokens": sum(outputs), "seconds": seconds,
-            "output tokens/s": sum(outputs) / seconds}
-
-
-def single(llm: LLM, vocab_size: int) -> dict[str, float]:
-    """One sequence alone: 1,000 tokens in, 256 out."""
-    rng = random.Random(1)
-    length = min(1000, llm.max_model_len - 257)
-    first = timed(llm, random_prompts(rng, vocab_size, [length]), [1])
-    whole = timed(llm, random_prompts(rng, vocab_size, [length]), [256])
-    return {"first token ms": 1e3 * first, "after it ms/token": 1e3 * (whole - first) / 255}
-
-
-def prefill(llm: LLM, vocab_size: int) -> dict[str, float]:
-    """64 prompts of 1,024 tokens, one token out."""
-    lengths = [min(1024, llm.max_model_len - 2)] * 64
-    seconds = timed(llm, random_prompts(random.Random(2), vocab_size, lengths), [1] * 64)
-    return {"seconds": seconds, "prompt tokens/s": sum(lengths) / seconds}
-
-
-WORKLOADS: dict[str, Callable[[LLM, int], dict[str, float]]] = {"nano": nano, "single": single, "prefill": prefill}
-
-
-def main() -> None:
+def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(TINY_MODEL))
+    defaults = Sizes(vocab_size=0, max_model_len=0)
+    parser.add_argument("--model", help="a checkpoint's directory, or a Hub id")
+    parser.add_argument(
+        "--random-weights",
+        type=Path,
+        metavar="CONFIG",
+        help="write a checkpoint of this shape to --model (default: a cache), if it is not there yet",
+    )
     parser.add_argument("--load-format", choices=["auto", "dummy"], default="auto")
+    parser.add_argument("--engines", choices=ENGINES, nargs="+", default=list(ENGINES))
     parser.add_argument("--workload", choices=WORKLOADS, nargs="+", default=["nano"])
-    parser.add_argument("--max-model-len", type=int, default=None)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", help="also write the figures, with versions and machine, to this file")
-    args = parser.parse_args()
+    parser.add_argument(
+        "--python",
+        type=assignment,
+        action="append",
+        default=[],
+        metavar="ENGINE=PYTHON",
+        help="an engine's own interpreter",
+    )
+    parser.add_argument(
+        "--options",
+        type=assignment,
+        action="append",
+        default=[],
+        metavar="ENGINE=JSON",
+        help="further arguments of its LLM(...)",
+    )
+    parser.add_argument("--max-model-len", type=int, help="of every engine (default: 4096, or what the sweep needs)")
+    parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs of a call in each round")
+    parser.add_argument("--rounds", type=int, help="starts of each engine (default: 2, or 1 for a single engine)")
+    parser.add_argument("--batches", type=int, nargs="+", default=defaults.batches, help="of the sweep")
+    parser.add_argument("--contexts", type=int, nargs="+", default=defaults.contexts, help="of the sweep, in tokens")
+    parser.add_argument(
+        "--rates", type=float, nargs="+", default=defaults.rates, help="of online, in requests per second"
+    )
+    parser.add_argument("--requests", type=int, help="in each call, in place of the workload's own number")
+    parser.add_argument("--bandwidth", type=float, help="the card's TB/s (default: measured)")
+    parser.add_argument("--flops", type=float, help="the card's TFLOP/s (default: measured)")
+    parser.add_argument("--json", type=Path, help="write the record here, after every engine's turn")
+    parser.add_argument("--plot", type=Path, help="write a picture here (.png, .svg, .pdf); needs matplotlib")
+    parser.add_argument("--report", type=Path, help="a record: show it, run nothing")
+    parser.add_argument("--verbose", action="store_true", help="show what the engines print")
+    return parser.parse_args(arguments)
 
-    start = time.perf_counter()
-    llm = LLM(args.model, load_format=args.load_format, max_model_len=args.max_model_len)
-    report = {
-        "model": args.model,
-        "device": jax.devices()[0].device_kind,
-        "python": platform.python_version(),
-        **{package: version(package) for package in ("jax", "flax", "nanovllm-jax")},
-        "start seconds": time.perf_counter() - start,
-        "cache tokens": llm.runner.num_blocks * llm.runner.config.block_size,
+
+def assignment(text: str) -> tuple[str, str]:
+    engine, equals, value = text.partition("=")
+    if engine not in ENGINES or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not ENGINE=VALUE with one of {', '.join(ENGINES)}")
+    return engine, value
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit status: 1 where an engine that is there failed."""
+    args = parse_args(arguments)
+    record = json.loads(args.report.read_text()) if args.report else run(args)
+    print(report.table(record), report.notes(record), sep="\n\n")
+    if args.plot:
+        try:
+            from benchmark.plot import plot
+        except ImportError as error:
+            print(f'no picture: {error}; pip install matplotlib, or ".[bench]" of this repository')
+        else:
+            plot(record, args.plot)
+    return int(bool(record["failed"]))
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure; returns the record."""
+    pythons = dict.fromkeys(ENGINES, sys.executable) | dict(args.python)
+    options = {engine: json.loads(value) for engine, value in args.options}
+    model = prepare_model(args)
+    config = ModelConfig.from_pretrained(model)
+    sizes = Sizes(
+        vocab_size=config.vocab_size,
+        max_model_len=resolve_max_model_len(args, config),
+        requests=args.requests,
+        batches=args.batches,
+        contexts=args.contexts,
+        rates=args.rates,
+    )
+    missing = find_missing(args, pythons)
+    engines = [engine for engine in args.engines if engine not in missing]
+    record: dict[str, Any] = {
+        "command": shlex.join(sys.argv),
+        "model": str(model),
+        "model_config": {name: value for name, value in asdict(config).items() if name != "rope"},
+        "sizes": asdict(sizes),
+        "machine": machine.describe(),
+        "card": measure_card(args),
+        "missing": missing,
+        "failed": {},
+        "engines": {},
     }
-    vocab_size = llm.model_config.vocab_size
-    for name in args.workload:
-        WORKLOADS[name](llm, vocab_size)  # warm-up
-        runs = [WORKLOADS[name](llm, vocab_size) for _ in range(args.repeats)]
-        report[name] = {key: median(run[key] for run in runs) for key in runs[0]}
-        report[name]["runs"] = runs
-    for key, value in report.items():
-        figures = ", ".join(f"{k} {v:,.3f}" for k, v in value.items() if k != "runs") if isinstance(value, dict) else value
-        print(f"{key}: {figures}")
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump(report, file, indent=2)
+    for reason in missing.items():
+        print(*reason, sep=": ", flush=True)
+    common = {"max_model_len": sizes.max_model_len, "gpu_memory_utilization": args.gpu_memory_utilization}
+    if args.load_format != "auto":
+        common["load_format"] = args.load_format
+    job = {"model": str(model), "workloads": args.workload, "sizes": asdict(sizes), "repeats": args.repeats}
+    for number in range(args.rounds or min(2, len(engines))):
+        for engine in engines:
+            print(f"round {number + 1}: {engine}", flush=True)
+            own_job = job | {"engine": engine, "options": common | options.get(engine, {})}
+            run_engine(record, own_job, pythons[engine], args.verbose)
+            record["summary"] = [row.summary() for row in report.rows(record)]
+            if args.json:
+                args.json.write_text(json.dumps(record, indent=1))
+    return record
+
+
+def prepare_model(args: argparse.Namespace) -> Path:
+    """The checkpoint's directory, written first where that is asked for."""
+    if not args.random_weights:
+        return find_checkpoint(args.model or TINY_MODEL).resolve()
+    config = args.random_weights / "config.json" if args.random_weights.is_dir() else args.random_weights
+    name = hashlib.sha256(config.read_bytes()).hexdigest()[:12]
+    directory = Path(args.model or Path.home() / ".cache" / "nanovllm_jax" / "random-weights" / name).resolve()
+    if not (directory / "model.safetensors").exists():
+        print(f"writing random weights to {directory}", flush=True)
+        run_module(sys.executable, "benchmark.checkpoint", [config, directory], verbose=True)
+    return directory
+
+
+def resolve_max_model_len(args: argparse.Namespace, config: ModelConfig) -> int:
+    if args.max_model_len:
+        return args.max_model_len
+    sweep = max(args.contexts) + SWEEP_STEPS + 2 if "sweep" in args.workload else 0
+    return min(max(4096, sweep), config.max_context)
+
+
+def find_missing(args: argparse.Namespace, pythons: dict[str, str]) -> dict[str, str]:
+    """The engines that cannot run, and what to do about it."""
+    missing = {}
+    for engine in args.engines:
+        kind = ENGINES[engine]
+        probe = f"import importlib.util as u, sys; sys.exit(u.find_spec({kind.MODULE.partition('.')[0]!r}) is None)"
+        if subprocess.run([pythons[engine], "-c", probe], check=False).returncode:
+            missing[engine] = (
+                f"not installed in {pythons[engine]}. {kind.INSTALL}; or name another environment with "
+                f"--python {engine}=/path/to/venv/bin/python"
+            )
+        elif args.load_format == "dummy" and not kind.READS_DUMMY:
+            missing[engine] = "cannot make up weights (--load-format dummy); write some with --random-weights CONFIG"
+    return missing
+
+
+def measure_card(args: argparse.Namespace) -> dict[str, Any]:
+    """The rates that are given, and the others measured."""
+    given = {"bytes_per_second": args.bandwidth, "flops_per_second": args.flops}
+    given = {name: 1e12 * value for name, value in given.items() if value}
+    if len(given) == 2:
+        return {"device": machine.describe()["gpu"]} | given
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "card.json"
+        run_module(sys.executable, "benchmark.card", [path], args.verbose)
+        return json.loads(path.read_text()) | given
+
+
+def run_engine(record: dict[str, Any], job: dict[str, Any], python: str, verbose: bool) -> None:
+    """One engine's turn: adds its result to the record, or what it had until it failed."""
+    with tempfile.TemporaryDirectory() as scratch:
+        job_path, result_path = Path(scratch) / "job.json", Path(scratch) / "result.json"
+        job_path.write_text(json.dumps(job))
+        try:
+            run_module(python, "benchmark.worker", [job_path, result_path], verbose)
+        except RuntimeError as error:
+            record["failed"][job["engine"]] = str(error)
+            print(f"{job['engine']} failed: {error}", flush=True)
+        if result_path.exists():
+            record["engines"].setdefault(job["engine"], []).append(json.loads(result_path.read_text()))
+    report.check_same_requests(record)
+
+
+def run_module(python: str, module: str, arguments: list[Path], verbose: bool) -> None:
+    """Run a module of this package in its own process; raises RuntimeError with the end of what it printed."""
+    path = os.pathsep.join(filter(None, (str(SCRIPTS), os.environ.get("PYTHONPATH"))))
+    with tempfile.TemporaryFile("w+", errors="replace") as log:
+        command = [python, "-m", module, *map(str, arguments)]
+        output = None if verbose else log
+        status = subprocess.run(
+            command, env=os.environ | {"PYTHONPATH": path}, stdout=output, stderr=output, check=False
+        ).returncode
+        if status:
+            log.seek(0)
+            raise RuntimeError(f"{shlex.join(command)} ended with status {status}\n{''.join(log.readlines()[-30:])}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,40 +1,53 @@
-"""What a step costs on the host, phase by phase, in microseconds; no GPU is needed.
+"""What a decode step costs on the host, phase by phase, in microseconds.
 
-python scripts/bench_host.py --sequences 1 64 256 512
+    python scripts/bench_host.py --model DIRECTORY --load-format dummy   # a config.json is enough
+    python scripts/bench_host.py --only scheduler packing                # pure Python: no device, no model
+
+Dispatch and collect are timed while the device is idle, so that waiting for it is no part of them. Without a GPU,
+dispatch also computes part of the step. The total has all phases that were measured.
 """
 
 import argparse
 import time
 from collections.abc import Callable
+from functools import cache
 
+import numpy as np
+
+from nanovllm_jax.engine.batch import BatchPacker, Buckets
 from nanovllm_jax.engine.scheduler import Schedule, Scheduler
 from nanovllm_jax.engine.sequence import Sequence
+from nanovllm_jax.sampling_params import SamplingParams
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+def parse_args(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sequences", type=int, nargs="+", default=[1, 64, 256, 512], help="running sequences")
     parser.add_argument("--context", type=int, default=1000, help="tokens of each sequence when the clock starts")
     parser.add_argument("--block-size", type=int, default=256, help="tokens of a KV block")
     parser.add_argument("--steps", type=int, default=256, help="decode steps in one timing")
     parser.add_argument("--repeats", type=int, default=5, help="timings, of which the median counts")
-    return parser.parse_args()
+    parser.add_argument("--model", help="what dispatch and collect run (default: the tiny model)")
+    parser.add_argument("--load-format", choices=["auto", "dummy"], default="auto")
+    parser.add_argument("--only", choices=PHASES, nargs="+", default=list(PHASES))
+    return parser.parse_args(arguments)
 
 
-def main() -> None:
-    args = parse_args()
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_args(arguments)
     print(f"{'sequences':>9}  {'phase':<10}  {'us/step':>8}  {'us/sequence':>11}")
     for num_seqs in args.sequences:
-        for phase, measure in PHASES.items():
-            micros = sorted(measure(num_seqs, args) for _ in range(args.repeats))[args.repeats // 2]
-            print(f"{num_seqs:>9}  {phase:<10}  {micros:>8.1f}  {micros / num_seqs:>11.3f}")
+        total = 0.0
+        for phase in args.only:
+            micros = sorted(PHASES[phase](num_seqs, args) for _ in range(args.repeats))[args.repeats // 2]
+            total += micros
+            print(f"{num_seqs:>9}  {phase:<10}  {micros:>8.1f}  {micros / num_seqs:>11.3f}", flush=True)
+        print(f"{num_seqs:>9}  {'total':<10}  {total:>8.1f}  {total / num_seqs:>11.3f}")
 
 
 def decoding_scheduler(num_seqs: int, args: argparse.Namespace) -> tuple[Scheduler, Schedule]:
     """A scheduler in steady decode, and the step it has in flight."""
-    max_len = args.context + args.steps + 10
+    max_len = longest(args)
     scheduler = Scheduler(
         num_blocks=num_seqs * (max_len // args.block_size + 1) * 2,
         block_size=args.block_size,
@@ -47,24 +60,92 @@ def decoding_scheduler(num_seqs: int, args: argparse.Namespace) -> tuple[Schedul
         length = args.context - seq_id * args.block_size // num_seqs
         prompt = [seq_id % 50_000] * max(1, length)
         stop_token_ids = frozenset({151_643, 151_645})
-        scheduler.add(Sequence(seq_id, str(seq_id), prompt, None, stop_token_ids=stop_token_ids, max_len=max_len))
+        params = SamplingParams(temperature=0.6, seed=seq_id)
+        scheduler.add(Sequence(seq_id, str(seq_id), prompt, params, stop_token_ids=stop_token_ids, max_len=max_len))
     return scheduler, scheduler.schedule()
+
+
+def longest(args: argparse.Namespace) -> int:
+    return args.context + args.steps + 10
 
 
 def scheduler_micros(num_seqs: int, args: argparse.Namespace) -> float:
     """schedule() of each step and update() of the step before, as the engine calls them."""
     scheduler, in_flight = decoding_scheduler(num_seqs, args)
-    tokens = [7] * num_seqs
 
     def step() -> None:
         nonlocal in_flight
-        schedule = scheduler.schedule()
-        scheduler.update(in_flight, tokens[: len(in_flight.decodes)], tokens[: len(in_flight.prefills)])
-        in_flight = schedule
+        in_flight = next_step(scheduler, in_flight)
 
     step()  # leaves prefill
     assert len(in_flight.decodes) == num_seqs
     return micros_per_call(step, args.steps)
+
+
+def next_step(scheduler: Scheduler, in_flight: Schedule) -> Schedule:
+    """Schedule a step, then take in made-up tokens of the one before."""
+    schedule = scheduler.schedule()
+    scheduler.update(in_flight, [7] * len(in_flight.decodes), [7] * len(in_flight.prefills))
+    return schedule
+
+
+def packing_micros(num_seqs: int, args: argparse.Namespace) -> float:
+    """BatchPacker.pack() of each step, blocks that are new in a table included."""
+    scheduler, in_flight = decoding_scheduler(num_seqs, args)
+    width = -(-longest(args) // args.block_size)
+    packer = BatchPacker(Buckets(num_seqs, num_seqs * args.context, width, ratio=2, mixed_decode_rows=(0, num_seqs)))
+    packer.pack(in_flight)
+    spent = 0.0
+    for _ in range(args.steps):
+        in_flight = next_step(scheduler, in_flight)
+        start = time.perf_counter()
+        packer.pack(in_flight)
+        spent += time.perf_counter() - start
+    return spent / args.steps * 1e6
+
+
+def dispatch_micros(num_seqs: int, args: argparse.Namespace) -> float:
+    """ModelRunner.dispatch() of a packed step, the device being idle."""
+    return device_micros(num_seqs, args)[0]
+
+
+def collect_micros(num_seqs: int, args: argparse.Namespace) -> float:
+    """ModelRunner.collect() of a step that the device has done."""
+    return device_micros(num_seqs, args)[1]
+
+
+def device_micros(num_seqs: int, args: argparse.Namespace) -> tuple[float, float]:
+    """Of dispatch and of collect. Every row is padding: that costs the host the same, and the device little."""
+    runner = make_runner(args.model, args.load_format, longest(args), args.block_size, max(args.sequences))
+    shape = runner.buckets.shape_for(num_seqs, 0, 0)
+    buffer = np.zeros(shape.size, np.int32)
+    shape.views(buffer).slots[:] = runner.max_num_seqs
+    spent = np.zeros(2)
+    for _ in range(args.steps):
+        start = time.perf_counter()
+        tokens = runner.dispatch(shape, buffer)
+        dispatched = time.perf_counter()
+        tokens.block_until_ready()
+        ready = time.perf_counter()
+        runner.collect(tokens)
+        spent += dispatched - start, time.perf_counter() - ready
+    return tuple(spent / args.steps * 1e6)
+
+
+@cache
+def make_runner(model: str | None, load_format: str, max_model_len: int, block_size: int, max_num_seqs: int):
+    """A ModelRunner; imported here, as the other phases do without jax."""
+    from nanovllm_jax import LLM
+    from nanovllm_jax.checkpoints.load import TINY_MODEL
+
+    return LLM(
+        model or TINY_MODEL,
+        load_format=load_format,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        block_size=block_size,
+        num_kvcache_blocks=max(64, -(-max_model_len // block_size)),
+    ).runner
 
 
 def micros_per_call(call: Callable[[], None], count: int) -> float:
@@ -74,7 +155,12 @@ def micros_per_call(call: Callable[[], None], count: int) -> float:
     return (time.perf_counter() - start) / count * 1e6
 
 
-PHASES = {"scheduler": scheduler_micros}
+PHASES = {
+    "scheduler": scheduler_micros,
+    "packing": packing_micros,
+    "dispatch": dispatch_micros,
+    "collect": collect_micros,
+}
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Generate with a Qwen3: the embedded tiny one by default, or any checkpoint.
 
-    python scripts/example.py
-    python scripts/example.py --model Qwen/Qwen3-0.6B --prompt "introduce yourself"
+python scripts/example.py
+python scripts/example.py --model Qwen/Qwen3-0.6B --prompt "introduce yourself"
 """
 
 import argparse

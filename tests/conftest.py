@@ -6,8 +6,8 @@ import os
 import jax
 import pytest
 
-# A shape of every kind that published sizes have, in small: group sizes 2, 4, 5 and 8, tied and untied heads, a head_dim
-# that is not hidden / heads, biases, and each rope scaling in the config.json forms of transformers 4 and 5.
+# A shape of every kind that published sizes have, in small: group sizes 2, 4, 5 and 8, tied and untied heads, a
+# head_dim that is not hidden / heads, biases, and each rope scaling in the config.json forms of transformers 4 and 5.
 SHAPES = {
     "group2_tied": dict(num_attention_heads=4, num_key_value_heads=2, head_dim=32, tie_word_embeddings=True),
     "group4_untied": dict(num_attention_heads=8, num_key_value_heads=2, head_dim=16),
@@ -16,9 +16,7 @@ SHAPES = {
         num_attention_heads=8,
         num_key_value_heads=1,
         head_dim=32,
-        rope_parameters=dict(
-            rope_type="yarn", rope_theta=1e6, factor=4.0, original_max_position_embeddings=128
-        ),
+        rope_parameters=dict(rope_type="yarn", rope_theta=1e6, factor=4.0, original_max_position_embeddings=128),
         max_position_embeddings=512,
     ),
     "group1_linear": dict(

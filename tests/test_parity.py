@@ -112,7 +112,12 @@ def test_greedy_tokens_when_preempted(case):
     directory, reference = case
     prompts = random_prompts(12)
     llm = LLM(
-        directory, block_size=BLOCK, max_num_seqs=32, max_num_batched_tokens=256, max_model_len=160, num_kvcache_blocks=14
+        directory,
+        block_size=BLOCK,
+        max_num_seqs=32,
+        max_num_batched_tokens=256,
+        max_model_len=160,
+        num_kvcache_blocks=14,
     )
     for prompt, output in zip(prompts, generate(llm, prompts), strict=True):
         assert_greedy(reference, prompt, output)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanovllm_jax.layers.sampler import sample
+from nanovllm_jax.layers.sampler import gumbel, sample
 
 DRAWS = 20_000
 LOGITS = np.array([2.0, 1.0, 0.0, -1.0, 0.5, -np.inf, 1.5, -3.0], np.float32)
@@ -59,6 +59,37 @@ def test_both_halves_of_a_seed_count():
     }
     assert (drawn[1, 1] != drawn[1, 0]).sum() > 56
     assert (drawn[1, 1] != drawn[0, 1]).sum() > 56
+
+
+@pytest.fixture(scope="module")
+def noise():
+    """The noise of 16 (seed, position) pairs, neighbours all, over Qwen3's vocabulary, brought back to [0, 1]."""
+    seeds = np.repeat(seeds_of(4), 4, axis=0)
+    positions = np.tile(np.arange(4, dtype=np.int32), 4)
+    values = np.asarray(jax.jit(gumbel, static_argnums=2)(seeds, positions, 151_936), np.float64)
+    return np.exp(-np.exp(-values))
+
+
+def test_noise_is_gumbels(noise):
+    """Kolmogorov and Smirnov's distance of each row, at 1 in 100,000."""
+    steps = np.arange(1, noise.shape[1] + 1) / noise.shape[1]
+    assert np.abs(np.sort(noise) - steps).max() < 2.5 / np.sqrt(noise.shape[1])
+
+
+def test_noise_of_rows_and_entries_is_uncorrelated(noise):
+    limit = 5 / np.sqrt(noise.shape[1])
+    rows_alike = np.corrcoef(noise) - np.eye(len(noise))
+    assert np.abs(rows_alike).max() < limit
+    for lag in (1, 2, 3, 4, 16, 256, 4096, 65536):
+        for row in noise:
+            assert abs(np.corrcoef(row[lag:], row[:-lag])[0, 1]) < 5 / np.sqrt(row.size - lag), lag
+
+
+def test_no_two_rows_share_their_noise():
+    """Both words of the key count: of 300,000 keys of 32 bits, ten pairs would be equal."""
+    rows = np.arange(300_000, dtype=np.int32)
+    found = np.asarray(jax.jit(gumbel, static_argnums=2)(np.full((rows.size, 2), 5, np.uint32), rows, 4))
+    assert len(np.unique(found, axis=0)) == rows.size
 
 
 def test_a_row_does_not_depend_on_its_batch():

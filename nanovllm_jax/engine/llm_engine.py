@@ -97,9 +97,7 @@ class LLMEngine:
             )
         return Request(request_id, text, tokens, params)
 
-    def add_request(
-        self, prompt: Prompt, params: SamplingParams | None = None, request_id: str | None = None
-    ) -> str:
+    def add_request(self, prompt: Prompt, params: SamplingParams | None = None, request_id: str | None = None) -> str:
         """Queue a request and return its id. Raises as `check_request` does."""
         return self._add(self.check_request(prompt, params, request_id))
 

@@ -57,9 +57,7 @@ class ModelRunner:
 
     def dispatch(self, shape: BatchShape, buffer: np.ndarray) -> jax.Array:
         """Start one step; returns its tokens [S, R] int32 for `collect` without waiting for the device."""
-        tokens, self.caches, self.last_tokens = self.programs[shape](
-            self.leaves, self.caches, self.last_tokens, buffer
-        )
+        tokens, self.caches, self.last_tokens = self.programs[shape](self.leaves, self.caches, self.last_tokens, buffer)
         tokens.copy_to_host_async()
         return tokens
 
@@ -76,7 +74,8 @@ class ModelRunner:
         # A module is a pytree; passed flat, it costs no Python at a call.
         model = jax.tree.unflatten(self.treedef, leaves)
         mesh = self.mesh if self.mesh.size > 1 else None
-        return engine_step(model, caches, last_tokens, buffer, shape=shape, block_size=self.config.block_size, mesh=mesh)
+        static = dict(shape=shape, block_size=self.config.block_size, mesh=mesh)
+        return engine_step(model, caches, last_tokens, buffer, **static)
 
     def _eager_step(self, shape: BatchShape, leaves, caches, last_tokens, buffer):
         with jax.disable_jit():
@@ -95,8 +94,8 @@ class ModelRunner:
         common = math.gcd(c.num_key_value_heads, c.intermediate_size, c.vocab_size)
         if common % shards:
             raise ValueError(
-                f"tensor_parallel_size={shards} must divide num_key_value_heads={c.num_key_value_heads}, intermediate_size="
-                f"{c.intermediate_size} and vocab_size={c.vocab_size}: use one of "
+                f"tensor_parallel_size={shards} must divide num_key_value_heads={c.num_key_value_heads}, "
+                f"intermediate_size={c.intermediate_size} and vocab_size={c.vocab_size}: use one of "
                 f"{[n for n in range(1, common + 1) if common % n == 0]}"
             )
 
@@ -139,15 +138,16 @@ class ModelRunner:
         self.max_model_len = self._resolve_max_model_len()
         width = -(-self.max_model_len // config.block_size)
         # A CPU is for small models: there few shapes to compile are worth more than little padding.
-        ratio, mixed = (2, {0, min(32, self.max_num_seqs), self.max_num_seqs}) if self.on_gpu else (16, {self.max_num_seqs})
+        most = self.max_num_seqs
+        ratio, mixed = (2, {0, min(32, most), most}) if self.on_gpu else (16, {most})
         self.buckets = Buckets(
-            *(self.max_num_seqs, self.max_num_batched_tokens, width, ratio, tuple(sorted(mixed))),
+            *(most, self.max_num_batched_tokens, width, ratio, tuple(sorted(mixed))),
             num_steps=config.num_scheduler_steps or (GPU_STEPS if self.on_gpu else 1),
             multi_step_rows=MULTI_STEP_ROWS,
         )
         logger.info(
-            "memory a device: %.2f GiB weights, %.2f GiB workspace, %.2f GiB cache = %d blocks of %d tokens = %d tokens; "
-            "max_model_len %d",
+            "memory a device: %.2f GiB weights, %.2f GiB workspace, %.2f GiB cache = %d blocks of %d tokens = "
+            "%d tokens; max_model_len %d",
             self.weight_bytes / GIB,
             plan.workspace / GIB,
             self.num_blocks * block / GIB,

@@ -1,0 +1,1 @@
+"""Parts of the model: modules and what they attend with."""

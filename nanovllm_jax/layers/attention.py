@@ -2,7 +2,8 @@
 
 An `attend` is called as attend(qkv, q_norm, k_norm, cos, sin, cache) -> (output [..., N, H], cache). It gets the raw
 projection qkv [..., K, G + 2, H] (each kv head's queries, key and value together), since normalising, rotating and
-storing them is one kernel when serving. N query heads, G = N / K, K kv heads, H head_dim, B decode rows, T prefill tokens, P prefill sequences, W table width.
+storing them is one kernel when serving. N query heads, K kv heads, G = N / K, H head_dim, B decode rows, T prefill
+tokens, P prefill sequences, W table width.
 """
 
 from dataclasses import dataclass, field

@@ -1,6 +1,7 @@
 """From logits to tokens, inside the compiled step.
 
-Noise is counter-based: it depends on a request's seed, the token's position and the vocabulary entry, never on the batch.
+Noise is counter-based: a function of the request's seed, the token's position and the vocabulary entry, whatever else
+is in the batch.
 """
 
 import jax

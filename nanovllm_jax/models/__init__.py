@@ -1,0 +1,1 @@
+"""The model and the step that serves it."""

@@ -32,9 +32,7 @@ class Attention(nnx.Module):
             axes=("kv_heads", None, None, "embed"),
             **options,
         )
-        self.o_proj = Linear(
-            c.num_attention_heads * c.head_dim, (c.hidden_size,), axes=("embed", "heads"), **options
-        )
+        self.o_proj = Linear(c.num_attention_heads * c.head_dim, (c.hidden_size,), axes=("embed", "heads"), **options)
         self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps, dtype=dtype)
         self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps, dtype=dtype)
 
@@ -90,9 +88,7 @@ class Qwen3ForCausalLM(nnx.Module):
     def __init__(self, config: ModelConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
         self.config = config
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
-        self.layers = nnx.List(
-            [DecoderLayer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_hidden_layers)]
-        )
+        self.layers = nnx.List([DecoderLayer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)

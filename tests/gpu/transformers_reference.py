@@ -1,7 +1,7 @@
 """Run transformers' Qwen3 on the GPU, in a process of its own (torch and JAX do not share a GPU well).
 
-    python transformers_reference.py write DIRECTORY CONFIG_JSON     saves random weights as safetensors shards
-    python transformers_reference.py score DIRECTORY TOKENS_NPZ OUT  writes the logits of every position
+python transformers_reference.py write DIRECTORY CONFIG_JSON     saves random weights as safetensors shards
+python transformers_reference.py score DIRECTORY TOKENS_NPZ OUT  writes the logits of every position
 """
 
 import json

@@ -1,0 +1,57 @@
+"""A small Qwen3 with random weights and the embedded model's tokenizer, which needs neither torch nor training."""
+
+import json
+import shutil
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from nanovllm_jax import LLM
+from nanovllm_jax.checkpoints.huggingface import config_json, parameter_sources
+from nanovllm_jax.checkpoints.load import TINY_MODEL
+from nanovllm_jax.config import ModelConfig
+
+SMALL = ModelConfig(
+    vocab_size=512,
+    hidden_size=48,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=16,
+    max_position_embeddings=512,
+)
+# Engines with these options compile three programs, and one after another finds them in the tests' compilation cache.
+OPTIONS = dict(block_size=16, max_model_len=128, max_num_seqs=4, max_num_batched_tokens=64)
+
+
+def random_tensors(config, seed=0):
+    """Float32 tensors under the checkpoint's names, large enough for greedy text to wander."""
+    rng, tensors = np.random.default_rng(seed), {}
+    for source in parameter_sources(config).values():
+        for name, shape in source.shapes.items():
+            values = rng.standard_normal(shape, np.float32)
+            tensors[name] = 1 + 0.2 * values if "norm" in name else 0.15 * values
+    return tensors
+
+
+def write_checkpoint(directory, config=SMALL, tensors=None, eos_token_id=511):
+    """Write config.json, generation_config.json, model.safetensors and the tokenizer's files; returns `directory`."""
+    directory.mkdir(exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config_json(config, "float32")))
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": eos_token_id}))
+    save_file(random_tensors(config) if tensors is None else tensors, directory / "model.safetensors")
+    for file in TINY_MODEL.glob("tokenizer*"):
+        shutil.copy(file, directory)
+    return directory
+
+
+def small_llm(directory, **options):
+    return LLM(directory, **(OPTIONS | options))
+
+
+def assert_idle(llm):
+    """No request is left, and blocks and slots are all free."""
+    assert not llm._requests
+    assert not llm.scheduler.has_unfinished
+    llm.scheduler.check()

@@ -1,0 +1,329 @@
+"""config.json in all its forms, and the settings of an engine and of a request."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from small_model import SMALL
+
+from nanovllm_jax import SamplingParams
+from nanovllm_jax.checkpoints.huggingface import config_json, parameter_sources
+from nanovllm_jax.config import EngineConfig, ModelConfig
+from nanovllm_jax.layers.rope import RopeConfig
+
+# What the sizes that Qwen publishes have in their config.json, and what they have in common.
+PUBLISHED = {
+    # size: (hidden, mlp, layers, query heads, tied head, billion parameters)
+    "0.6B": (1024, 3072, 28, 16, True, 0.596),
+    "1.7B": (2048, 6144, 28, 16, True, 1.721),
+    "4B": (2560, 9728, 36, 32, True, 4.022),
+    "8B": (4096, 12288, 36, 32, False, 8.191),
+    "14B": (5120, 17408, 40, 40, False, 14.768),
+    "32B": (5120, 25600, 64, 64, False, 32.762),
+}
+COMMON = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "max_position_embeddings": 40960,
+    "model_type": "qwen3",
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": None,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.51.0",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+
+
+def published(size):
+    hidden, mlp, layers, heads, tied, _ = PUBLISHED[size]
+    return COMMON | {
+        "hidden_size": hidden,
+        "intermediate_size": mlp,
+        "num_hidden_layers": layers,
+        "max_window_layers": layers,
+        "num_attention_heads": heads,
+        "tie_word_embeddings": tied,
+    }
+
+
+@pytest.fixture
+def read(tmp_path):
+    """read(config) -> the ModelConfig of a directory with this config.json."""
+
+    def read(config):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        return ModelConfig.from_pretrained(tmp_path)
+
+    return read
+
+
+def without(config, *names):
+    return {name: value for name, value in config.items() if name not in names}
+
+
+# --- config.json ---
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_published_sizes(read, size):
+    hidden, mlp, layers, heads, tied, billions = PUBLISHED[size]
+    config = read(published(size))
+    assert config == ModelConfig(
+        vocab_size=151936,
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=40960,
+        rope=RopeConfig(rope_theta=1e6),
+        tie_word_embeddings=tied,
+        dtype="bfloat16",
+    )
+    assert config.num_parameters / 1e9 == pytest.approx(billions, abs=5e-4)
+    assert config.kv_bytes_per_token(2) == layers * 2 * 8 * 128 * 2
+    assert config.max_context == 40960
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_num_parameters_counts_every_tensor(bias, tied):
+    config = replace(SMALL, attention_bias=bias, tie_word_embeddings=tied)
+    shapes = [shape for source in parameter_sources(config).values() for shape in source.shapes.values()]
+    assert config.num_parameters == sum(map(math.prod, shapes))
+
+
+ROPES = {
+    # transformers 5's rope_parameters, and 4's rope_theta and rope_scaling
+    "default": (dict(rope_type="default", rope_theta=1e6), 1e6, None),
+    "linear": (
+        dict(rope_type="linear", rope_theta=1e4, factor=2.0),
+        1e4,
+        dict(type="linear", factor=2.0),  # the key of old versions
+    ),
+    "yarn": (
+        dict(rope_type="yarn", rope_theta=1e6, factor=4.0, original_max_position_embeddings=32768, beta_fast=16.0),
+        1e6,
+        dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32768, beta_fast=16.0),
+    ),
+}
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_old_and_new_forms_are_one_config(read, rope):
+    new, theta, old = ROPES[rope]
+    base = without(published("4B"), "rope_theta", "rope_scaling", "torch_dtype")
+    config = read(base | {"rope_parameters": new, "dtype": "bfloat16"})
+    assert config == read(base | {"rope_theta": theta, "rope_scaling": old, "torch_dtype": "bfloat16"})
+    assert (config.rope.rope_type, config.rope.rope_theta) == (new["rope_type"], theta)
+    assert config.dtype == "bfloat16"
+    assert read(config_json(config, "bfloat16")) == config, "what is written is read back"
+
+
+def test_what_an_old_config_may_leave_out(read):
+    config = read(without(published("0.6B"), "rope_theta", "rope_scaling", "torch_dtype", "attention_bias"))
+    assert (config.rope, config.dtype, config.attention_bias) == (RopeConfig(rope_theta=1e4), "float32", False)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "context"),
+    [
+        (None, 40960),
+        (dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32768), 131072),  # Qwen's own advice
+        (dict(rope_type="linear", factor=2.0), 81920),
+    ],
+)
+def test_rope_scaling_extends_the_context(read, scaling, context):
+    assert read(published("8B") | {"rope_scaling": scaling}).max_context == context
+
+
+BAD_CONFIGS = {
+    "another architecture": (
+        {"architectures": ["LlamaForCausalLM"], "model_type": "llama"},
+        "Qwen3ForCausalLM.*LlamaFor",
+    ),
+    "mixture of experts": ({"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"}, "not Qwen3MoeFor"),
+    "another head": ({"architectures": ["Qwen3ForSequenceClassification"]}, "not Qwen3ForSequenceClassification"),
+    "no type": ({"architectures": None, "model_type": None}, "Qwen3ForCausalLM.*None"),
+    "architectures of another kind": ({"architectures": "Qwen3ForCausalLM", "model_type": 3}, "Qwen3ForCausalLM"),
+    "zero layers": ({"num_hidden_layers": 0}, "num_hidden_layers.*0"),
+    "negative size": ({"hidden_size": -64}, "hidden_size.*-64"),
+    "size of a wrong type": ({"vocab_size": "many"}, "vocab_size.*many"),
+    "fraction": ({"intermediate_size": 96.5}, "intermediate_size.*96.5"),
+    "odd head_dim": ({"head_dim": 65}, "head_dim"),
+    "heads do not divide": ({"num_attention_heads": 10, "num_key_value_heads": 4}, "=10 must be a multiple.*=4"),
+    "activation": ({"hidden_act": "gelu"}, "hidden_act='gelu'.*only 'silu'"),
+    "sliding window": ({"use_sliding_window": True, "sliding_window": 4096}, "use_sliding_window"),
+    "dtype": ({"torch_dtype": "int8"}, "dtype must be one of.*not 'int8'"),
+    "flag of a wrong type": ({"tie_word_embeddings": "yes"}, "tie_word_embeddings.*yes"),
+    "negative eps": ({"rms_norm_eps": -1}, "rms_norm_eps.*-1"),
+    "eps of a wrong type": ({"rms_norm_eps": "small"}, "rms_norm_eps.*small"),
+    "rope type": ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "rope_type='longrope'.*linear and yarn"),
+    "rope no object": ({"rope_scaling": "yarn"}, "rope settings must be an object, not 'yarn'"),
+    "rope theta": ({"rope_theta": 0}, "rope_theta must be a positive number, not 0"),
+    "rope factor": (
+        {"rope_scaling": {"rope_type": "yarn", "factor": "4"}},
+        "factor must be a positive number, not '4'",
+    ),
+    "linear without a factor": ({"rope_scaling": {"rope_type": "linear"}}, "'linear' needs a factor"),
+    "quantized": ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config.*fp8"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CONFIGS)
+def test_bad_config(read, case):
+    change, message = BAD_CONFIGS[case]
+    with pytest.raises(ValueError, match=message) as caught:
+        read(published("0.6B") | change)
+    assert "config.json" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["hidden_size", "vocab_size", "num_hidden_layers"])
+def test_a_size_left_out_is_named(read, name):
+    """transformers would fill in its own default, which fits no weights."""
+    with pytest.raises(ValueError, match=f"config.json.* {name}"):
+        read(without(published("0.6B"), name))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "not valid JSON"),
+        ("{'a': 1}", "not valid JSON"),
+        ("[1, 2]", "must hold a JSON object, not list"),
+        ("[" * 100_000, "not valid JSON"),
+        (b"\xff\xfe\x00", "not valid JSON"),
+    ],
+)
+def test_a_file_that_is_no_json_object(tmp_path, content, message):
+    path = tmp_path / "config.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=message) as caught:
+        ModelConfig.from_pretrained(tmp_path)
+    assert str(path) in str(caught.value)
+
+
+# --- EngineConfig ---
+
+
+def test_both_names_of_the_block_size():
+    assert EngineConfig.from_options(kvcache_block_size=64) == EngineConfig(block_size=64)
+    assert EngineConfig.from_options() == EngineConfig(block_size=256)
+
+
+UNKNOWN_OPTIONS = {
+    "max_model_length": "max_model_len",
+    "max_num_seq": "max_num_seqs",
+    "tensor_parallel": "tensor_parallel_size",
+    "gpu_memory_utilisation": "gpu_memory_utilization",
+    "kv_cache_block_size": "kvcache_block_size",
+    "enforce_eagre": "enforce_eager",
+    "num_gpu_blocks": "num_kvcache_blocks",
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN_OPTIONS)
+def test_an_unknown_option_names_the_nearest(name):
+    with pytest.raises(TypeError, match=rf"no option '{name}'; did you mean '{UNKNOWN_OPTIONS[name]}'\?"):
+        EngineConfig.from_options(**{name: 1})
+
+
+def test_an_option_like_no_other_lists_them_all():
+    with pytest.raises(TypeError, match=r"no option 'xyz'; the options are max_model_len, .*load_format"):
+        EngineConfig.from_options(xyz=1)
+
+
+BAD_OPTIONS = [
+    (dict(block_size=32, kvcache_block_size=32), TypeError, "block_size and kvcache_block_size are the same option"),
+    (dict(block_size=48), ValueError, "block_size must be 16, 32, 64, 128 or 256, not 48"),
+    (dict(block_size=8), ValueError, "not 8"),
+    (dict(kvcache_block_size=512), ValueError, "not 512"),
+    (dict(block_size=None), TypeError, "block_size must be an integer, not None"),
+    (dict(max_model_len=0), ValueError, "max_model_len must be at least 2, not 0"),
+    (dict(max_model_len=1), ValueError, "max_model_len must be at least 2, not 1"),
+    (dict(max_model_len="4096"), TypeError, "max_model_len must be an integer, not '4096'"),
+    (dict(max_model_len=4096.0), TypeError, "max_model_len must be an integer, not 4096.0"),
+    (dict(max_num_seqs=0), ValueError, "max_num_seqs must be at least 1, not 0"),
+    (dict(max_num_batched_tokens=-1), ValueError, "max_num_batched_tokens must be at least 1, not -1"),
+    (dict(num_kvcache_blocks=0), ValueError, "num_kvcache_blocks must be at least 1, not 0"),
+    (dict(num_scheduler_steps=0), ValueError, "num_scheduler_steps must be at least 1, not 0"),
+    (dict(num_kvcache_blocks=True), TypeError, "num_kvcache_blocks must be an integer, not True"),
+    (dict(tensor_parallel_size=0), ValueError, "tensor_parallel_size must be at least 1, not 0"),
+    (dict(tensor_parallel_size=None), TypeError, "tensor_parallel_size must be an integer, not None"),
+    (dict(seed=2**64), ValueError, f"seed must fit in 64 bits, not {2**64}"),
+    (dict(seed=None), TypeError, "seed must be an integer, not None"),
+    (dict(enforce_eager=1), TypeError, "enforce_eager must be True or False, not 1"),
+    (dict(enable_prefix_caching=None), TypeError, "enable_prefix_caching must be True or False, not None"),
+    (dict(gpu_memory_utilization=0), ValueError, "above 0 and at most 1, not 0"),
+    (dict(gpu_memory_utilization=90), ValueError, "above 0 and at most 1, not 90"),
+    (dict(gpu_memory_utilization=float("nan")), ValueError, "above 0 and at most 1, not nan"),
+    (dict(gpu_memory_utilization="0.9"), TypeError, "gpu_memory_utilization must be a number, not '0.9'"),
+    (dict(dtype="int8"), ValueError, "dtype must be auto, float32, .*not 'int8'"),
+    (dict(dtype=np.float32), ValueError, "dtype must be auto, float32, .*numpy.float32"),
+    (dict(load_format="gguf"), ValueError, "load_format must be 'auto' or 'dummy', not 'gguf'"),
+    (dict(load_format=None), ValueError, "load_format must be 'auto' or 'dummy', not None"),
+    (dict(compilation_cache_dir=3), TypeError, "compilation_cache_dir must be a directory or None, not 3"),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "message"), BAD_OPTIONS)
+def test_bad_option(options, error, message):
+    with pytest.raises(error, match=message):
+        EngineConfig.from_options(**options)
+
+
+# --- SamplingParams ---
+
+
+BAD_PARAMS = [
+    (dict(temperature=-0.1), ValueError, r"temperature must be 0 \(greedy\) or a positive number, not -0.1"),
+    (dict(temperature=math.nan), ValueError, "not nan"),
+    (dict(temperature=math.inf), ValueError, "not inf"),
+    (dict(temperature=10**400), ValueError, "positive number, not 1000"),
+    (dict(temperature="0.6"), TypeError, "temperature must be a number, not '0.6'"),
+    (dict(temperature=None), TypeError, "temperature must be a number, not None"),
+    (dict(temperature=True), TypeError, "temperature must be a number, not True"),
+    (dict(max_tokens=0), ValueError, "max_tokens must be at least 1, not 0"),
+    (dict(max_tokens=-5), ValueError, "max_tokens must be at least 1, not -5"),
+    (dict(max_tokens=16.0), TypeError, "max_tokens must be an integer, not 16.0"),
+    (dict(max_tokens=None), TypeError, "max_tokens must be an integer, not None"),
+    (dict(max_tokens=True), TypeError, "max_tokens must be an integer, not True"),
+    (dict(ignore_eos=1), TypeError, "ignore_eos must be True or False, not 1"),
+    (dict(seed=-1), ValueError, r"seed must be from 0 to 2\*\*63 - 1, not -1"),
+    (dict(seed=2**63), ValueError, f"not {2**63}"),
+    (dict(seed=1.5), TypeError, "seed must be an integer or None, not 1.5"),
+    (dict(seed=False), TypeError, "seed must be an integer or None, not False"),
+    (dict(top_k=5), TypeError, "top_k"),
+]
+
+
+@pytest.mark.parametrize(("params", "error", "message"), BAD_PARAMS)
+def test_bad_sampling_params(params, error, message):
+    with pytest.raises(error, match=message):
+        SamplingParams(**params)
+
+
+def test_numpys_numbers_are_numbers():
+    params = SamplingParams(temperature=np.float32(0.5), max_tokens=np.int64(7), seed=np.uint8(3))
+    assert params == SamplingParams(temperature=0.5, max_tokens=7, seed=3)
+    assert type(params.max_tokens) is int
+
+
+def test_tiny_temperatures_are_raised_to_what_float32_bears():
+    assert SamplingParams(temperature=1e-9).temperature == 0.01
+    assert SamplingParams(temperature=0).temperature == 0
+    assert SamplingParams(temperature=0.01).temperature == 0.01

@@ -1,0 +1,201 @@
+"""The device side: what is compiled and when, where its memory goes, and what it says about that."""
+
+import logging
+import re
+from contextlib import contextmanager
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_model import SMALL, assert_idle, small_llm, write_checkpoint
+
+from nanovllm_jax import SamplingParams
+from nanovllm_jax.config import EngineConfig
+from nanovllm_jax.engine.memory import GIB, MemoryPlan, decide_num_blocks
+from nanovllm_jax.models.qwen3 import MLP
+
+GREEDY = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("runner") / "model")
+
+
+@pytest.fixture(scope="module")
+def llm(directory):
+    return small_llm(directory, num_kvcache_blocks=12)
+
+
+def tokens_of(outputs):
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+# --- compiled programs ---
+
+_compiled = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, duration, **_: _compiled.append(event) if event.startswith("/jax/core/compile") else None
+)
+
+
+@contextmanager
+def compiles():
+    """The list of what JAX traced, lowered and compiled meanwhile."""
+    _compiled.clear()
+    yield _compiled
+
+
+def test_nothing_compiles_once_warm(llm):
+    """A random workload in which sequences are batched, chunked, sampled, preempted, aborted and found in the cache."""
+    rng = np.random.default_rng(0)
+    with compiles() as seen:
+        for _ in range(10):
+            prompts = [rng.integers(0, 512, rng.integers(1, 100)).tolist() for _ in range(8)]
+            prompts += [prompts[0] + [1], "some text"]
+            params = [
+                SamplingParams(temperature=float(rng.choice([0, 0.6])), max_tokens=int(rng.integers(1, 60)))
+                for _ in prompts
+            ]
+            llm.generate(prompts, params, use_tqdm=False)
+            aborted = llm.add_request(prompts[0])
+            llm.step()
+            llm.abort_request(aborted)
+    assert_idle(llm)
+    assert llm.scheduler.num_preemptions > 10
+    assert llm.scheduler.num_prefix_hit_tokens > 100
+    assert seen == []
+
+
+def test_compiles_are_seen():
+    """What the test above counts."""
+    with compiles() as seen:
+        jax.jit(lambda x: x + len(seen))(jnp.ones(3))
+    assert seen
+
+
+def test_the_cache_is_updated_in_place(directory):
+    """Donated: every byte of the cache that goes in comes out at the same place, and no step has room for a copy."""
+    llm = small_llm(directory, num_kvcache_blocks=4000)
+    cache = sum(pages.nbytes for pages in jax.tree.leaves(llm.runner.caches))
+    assert cache == 4000 * 16 * SMALL.kv_bytes_per_token(4) > 30e6
+    for shape, program in llm.runner.programs.items():
+        memory = program.memory_analysis()
+        assert memory.alias_size_in_bytes >= cache, shape
+        assert memory.temp_size_in_bytes < cache / 10, shape
+    before = [pages.unsafe_buffer_pointer() for pages in jax.tree.leaves(llm.runner.caches)]
+    llm.generate([[1] * 100, [2]], GREEDY, use_tqdm=False)
+    assert [pages.unsafe_buffer_pointer() for pages in jax.tree.leaves(llm.runner.caches)] == before
+
+
+# --- eager ---
+
+
+def test_eager_steps(tmp_path, monkeypatch, capsys, caplog):
+    """They give the compiled steps' tokens, let a print inside the model see numbers, and warn that they are slow."""
+    config = replace(SMALL, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+    write_checkpoint(tmp_path, config)
+    options = dict(max_num_seqs=1, max_num_batched_tokens=16, max_model_len=32, num_kvcache_blocks=4)
+    compiled = small_llm(tmp_path, **options).generate([1, 2, 3], GREEDY, use_tqdm=False)
+    forward = MLP.__call__
+
+    def printing(self, x):
+        print("norm of x:", float(jnp.linalg.norm(x)))  # float() fails on what jit traces
+        return forward(self, x)
+
+    monkeypatch.setattr(MLP, "__call__", printing)
+    eager = small_llm(tmp_path, enforce_eager=True, **options)
+    assert any("slow" in record.message for record in caplog.records if record.levelno == logging.WARNING)
+    assert tokens_of(eager.generate([1, 2, 3], GREEDY, use_tqdm=False)) == tokens_of(compiled)
+    norms = re.findall(r"norm of x: ([\d.]+)", capsys.readouterr().out)
+    assert len(norms) >= 2
+    assert all(float(norm) > 0 for norm in norms)
+
+
+# --- the start-up log ---
+
+
+def test_start_up_log(directory, caplog):
+    """What was loaded, where the memory goes, how many blocks and tokens that is, what was compiled in how long."""
+    small_llm(directory, num_kvcache_blocks=12)
+    log = "\n".join(record.getMessage() for record in caplog.records if record.name.startswith("nanovllm_jax"))
+    assert re.search(
+        rf"loaded {directory} \(checkpoint weights\): 0.000 billion parameters in float32, .* s$", log, re.M
+    )
+    assert re.search(r"GiB weights, .*GiB workspace, .*GiB cache = 12 blocks of 16 tokens = 192 tokens", log)
+    assert re.search(r"max_model_len 128$", log, re.M)
+    assert re.search(r"compiled 3 batch shapes in \d+\.\d s", log)
+
+
+# --- dtype ---
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "half"])
+def test_dtype_option(directory, dtype):
+    llm = small_llm(directory, dtype=dtype)
+    wanted = jnp.dtype({"half": "float16"}.get(dtype, dtype))
+    assert {leaf.dtype for leaf in llm.runner.leaves} == {wanted}
+    assert {pages.dtype for pages in jax.tree.leaves(llm.runner.caches)} == {wanted}
+    (output,) = llm.generate([1, 2, 3], GREEDY, use_tqdm=False)
+    assert len(output["token_ids"]) == 2
+
+
+def test_a_cpu_computes_16_bit_checkpoints_in_float32(tmp_path):
+    config = replace(SMALL, dtype="bfloat16")
+    assert small_llm(write_checkpoint(tmp_path, config)).runner.dtype == np.float32
+
+
+def test_dummy_weights_need_only_a_config(tmp_path):
+    write_checkpoint(tmp_path)
+    for file in tmp_path.iterdir():
+        if file.name != "config.json":
+            file.unlink()
+    llm = small_llm(tmp_path, load_format="dummy")
+    (output,) = llm.generate([1, 2, 3], GREEDY, use_tqdm=False)
+    assert len(output["token_ids"]) == 2
+
+
+# --- how large the pool is ---
+
+
+def plan(budget, weights=1.0, workspace=0.5, block=1e-3):
+    return MemoryPlan(int(budget * GIB), int(weights * GIB), int(workspace * GIB), int(block * GIB))
+
+
+def test_blocks_fill_what_is_left_of_the_budget():
+    """Rounded down to three digits, so that small differences between starts do not compile anew."""
+    blocks = decide_num_blocks(plan(80.0), EngineConfig(), wanted_tokens=1)
+    assert blocks == 78_500
+    assert 1.5 * GIB + blocks * plan(80.0).block <= 80 * GIB
+    assert decide_num_blocks(plan(80.0001), EngineConfig(), wanted_tokens=1) == blocks
+    assert decide_num_blocks(plan(2.0), EngineConfig(), wanted_tokens=1) == 500
+
+
+def test_the_pool_by_hand():
+    assert decide_num_blocks(plan(80.0), EngineConfig(num_kvcache_blocks=1234), wanted_tokens=1) == 1234
+
+
+@pytest.mark.parametrize(
+    ("budget", "options", "message"),
+    [
+        (
+            1.0,
+            {},
+            r"1.00 GiB \(gpu_memory_utilization=0.9\) less weights 1.00 and workspace 0.50 GiB leave room for 0 ",
+        ),
+        (2.0, dict(num_kvcache_blocks=501), "room for 500 blocks of 0.001 GiB; needed are 501. Raise gpu_memory"),
+    ],
+)
+def test_memory_that_does_not_hold_the_model(budget, options, message):
+    with pytest.raises(ValueError, match=message):
+        decide_num_blocks(plan(budget), EngineConfig(**options), wanted_tokens=1)
+
+
+def test_a_cpu_takes_what_is_wanted_within_a_gibibyte():
+    on_cpu = replace(plan(1), budget=None)
+    config = EngineConfig(block_size=16)
+    assert decide_num_blocks(on_cpu, config, wanted_tokens=161) == 11
+    assert decide_num_blocks(on_cpu, config, wanted_tokens=10**9) == 1000
+    assert decide_num_blocks(replace(on_cpu, block=2 * GIB), config, wanted_tokens=10**9) == 1
