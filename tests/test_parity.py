@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import SHAPES
+from random_checkpoint import SHAPES
 
 from nanovllm_jax import LLM, SamplingParams
 from nanovllm_jax.checkpoints.load import load_model

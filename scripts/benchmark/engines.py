@@ -166,7 +166,7 @@ class Vllm:
         return {out.request_id: len(out.outputs[0].token_ids) for out in self.llm.llm_engine.step()}
 
     def reset_prefix_cache(self):
-        if not self.llm.reset_prefix_cache():
+        if self.llm.reset_prefix_cache() is False:  # None: an older vLLM, which does not tell
             raise RuntimeError("vLLM did not empty its prefix cache: the next figures would be too good")
 
 

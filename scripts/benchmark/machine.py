@@ -12,8 +12,9 @@ def describe() -> dict[str, str | None]:
     here = str(Path(__file__).parent)
     commit = output_of("git", "-C", here, "rev-parse", "--short=12", "HEAD")
     changes = output_of("git", "-C", here, "status", "--porcelain", "--untracked-files=no")
+    gpus = (output_of("nvidia-smi", query, "--format=csv,noheader") or "").splitlines()
     return {
-        "gpu": output_of("nvidia-smi", query, "--format=csv,noheader"),
+        "gpu": (f"{len(gpus)} x " if len(gpus) > 1 else "") + gpus[0] if gpus else None,
         "commit": f"{commit}+" if commit and changes else commit,
         "platform": platform.platform(),
         "python": platform.python_version(),

@@ -7,8 +7,8 @@ from dataclasses import replace
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import SHAPES, write_random_checkpoint
 from flax import nnx
+from random_checkpoint import SHAPES, write_random_checkpoint
 from safetensors.numpy import load_file, save_file
 from small_model import SMALL, random_tensors, write_checkpoint
 
