@@ -11,10 +11,12 @@ import numpy as np
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 
 def write(directory: str, config_json: str) -> None:
     torch.manual_seed(0)
-    with torch.device("cuda"):
+    with torch.device(DEVICE):
         model = Qwen3ForCausalLM(Qwen3Config(**json.loads(config_json))).to(torch.bfloat16)
     model.save_pretrained(directory, max_shard_size="5GB")
 
@@ -22,20 +24,13 @@ def write(directory: str, config_json: str) -> None:
 @torch.no_grad()
 def score(directory: str, tokens_npz: str, out: str) -> None:
     """bfloat16 logits [tokens, V] of each sequence, and how far they are from float32's: its standard deviation."""
-    sequences = {name: torch.from_numpy(tokens)[None].cuda() for name, tokens in np.load(tokens_npz).items()}
-    results, exact = {}, {}
-    for dtype in (torch.float32, torch.bfloat16):
-        model = Qwen3ForCausalLM.from_pretrained(directory, dtype=dtype).cuda().eval()
-        for name, tokens in sequences.items():
-            logits = model(tokens).logits[0].float()
-            if dtype == torch.float32:
-                exact[name] = logits.cpu()
-            else:
-                results[name] = logits.cpu().numpy()
-                results[f"noise_{name}"] = (logits.cpu() - exact[name]).std().numpy()
-        del model
-        torch.cuda.empty_cache()
-    np.savez(out, **results)
+    sequences = {name: torch.from_numpy(tokens)[None].to(DEVICE) for name, tokens in np.load(tokens_npz).items()}
+    model = Qwen3ForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).to(DEVICE).eval()
+    rounded = {name: model(tokens).logits[0].float().cpu() for name, tokens in sequences.items()}
+    model.float()  # exact: the weights are bfloat16 numbers
+    noise = {name: (model(tokens).logits[0].cpu() - rounded[name]).std() for name, tokens in sequences.items()}
+    results = rounded | {f"noise_{name}": deviation for name, deviation in noise.items()}
+    np.savez(out, **{name: value.numpy() for name, value in results.items()})
 
 
 if __name__ == "__main__":
