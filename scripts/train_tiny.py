@@ -26,7 +26,7 @@ from tokenizers import Tokenizer
 
 from nanovllm_jax.checkpoints.huggingface import save_pretrained
 from nanovllm_jax.config import ModelConfig
-from nanovllm_jax.layers.rope import apply_rope
+from nanovllm_jax.layers.attention import split_norm_rope
 from nanovllm_jax.models.qwen3 import Qwen3ForCausalLM
 from nanovllm_jax.tiny.conversations import chat_segments, training_conversation
 from nanovllm_jax.tiny.data import Batch, batches_ahead, encode, pack
@@ -50,9 +50,7 @@ class PackedAttention:
 
     def __call__(self, qkv, q_norm, k_norm, cos, sin, cache: None) -> tuple[jax.Array, None]:
         """qkv [R, T, K, G + 2, H] -> [R, T, N, H]; as layers.attention.CausalAttention."""
-        q, k, v = qkv[..., :-2, :], qkv[..., -2, :], qkv[..., -1, :]
-        q = apply_rope(q_norm(q.reshape(*q.shape[:-3], -1, q.shape[-1])), cos, sin)
-        k = apply_rope(k_norm(k), cos, sin)
+        q, k, v = split_norm_rope(qkv, q_norm, k_norm, cos, sin)
         same = self.conversations[:, None, :, None] == self.conversations[:, None, None, :]  # (R, 1, T, T)
         return jax.nn.dot_product_attention(q, k, v, mask=same, is_causal=True), None
 

@@ -94,9 +94,14 @@ class CausalAttention:
 
     def __call__(self, qkv, q_norm: RMSNorm, k_norm: RMSNorm, cos, sin, cache: None) -> tuple[jax.Array, None]:
         """qkv [..., T, K, G + 2, H] -> output [..., T, N, H]."""
-        q, k, v = qkv[..., :-2, :], qkv[..., -2, :], qkv[..., -1, :]
-        q = apply_rope(q_norm(q.reshape(*q.shape[:-3], -1, q.shape[-1])), cos, sin)
-        return jax.nn.dot_product_attention(q, apply_rope(k_norm(k), cos, sin), v, is_causal=True), None
+        return jax.nn.dot_product_attention(*split_norm_rope(qkv, q_norm, k_norm, cos, sin), is_causal=True), None
+
+
+def split_norm_rope(qkv, q_norm: RMSNorm, k_norm: RMSNorm, cos, sin) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """qkv [..., T, K, G + 2, H] -> normalised and rotated q [..., T, N, H] and k [..., T, K, H], and v like k."""
+    q, k, v = qkv[..., :-2, :], qkv[..., -2, :], qkv[..., -1, :]
+    q = apply_rope(q_norm(q.reshape(*q.shape[:-3], -1, q.shape[-1])), cos, sin)
+    return q, apply_rope(k_norm(k), cos, sin), v
 
 
 causal_attention = CausalAttention()
