@@ -79,6 +79,12 @@ def paged_logits(llm, tokens):
     return np.concatenate(parts)
 
 
+def kl_divergence(exact, logits):
+    """Mean over positions of the KL divergence of logits' distributions from the exact ones."""
+    log_p, log_q = (np.asarray(jax.nn.log_softmax(x)) for x in (exact, logits))
+    return (np.exp(log_p) * (log_p - log_q)).sum(-1).mean()
+
+
 def test_eager_equals_compiled(tmp_path):
     """Op by op with the kernels, and as one program."""
     config = COMMON | SIZES["0.6B"] | dict(num_hidden_layers=2, model_type="qwen3", architectures=["Qwen3ForCausalLM"])
@@ -136,9 +142,9 @@ def test_transformers_agrees(checkpoint, tmp_path):
             print(f"prompt {i}: noise {noise:.3f}, {clear.sum()} clear, most behind {behind.max():.3f}")
             assert (behind[clear] == 0).all(), f"prompt {i}"
             assert behind.max() < noise, f"prompt {i}: not even a near tie"
-        theirs = logits[str(len(prompts) - 1)][: len(prompts[-1])]
+        theirs, exact = (logits[name][: len(prompts[-1])] for name in (str(len(prompts) - 1), "exact"))
     assert checked > 30, "too few positions with a clear winner to say anything"
-    log_p, log_q = (np.asarray(jax.nn.log_softmax(x)) for x in (theirs, ours))
-    kl = (np.exp(log_p) * (log_p - log_q)).sum(-1)
-    print(f"{checked} clear positions, mean KL {kl.mean():.2e}, max {kl.max():.2e}")
-    assert kl.mean() < 1e-3
+    ours, theirs = kl_divergence(exact, ours), kl_divergence(exact, theirs)
+    print(f"{checked} clear positions; mean KL from float32: {ours:.2e}, transformers' own bfloat16: {theirs:.2e}")
+    # Rounding 36 layers' activations to bfloat16 may cost more than 1e-3 in itself. Then it may not cost us more.
+    assert ours < max(1e-3, 1.1 * theirs)

@@ -23,14 +23,18 @@ def write(directory: str, config_json: str) -> None:
 
 @torch.no_grad()
 def score(directory: str, tokens_npz: str, out: str) -> None:
-    """bfloat16 logits [tokens, V] of each sequence, and how far they are from float32's: its standard deviation."""
+    """For each sequence its bfloat16 logits [tokens, V], and as noise_* the standard deviation of their error.
+
+    The error is what float32 gives in their place: the last sequence's float32 logits are written too, as exact.
+    """
     sequences = {name: torch.from_numpy(tokens)[None].to(DEVICE) for name, tokens in np.load(tokens_npz).items()}
     model = Qwen3ForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).to(DEVICE).eval()
-    rounded = {name: model(tokens).logits[0].float().cpu() for name, tokens in sequences.items()}
+    results = {name: model(tokens).logits[0].float() for name, tokens in sequences.items()}
     model.float()  # exact: the weights are bfloat16 numbers
-    noise = {name: (model(tokens).logits[0].cpu() - rounded[name]).std() for name, tokens in sequences.items()}
-    results = rounded | {f"noise_{name}": deviation for name, deviation in noise.items()}
-    np.savez(out, **{name: value.numpy() for name, value in results.items()})
+    for name, tokens in sequences.items():
+        results["exact"] = model(tokens).logits[0]
+        results[f"noise_{name}"] = (results["exact"] - results[name]).std()
+    np.savez(out, **{name: value.cpu().numpy() for name, value in results.items()})
 
 
 if __name__ == "__main__":
