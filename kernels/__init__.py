@@ -1,21 +1,34 @@
-"""Attention over a paged KV cache, a function each to write it, decode from it and prefill against it, and a norm.
+"""Paged attention (a function each to write the KV cache, decode from it and prefill against it), a norm, sampling.
 
-On an NVIDIA GPU each runs its Pallas kernel, anywhere else its plain-jnp oracle (reference.py, same signature). Which
-one is settled when a program is lowered, so a compiled step holds one of the two and never a branch. Each sits in a jit
-of its own: the layers of a model share one trace and one lowering.
+On an NVIDIA GPU each runs its Pallas kernel, anywhere else its plain-jnp oracle (in the files called reference, same
+signature). Which one is settled when a program is lowered, so a compiled step holds one of the two. Each sits in a jit
+of its own: the layers of a model share one trace and one lowering. Of the functions for sampling, a row that asks for
+nothing takes next to no time.
 
 Shapes: T tokens, B sequences with one new token each, P sequences in prefill, N query heads, K kv heads, H head_dim,
-W blocks in a row of a block table, D hidden.
+W blocks in a row of a block table, D hidden, R rows to sample, V vocabulary, S slots of running sequences.
 """
 
 import functools
 
 import jax
 
-from . import decode, norm, prefill, reference, store
+from . import adjust, decode, logprobs, norm, prefill, reference, reference_sampling, store, threshold
 from .common import kernel
+from .reference_sampling import ENDS, MAX_LOGPROBS, PROMPT
 
-__all__ = ["add_norm", "norm_rope_store", "paged_decode_attention", "paged_prefill_attention"]
+__all__ = [
+    "ENDS",
+    "MAX_LOGPROBS",
+    "PROMPT",
+    "add_norm",
+    "adjust_logits",
+    "norm_rope_store",
+    "paged_decode_attention",
+    "paged_prefill_attention",
+    "sampling_threshold",
+    "token_logprobs",
+]
 
 
 @functools.partial(kernel, static_argnames="eps")
@@ -125,3 +138,71 @@ def _add_norm(x, delta, gain, *, eps):
 @add_norm.defjvp
 def _add_norm_jvp(eps, primals, tangents):
     return jax.jvp(functools.partial(reference.add_norm, eps=eps), primals, tangents)
+
+
+@kernel
+def adjust_logits(
+    logits: jax.Array,
+    slots: jax.Array,
+    asks: jax.Array,
+    suppress_ends: jax.Array,
+    repetition: jax.Array,
+    frequency: jax.Array,
+    presence: jax.Array,
+    token_counts: jax.Array,
+    logit_bias: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Bias logits, mask what would end a text too early, and penalise what is there already, in the rows that ask.
+
+    logits [R, V] float32; slots [R] int32: a row's sequence; asks, suppress_ends [R] int32, 0 or 1; repetition,
+    frequency, presence [R] float32 (1, 0 and 0 change nothing). token_counts [S, V] int32: how often a token was
+    generated in the low 24 bits, and the flags PROMPT (it is in the prompt) and ENDS (it would end the text);
+    logit_bias [S, V] float32. The repetition penalty divides logits above 0 and multiplies the others, for tokens of
+    prompt and text; then frequency times the count and, for tokens of the text, presence is taken off.
+    Returns (the adjusted logits, the logits as they were), both [R, V]. The first is in place where XLA may; the second
+    is undefined in rows that do not ask.
+    """
+    return jax.lax.platform_dependent(
+        *(logits, slots, asks, suppress_ends, repetition, frequency, presence, token_counts, logit_bias),
+        cuda=adjust.adjust_logits,
+        default=reference_sampling.adjust_logits,
+    )
+
+
+@kernel
+def sampling_threshold(
+    logits: jax.Array, temperature: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array
+) -> jax.Array:
+    """From which logit on a row is to be sampled, so that what min_p, top_k and top_p leave out is below it.
+
+    logits [R, V] float32; temperature, top_p (1 is off), min_p (0 is off) [R] float32; top_k [R] int32 (0 is off).
+    min_p keeps entries of at least min_p times the largest probability; top_k keeps the k largest and what equals the
+    last of them; top_p keeps, of what the two leave, the fewest largest entries that have at least top_p of the
+    probability, and what equals the last of them.
+    Returns [R] float32, any number between the largest entry left out and the smallest one kept, itself included;
+    -inf for rows that leave nothing out and rows of temperature 0.
+    """
+    return jax.lax.platform_dependent(
+        *(logits, temperature, top_k, top_p, min_p),
+        cuda=threshold.sampling_threshold,
+        default=reference_sampling.sampling_threshold,
+    )
+
+
+@kernel
+def token_logprobs(
+    logits: jax.Array, raw: jax.Array, use_raw: jax.Array, tokens: jax.Array, num_top: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Natural log-probabilities of one token a row, and of the row's most likely tokens.
+
+    logits, raw [R, V] float32, of which a row is read from raw where use_raw [R] int32 is 1; tokens [R] int32; num_top
+    [R] int32: how many of the most likely are asked for, at most MAX_LOGPROBS, or -1 if nothing is.
+    Returns (logprob [R] float32, rank [R] int32: 1 + how many are more likely, ids [R, MAX_LOGPROBS] int32, logprobs
+    [R, MAX_LOGPROBS] float32), the best first, of equal ones the lower id first. Rows that ask nothing, and the places
+    after num_top, hold anything.
+    """
+    return jax.lax.platform_dependent(
+        *(logits, raw, use_raw, tokens, num_top),
+        cuda=logprobs.token_logprobs,
+        default=reference_sampling.token_logprobs,
+    )

@@ -54,7 +54,7 @@ def pallas_call(
     )(*args)
 
 
-def kernel(function: Callable, *, static_argnames: str) -> Callable:
+def kernel(function: Callable, *, static_argnames: str | tuple[str, ...] = ()) -> Callable:
     """jax.jit that holds under jax.disable_jit too: a bare pallas_call would be compiled anew at every call."""
     compiled = jax.jit(function, static_argnames=static_argnames)
 

@@ -1,7 +1,8 @@
 """Settings: what the model is (from its config.json) and how the engine runs it (from the user)."""
 
 import difflib
-from dataclasses import dataclass, field, fields
+from collections import Counter
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,11 @@ SIZES = (
     "num_attention_heads",
     "num_key_value_heads",
 )
+# No model comes near these, and below them nothing that is computed from a config takes long or overflows. float32
+# positions are exact up to the first.
+LARGEST_SIZE = 2**24
+MOST_LAYERS = 1024
+ROPE_RANGES = {"rope_theta": (2, 1e12), "factor": (1, 1e6), "original_max_position_embeddings": (1, LARGEST_SIZE)}
 
 
 @dataclass(frozen=True)
@@ -46,8 +52,9 @@ class ModelConfig:
         """Raise ValueError where no model can have this shape."""
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.type is int and (type(value) is not int or value < 1):
-                raise ValueError(f"config.json: {f.name} must be a positive integer, not {value!r}")
+            most = MOST_LAYERS if f.name == "num_hidden_layers" else LARGEST_SIZE
+            if f.type is int and (type(value) is not int or not 1 <= value <= most):
+                raise ValueError(f"config.json: {f.name} must be an integer from 1 to {most}, not {value!r}")
             if f.type is bool and type(value) is not bool:
                 raise ValueError(f"config.json: {f.name} must be true or false, not {value!r}")
         if type(self.rms_norm_eps) not in (int, float) or not 0 <= self.rms_norm_eps < 1:
@@ -59,6 +66,11 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"config.json: head_dim must be even, not {self.head_dim}")
+        if not 2 <= self.max_context <= LARGEST_SIZE:
+            raise ValueError(
+                f"config.json: max_position_embeddings={self.max_position_embeddings} and the rope settings make a "
+                f"context of {self.max_context} tokens, which must be from 2 to {LARGEST_SIZE}"
+            )
         if self.dtype not in DTYPES:
             raise ValueError(f"config.json: dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
 
@@ -71,29 +83,24 @@ class ModelConfig:
         from transformers import Qwen3Config
 
         raw = read_json(directory / "config.json")
-        architectures = raw.get("architectures") or [raw.get("model_type")]
-        if raw.get("model_type") != "qwen3" or architectures[0] not in ("Qwen3ForCausalLM", "qwen3"):
+        architecture = raw.get("architectures") or [raw.get("model_type")]
+        architecture = architecture[0] if isinstance(architecture, list) else architecture
+        if raw.get("model_type") != "qwen3" or architecture not in ("Qwen3ForCausalLM", "qwen3"):
             raise ValueError(
                 f"{directory / 'config.json'}: this engine runs Qwen3ForCausalLM (model_type qwen3), "
-                f"not {architectures[0]} (model_type {raw.get('model_type')})"
+                f"not {architecture} (model_type {raw.get('model_type')})"
             )
         for name in SIZES:  # for which transformers' defaults fit no weights
             if name not in raw:
                 raise ValueError(f"{directory / 'config.json'} has no {name}")
-        # transformers knows the other defaults; rope, whose form differs by version, is read from the file.
-        known = {k: v for k, v in raw.items() if k not in ("rope_scaling", "rope_parameters")}
-        try:
-            hf = Qwen3Config(**known)
-        except Exception as error:  # transformers validates with classes of its own, which differ by version
-            raise ValueError(f"{directory / 'config.json'}: {error}") from error
-        _refuse_unsupported(hf)
+        _refuse_unsupported(raw)
+        # transformers knows the other defaults. It is not given the file: it would act on more of it than is checked.
+        defaults = Qwen3Config()
         names = {f.name for f in fields(cls)} - {"rope", "dtype"}
+        values = {name: raw.get(name, getattr(defaults, name)) for name in names}
         dtype = raw.get("dtype") or raw.get("torch_dtype") or "float32"
-        return cls(
-            **{name: getattr(hf, name) for name in names},
-            rope=_read_rope(raw, hf.max_position_embeddings),
-            dtype=str(dtype).removeprefix("torch."),
-        )
+        config = cls(**values, dtype=str(dtype).removeprefix("torch."))
+        return replace(config, rope=_read_rope(raw, config.max_position_embeddings))
 
     @property
     def max_context(self) -> int:
@@ -124,7 +131,7 @@ def read_json(path: Path) -> dict[str, Any]:
     import json
 
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_object)
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
@@ -134,12 +141,22 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _refuse_unsupported(hf: Any) -> None:
-    if hf.hidden_act != "silu":
-        raise ValueError(f"config.json: hidden_act={hf.hidden_act!r} is not supported, only 'silu'")
-    if hf.use_sliding_window:
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys differ: readers do not agree on which of two equal keys counts."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {twice!r} occurs twice in one object")
+    return content
+
+
+def _refuse_unsupported(raw: dict[str, Any]) -> None:
+    activation = raw.get("hidden_act", "silu")
+    if activation != "silu":
+        raise ValueError(f"config.json: hidden_act={activation!r} is not supported, only 'silu'")
+    if raw.get("use_sliding_window"):
         raise ValueError("config.json: use_sliding_window=true is not supported; no published Qwen3 sets it")
-    quantization = getattr(hf, "quantization_config", None)
+    quantization = raw.get("quantization_config")
     if quantization is not None:
         raise ValueError(
             f"config.json: quantization_config={quantization} is not supported; use the unquantized weights"
@@ -156,10 +173,9 @@ def _read_rope(raw: dict[str, Any], max_position_embeddings: int) -> RopeConfig:
     if rope_type not in ("default", "linear", "yarn"):
         raise ValueError(f"config.json: rope_type={rope_type!r} is not supported, only default, linear and yarn")
     values = {f.name: settings[f.name] for f in fields(RopeConfig) if settings.get(f.name) is not None}
-    values["rope_type"] = rope_type
+    values.pop("rope_type", None)
     for name, value in values.items():
-        if name not in ("rope_type", "truncate") and (type(value) not in (int, float) or not 0 < value < float("inf")):
-            raise ValueError(f"config.json: rope setting {name} must be a positive number, not {value!r}")
+        _check_rope_setting(name, value)
     original = values.get("original_max_position_embeddings")
     if rope_type == "linear" and "factor" not in values:
         raise ValueError("config.json: rope_type 'linear' needs a factor")
@@ -167,7 +183,19 @@ def _read_rope(raw: dict[str, Any], max_position_embeddings: int) -> RopeConfig:
         if original is None:
             original = values["original_max_position_embeddings"] = max_position_embeddings
         values.setdefault("factor", max_position_embeddings / original)
-    return RopeConfig(**values)
+    return RopeConfig(rope_type=rope_type, **values)
+
+
+def _check_rope_setting(name: str, value: Any) -> None:
+    least, most = ROPE_RANGES.get(name, (1e-3, 1e3))
+    if name == "truncate":
+        good, kind = type(value) is bool, "true or false"
+    elif name == "original_max_position_embeddings":
+        good, kind = type(value) is int and least <= value <= most, f"an integer from {least} to {most}"
+    else:
+        good, kind = type(value) in (int, float) and least <= value <= most, f"a number from {least:g} to {most:g}"
+    if not good:
+        raise ValueError(f"config.json: rope setting {name} must be {kind}, not {value!r}")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """LLM: what users touch."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -9,8 +9,11 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from nanovllm_jax.chat import Message, chat_prompt
 from nanovllm_jax.checkpoints.load import TINY_MODEL
-from nanovllm_jax.engine.llm_engine import LLMEngine, Prompt
+from nanovllm_jax.engine.llm_engine import LLMEngine
+from nanovllm_jax.engine.prompts import Prompt
+from nanovllm_jax.engine.requests import Request
 from nanovllm_jax.outputs import RequestOutput
 from nanovllm_jax.sampling_params import SamplingParams
 
@@ -37,28 +40,95 @@ class LLM(LLMEngine):
     ) -> list[RequestOutput]:
         """Complete one or many prompts, each a string, a list of token ids, or {"prompt_token_ids": [...]}.
 
-        `sampling_params`: one for all, or one for each prompt. Returns the outputs in the order of the prompts.
-        Raises TypeError or ValueError, before anything runs, when any prompt or setting is refused, and RuntimeError
-        while requests of `add_request` are unfinished.
+        `sampling_params`: one for all, or one for each prompt; None takes `get_default_sampling_params()`. Returns the
+        outputs in the order of the prompts. Raises TypeError or ValueError, before anything runs, when any prompt or
+        setting is refused, and RuntimeError while other requests are unfinished.
         """
-        if self._requests:
-            raise RuntimeError(
-                f"generate() needs the engine for itself, and {len(self._requests)} requests from add_request() are "
-                "unfinished: call step() until they are done, or abort_request()"
-            )
-        prompts = _as_list(prompts)
-        params = sampling_params
-        if not isinstance(params, (list, tuple)):
-            params = [params] * len(prompts)
-        if len(params) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts need one SamplingParams or {len(prompts)}, not {len(params)}")
+        self._check_idle("generate()")
+        requests = self._check(prompts, sampling_params)
         try:
-            request_ids = self.add_requests(prompts, params)
+            request_ids = [self.start_request(request) for request in requests]
             outputs = self._run(len(request_ids), use_tqdm)
         finally:
             for request_id in list(self._requests):  # left by an exception or Ctrl-C
                 self.abort_request(request_id)
         return [outputs[request_id] for request_id in request_ids]
+
+    def chat(
+        self,
+        messages: list[Message] | list[list[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        *,
+        tools: list[Any] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> list[RequestOutput]:
+        """Continue one or many conversations, each a list of messages, through the tokenizer's chat template.
+
+        `tools`, `chat_template_kwargs` and `add_generation_prompt` are `chat_prompt`'s, and go for every conversation;
+        the rest is as in `generate`.
+        """
+        if not isinstance(messages, (list, tuple)):
+            raise TypeError(f"messages must be a list of messages, or a list of such lists, not {messages!r}")
+        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        options = dict(
+            tools=tools, chat_template_kwargs=chat_template_kwargs, add_generation_prompt=add_generation_prompt
+        )
+        prompts = [chat_prompt(self.tokenizer, conversation, **options) for conversation in conversations]
+        return self.generate(prompts, sampling_params, use_tqdm)
+
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> Generator[RequestOutput, None, None]:
+        """Like `generate`, but an iterator of what has come: each output's texts and token_ids are increments.
+
+        A request's last output has `finished` set; its request_id tells it from the others, and counts up in the order
+        of the prompts. The first `next` starts the requests, and closing the iterator aborts what is left of them.
+        Raises as `generate` does, at the call.
+        """
+        self._check_idle("stream()")
+        return self._stream(self._check(prompts, sampling_params, stream=True))
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What applies where no SamplingParams are given: the model's generation_config.json, else vLLM's defaults."""
+        return self.default_sampling_params
+
+    def _check_idle(self, caller: str) -> None:
+        if self._requests:
+            raise RuntimeError(
+                f"{caller} needs the engine for itself, and {len(self._requests)} requests from add_request() are "
+                "unfinished: call step() until they are done, or abort_request(). (An open stream() counts: close it.)"
+            )
+
+    def _check(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        stream: bool = False,
+    ) -> list[Request]:
+        prompts = _as_list(prompts)
+        if not isinstance(params, (list, tuple)):
+            params = [params] * len(prompts)
+        if len(params) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts need one SamplingParams or {len(prompts)}, not {len(params)}")
+        return self.check_requests(prompts, params, stream)
+
+    def _stream(self, requests: list[Request]) -> Generator[RequestOutput, None, None]:
+        self._check_idle("stream()")  # which time has passed since
+        request_ids = set()
+        try:
+            for request in requests:
+                request_ids.add(self.start_request(request))
+            while self._requests:
+                if not self._requests.keys() <= request_ids:
+                    raise RuntimeError("add_request() was called while a stream() was open, which needs the engine")
+                yield from self.step()
+        finally:
+            for request_id in request_ids & self._requests.keys():
+                self.abort_request(request_id)
 
     def _run(self, num_requests: int, use_tqdm: bool) -> dict[str, RequestOutput]:
         outputs: dict[str, RequestOutput] = {}

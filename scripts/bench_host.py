@@ -93,7 +93,7 @@ def packing_micros(num_seqs: int, args: argparse.Namespace) -> float:
     """BatchPacker.pack() of each step, blocks that are new in a table included."""
     scheduler, in_flight = decoding_scheduler(num_seqs, args)
     width = -(-longest(args) // args.block_size)
-    packer = BatchPacker(Buckets(num_seqs, num_seqs * args.context, width, ratio=2, mixed_decode_rows=(0, num_seqs)))
+    packer = BatchPacker(Buckets(num_seqs, num_seqs * args.context, width, ratio=2, mixed_decode_rows=(num_seqs,)))
     packer.pack(in_flight)
     spent = 0.0
     for _ in range(args.steps):
@@ -123,11 +123,11 @@ def device_micros(num_seqs: int, args: argparse.Namespace) -> tuple[float, float
     spent = np.zeros(2)
     for _ in range(args.steps):
         start = time.perf_counter()
-        tokens = runner.dispatch(shape, buffer)
+        output = runner.dispatch(shape, buffer)
         dispatched = time.perf_counter()
-        tokens.block_until_ready()
+        output.tokens.block_until_ready()
         ready = time.perf_counter()
-        runner.collect(tokens)
+        runner.collect(output)
         spent += dispatched - start, time.perf_counter() - ready
     return tuple(spent / args.steps * 1e6)
 

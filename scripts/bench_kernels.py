@@ -35,7 +35,7 @@ TABLE_TOKENS = 4096  # a block table's width: at least so many tokens, as an eng
 
 DECODE_CUTS = [(64, 4, 3), (64, 4, 2), (64, 4, 4), (64, 4, 5), (64, 8, 3), (32, 4, 3), (32, 4, 5), (32, 2, 3)]
 DECODE_CUTS += [(32, 2, 5), (128, 4, 3), (128, 8, 3)]  # block_k, warps, stages
-DECODE_SPLITS = [(2**n, 1) for n in range(8)] + [(2, 8), (4, 4), (4, 8), (8, 4)]  # splits, min_tiles
+DECODE_EXTRA = [1, 16, 32, 64, 128]  # items beyond one a context
 PREFILL_CUTS = [(128, 128, 8, 3), (128, 128, 8, 2), (128, 128, 8, 4), (128, 64, 8, 3), (128, 64, 8, 4), (128, 64, 4, 2)]
 PREFILL_CUTS += [(128, 64, 4, 3), (128, 32, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 4), (64, 128, 4, 3)]
 PREFILL_CUTS += [(64, 32, 4, 3), (32, 64, 4, 3), (32, 64, 2, 3), (256, 64, 8, 3), (256, 128, 8, 2)]
@@ -105,16 +105,15 @@ def kernel_and_oracle(module, name: str, **static):
 
 
 def decode_case(rng, shape: Shape, pool, batch, low, high) -> Case:
-    contexts = rng.integers(low, high + 1, batch)
+    contexts = np.sort(rng.integers(low, high + 1, batch))[::-1]  # longest first, as the scheduler has them
     moved = float(contexts.sum()) * shape.token_bytes
     sets = []
     for _ in range(sets_for(moved)):
         q = shape.random(rng, batch, shape.heads, shape.head_dim)
-        sets.append((q, *pool, *random_tables(rng, shape, pool, rng.permutation(contexts))))
+        sets.append((q, *pool, *random_tables(rng, shape, pool, contexts)))
     name = f"{batch} x {low}" + (f"-{high}" if high > low else "")
     functions = kernel_and_oracle(decode, "paged_decode_attention", scale=shape.head_dim**-0.5)
-    longest = sets[0][3].shape[1] * shape.block_size
-    default = decode.default_tiles(batch, shape.kv_heads, shape.head_dim, longest, shape.dtype)
+    default = decode.default_tiles(batch, shape.kv_heads, shape.head_dim, shape.dtype)
     flops = 4.0 * contexts.sum() * shape.heads * shape.head_dim
     return Case("decode", name, *functions, sets, default, moved, flops)
 
@@ -232,19 +231,10 @@ def settings(case: Case, shape: Shape) -> list:
     """What to try on a case, its default first."""
     tokens, cuts = len(case.sets[0][0]), {"prefill": PREFILL_CUTS, "store": STORE_CUTS, "norm": NORM_CUTS}
     if case.kernel == "decode":
-        tried = decode_settings(np.asarray(case.sets[0][4]), shape.kv_heads)
+        tried = [decode.Tiles(k, extra, *rest) for (k, *rest), extra in itertools.product(DECODE_CUTS, DECODE_EXTRA)]
     else:  # a tile of more tokens than there are is of use in prefill alone
         tried = [type(case.default)(*cut) for cut in cuts[case.kernel] if case.kernel == "prefill" or cut[0] <= tokens]
     return list(dict.fromkeys([case.default, *tried]))
-
-
-def decode_settings(contexts, kv_heads: int):
-    """Those with neither a handful of programs nor heaps of empty ones; a minimum matters where contexts differ."""
-    for (block_k, warps, stages), (splits, least) in itertools.product(DECODE_CUTS, DECODE_SPLITS):
-        useful = splits * least < 2 * -(-contexts.max() // block_k)
-        most = 4096 if least == 1 else 8192 if contexts.min() < contexts.max() else 0
-        if useful and 64 <= len(contexts) * kv_heads * splits <= most:
-            yield decode.Tiles(block_k, splits, least, warps, stages)
 
 
 def sweep(cases: list[Case], shape: Shape, args) -> None:

@@ -25,6 +25,7 @@ from nanovllm_jax import LLM, SamplingParams
 from nanovllm_jax.checkpoints.load import TINY_MODEL
 from nanovllm_jax.engine.batch import BatchShape
 from nanovllm_jax.engine.model_runner import ModelRunner
+from nanovllm_jax.models.step import StepOutput
 
 PHASES = ("attention", "attend", "mlp", "head", "sample", "other")
 CONTAINERS = ("while", "call", "conditional")  # on a CPU they are events too, around those of their bodies
@@ -106,11 +107,11 @@ class Decode:
 
     def run(self) -> int:
         """Returns how many steps of the model it took: an engine's step may be several."""
-        jax.block_until_ready(self.llm.runner.last_tokens)  # what is in flight is not counted
+        jax.block_until_ready(self.llm.runner.state.last_tokens)  # what is in flight is not counted
         before = self.llm.num_decode_tokens
         for _ in range(self.steps):
             self.llm.step()
-        jax.block_until_ready(self.llm.runner.last_tokens)
+        jax.block_until_ready(self.llm.runner.state.last_tokens)
         return (self.llm.num_decode_tokens - before) // len(self.prompts)
 
     def costs(self) -> dict[str, Cost]:
@@ -168,7 +169,7 @@ def recorded_dispatches(runner: ModelRunner) -> Iterator[list[BatchShape]]:
     """The shapes of the batches that are dispatched meanwhile."""
     shapes, dispatch = [], runner.dispatch
 
-    def recording(shape: BatchShape, buffer: np.ndarray) -> jax.Array:
+    def recording(shape: BatchShape, buffer: np.ndarray) -> StepOutput:
         shapes.append(shape)
         return dispatch(shape, buffer)
 

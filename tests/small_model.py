@@ -55,3 +55,27 @@ def assert_idle(llm):
     assert not llm._requests
     assert not llm.scheduler.has_unfinished
     llm.scheduler.check()
+
+
+def join(outputs):
+    """Streamed outputs put together: of each request in order of arrival, of each of its texts, what `whole` has."""
+    joined, ended = {}, set()
+    for output in outputs:
+        request = joined.setdefault(int(output.request_id), {})
+        assert output.request_id not in ended, "something comes after the last output"
+        assert output.outputs, "an output without news"
+        for completion in output.outputs:
+            assert completion.token_ids
+            text, tokens, reason = request.get(completion.index, ("", [], None))
+            assert reason is None, "a text goes on after its end"
+            text, tokens = text + completion.text, tokens + completion.token_ids
+            request[completion.index] = text, tokens, completion.finish_reason
+        if output.finished:
+            ended.add(output.request_id)
+    assert {int(request_id) for request_id in ended} == set(joined)
+    return [[request[index] for index in sorted(request)] for _, request in sorted(joined.items())]
+
+
+def whole(outputs):
+    """Text, tokens and finish reason of each text of each output."""
+    return [[(c.text, c.token_ids, c.finish_reason) for c in output.outputs] for output in outputs]

@@ -1,4 +1,4 @@
-"""config.json in all its forms, and the settings of an engine and of a request."""
+"""config.json in all its forms, and the settings of an engine."""
 
 import json
 import math
@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from small_model import SMALL
 
-from nanovllm_jax import SamplingParams
 from nanovllm_jax.checkpoints.huggingface import config_json, parameter_sources
 from nanovllm_jax.config import EngineConfig, ModelConfig
 from nanovllm_jax.layers.rope import RopeConfig
@@ -174,10 +173,10 @@ BAD_CONFIGS = {
     "eps of a wrong type": ({"rms_norm_eps": "small"}, "rms_norm_eps.*small"),
     "rope type": ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "rope_type='longrope'.*linear and yarn"),
     "rope no object": ({"rope_scaling": "yarn"}, "rope settings must be an object, not 'yarn'"),
-    "rope theta": ({"rope_theta": 0}, "rope_theta must be a positive number, not 0"),
+    "rope theta": ({"rope_theta": 0}, "rope_theta must be a number from 2 to 1e\\+12, not 0"),
     "rope factor": (
         {"rope_scaling": {"rope_type": "yarn", "factor": "4"}},
-        "factor must be a positive number, not '4'",
+        "factor must be a number from 1 to 1e\\+06, not '4'",
     ),
     "linear without a factor": ({"rope_scaling": {"rope_type": "linear"}}, "'linear' needs a factor"),
     "quantized": ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config.*fp8"),
@@ -284,46 +283,3 @@ BAD_OPTIONS = [
 def test_bad_option(options, error, message):
     with pytest.raises(error, match=message):
         EngineConfig.from_options(**options)
-
-
-# --- SamplingParams ---
-
-
-BAD_PARAMS = [
-    (dict(temperature=-0.1), ValueError, r"temperature must be 0 \(greedy\) or a positive number, not -0.1"),
-    (dict(temperature=math.nan), ValueError, "not nan"),
-    (dict(temperature=math.inf), ValueError, "not inf"),
-    (dict(temperature=10**400), ValueError, "positive number, not 1000"),
-    (dict(temperature="0.6"), TypeError, "temperature must be a number, not '0.6'"),
-    (dict(temperature=None), TypeError, "temperature must be a number, not None"),
-    (dict(temperature=True), TypeError, "temperature must be a number, not True"),
-    (dict(max_tokens=0), ValueError, "max_tokens must be at least 1, not 0"),
-    (dict(max_tokens=-5), ValueError, "max_tokens must be at least 1, not -5"),
-    (dict(max_tokens=16.0), TypeError, "max_tokens must be an integer, not 16.0"),
-    (dict(max_tokens=None), TypeError, "max_tokens must be an integer, not None"),
-    (dict(max_tokens=True), TypeError, "max_tokens must be an integer, not True"),
-    (dict(ignore_eos=1), TypeError, "ignore_eos must be True or False, not 1"),
-    (dict(seed=-1), ValueError, r"seed must be from 0 to 2\*\*63 - 1, not -1"),
-    (dict(seed=2**63), ValueError, f"not {2**63}"),
-    (dict(seed=1.5), TypeError, "seed must be an integer or None, not 1.5"),
-    (dict(seed=False), TypeError, "seed must be an integer or None, not False"),
-    (dict(top_k=5), TypeError, "top_k"),
-]
-
-
-@pytest.mark.parametrize(("params", "error", "message"), BAD_PARAMS)
-def test_bad_sampling_params(params, error, message):
-    with pytest.raises(error, match=message):
-        SamplingParams(**params)
-
-
-def test_numpys_numbers_are_numbers():
-    params = SamplingParams(temperature=np.float32(0.5), max_tokens=np.int64(7), seed=np.uint8(3))
-    assert params == SamplingParams(temperature=0.5, max_tokens=7, seed=3)
-    assert type(params.max_tokens) is int
-
-
-def test_tiny_temperatures_are_raised_to_what_float32_bears():
-    assert SamplingParams(temperature=1e-9).temperature == 0.01
-    assert SamplingParams(temperature=0).temperature == 0
-    assert SamplingParams(temperature=0.01).temperature == 0.01

@@ -90,8 +90,8 @@ def test_many_prompts_come_back_in_order(llm):
 
 def test_params_are_optional(llm):
     default, explicit = llm.generate([PROMPT, PROMPT], [None, SamplingParams()], use_tqdm=False)
-    assert 1 <= len(default["token_ids"]) <= 64
-    assert 1 <= len(explicit["token_ids"]) <= 64
+    assert 1 <= len(default["token_ids"]) <= 16
+    assert 1 <= len(explicit["token_ids"]) <= 16
 
 
 def test_no_prompts(llm):
@@ -144,7 +144,7 @@ def test_every_eos_token_ends_the_text_and_is_not_in_it(directory, tmp_path, llm
 def test_an_eos_as_the_last_token_allowed_is_a_stop(directory, tmp_path, expected):
     stops = small_llm(write_eos(directory, tmp_path / "eos", eos=expected[0]))
     (output,) = stops.generate(PROMPT, SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
-    assert output.outputs == [CompletionOutput(0, "", [expected[0]], "stop")]
+    assert output.outputs == [CompletionOutput(0, "", [expected[0]], finish_reason="stop")]
 
 
 def test_the_length_limit_of_the_model_ends_the_text(llm):

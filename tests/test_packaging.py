@@ -68,8 +68,9 @@ def test_what_a_program_shows(program, tmp_path):
     assert len(out.split(",")) == 3
     lines = [line for line in err.replace("\r", "\n").splitlines() if line and not line.startswith("Generating:")]
     assert [line.split()[0] for line in lines] == ["INFO"] * 3, err
-    for line, word in zip(lines, ("loaded", "memory", "compiled")):
-        assert f" nanovllm_jax.engine.model_runner: {word} " in line
+    # The weights are read while programs compile, so either may be done first.
+    words = sorted(line.split(" nanovllm_jax.engine.model_runner: ")[1].split()[0] for line in lines)
+    assert words == ["compiled", "loaded", "memory"]
 
 
 def test_a_program_with_logging_of_its_own(program, tmp_path):

@@ -117,15 +117,19 @@ class CheckpointFiles:
         for path in self._paths():
             try:
                 file = safe_open(path, framework="numpy")
-                self.files |= dict.fromkeys(file.keys(), file)
-            except (OSError, SafetensorError) as error:
+                names = file.keys()
+            except (OSError, ValueError, SafetensorError) as error:  # ValueError: a name that no file can have
                 raise ValueError(f"{path} is missing, truncated or corrupt: {error}") from error
+            for name in names:
+                if name in self.files:
+                    raise ValueError(f"{path}: {name} is in another file of the checkpoint too")
+                self.files[name] = file
 
     def _paths(self) -> list[Path]:
         single, index = (self.directory / f"model.safetensors{suffix}" for suffix in ("", ".index.json"))
-        if single.exists():  # before an index, which an older, sharded checkpoint may have left; as in transformers
+        if single.is_file():  # before an index, which an older, sharded checkpoint may have left; as in transformers
             return [single]
-        if not index.exists():
+        if not index.is_file():
             raise ValueError(f"{self.directory} holds neither {single.name} nor {index.name}")
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
@@ -135,9 +139,10 @@ class CheckpointFiles:
                 raise ValueError(f"{index}: {name!r} is not the name of a safetensors file in the same directory")
         return [self.directory / name for name in sorted(set(weight_map.values()))]
 
-    def check(self, config: ModelConfig, sources: dict) -> None:
+    def check(self, config: ModelConfig) -> None:
         """Raise ValueError naming the tensors that are missing, unexpected, of another shape or no fractions."""
-        expected = {name: shape for source in sources.values() for name, shape in source.shapes.items()}
+        sources = parameter_sources(config).values()
+        expected = {name: shape for source in sources for name, shape in source.shapes.items()}
         ignored = {"lm_head.weight"} if config.tie_word_embeddings else set()
         problems = [f"{name} is missing" for name in expected if name not in self.files]
         for name, file in self.files.items():
@@ -164,14 +169,10 @@ class CheckpointFiles:
 
 
 def load_parameters(
-    directory: Path, config: ModelConfig, targets: dict[ParameterPath, jax.ShapeDtypeStruct]
+    files: CheckpointFiles, config: ModelConfig, targets: dict[ParameterPath, jax.ShapeDtypeStruct]
 ) -> dict[ParameterPath, jax.Array]:
-    """Read a checkpoint: each parameter in its target's dtype, under its target's sharding.
-
-    Raises ValueError for files that are missing, corrupt or do not fit the config.
-    """
-    files, sources = CheckpointFiles(directory), parameter_sources(config)
-    files.check(config, sources)
+    """Read a checkpoint that fits the config: each parameter in its target's dtype, under its target's sharding."""
+    sources = parameter_sources(config)
 
     def load(path: ParameterPath) -> jax.Array:
         target, join = targets[path], sources[path].join

@@ -1,16 +1,19 @@
 """From a directory to a model on the devices."""
 
+import math
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from nanovllm_jax.checkpoints.huggingface import load_parameters
+from nanovllm_jax.checkpoints.huggingface import CheckpointFiles, load_parameters
 from nanovllm_jax.checkpoints.random import random_parameters
 from nanovllm_jax.config import ModelConfig
+from nanovllm_jax.engine.memory import GIB, host_memory
 from nanovllm_jax.models.parameters import parameter_targets, set_parameters
 from nanovllm_jax.models.qwen3 import Qwen3ForCausalLM
 from nanovllm_jax.parallel.sharding import ShardingRules
@@ -44,13 +47,60 @@ def find_checkpoint(model: str | Path) -> Path:
         ) from error
 
 
-def load_model(
-    directory: Path, config: ModelConfig, *, dtype: np.dtype, mesh: Mesh, load_format: str = "auto", seed: int = 0
-) -> Qwen3ForCausalLM:
-    """The model with its weights on the mesh, from the checkpoint or (`load_format="dummy"`) random."""
-    model = nnx.eval_shape(lambda: Qwen3ForCausalLM(config, dtype=dtype, rngs=nnx.Rngs(0)))
-    targets = parameter_targets(model, mesh, ShardingRules())
-    dummy = load_format == "dummy"
-    arrays = random_parameters(seed, targets) if dummy else load_parameters(directory, config, targets)
-    set_parameters(model, jax.block_until_ready(arrays))
-    return model
+class ModelLoader:
+    """A model whose shapes are known, and whose files are checked, before its weights are read."""
+
+    def __init__(
+        self,
+        directory: Path,
+        config: ModelConfig,
+        *,
+        dtype: np.dtype,
+        mesh: Mesh,
+        load_format: str = "auto",
+        seed: int = 0,
+    ):
+        """Weights come from the checkpoint, or (`load_format="dummy"`) are random.
+
+        Raises ValueError for files that are missing, corrupt or do not fit the config.
+        """
+        self.config, self.seed = config, seed
+        self.files = None if load_format == "dummy" else CheckpointFiles(directory)
+        # Before anything is built from the config: it may have been written to ask for more than there is.
+        if self.files:
+            self.files.check(config)
+        else:
+            _check_room(directory, config, dtype, mesh)
+        self.model = nnx.eval_shape(lambda: Qwen3ForCausalLM(config, dtype=dtype, rngs=nnx.Rngs(0)))
+        self.targets = parameter_targets(self.model, mesh, ShardingRules())
+        set_parameters(self.model, self.targets)  # shapes with their shardings, until `load`
+
+    @property
+    def device_bytes(self) -> int:
+        """Bytes of weights on each device."""
+        shards = (math.prod(t.sharding.shard_shape(t.shape)) * t.dtype.itemsize for t in self.targets.values())
+        return sum(shards)
+
+    def load(self) -> Qwen3ForCausalLM:
+        """The model with its weights on the mesh."""
+        if self.files:
+            arrays = load_parameters(self.files, self.config, self.targets)
+        else:
+            arrays = random_parameters(self.seed, self.targets)
+        set_parameters(self.model, jax.block_until_ready(arrays))
+        return self.model
+
+
+def load_model(directory: Path, config: ModelConfig, **options: Any) -> Qwen3ForCausalLM:
+    """A model with its weights; the options, and what they raise, are ModelLoader's."""
+    return ModelLoader(directory, config, **options).load()
+
+
+def _check_room(directory: Path, config: ModelConfig, dtype: np.dtype, mesh: Mesh) -> None:
+    """Raise ValueError for random weights beyond a CPU's memory; a GPU's own allocator refuses."""
+    size = config.num_parameters * np.dtype(dtype).itemsize
+    if mesh.devices.flat[0].platform == "cpu" and size > host_memory():
+        raise ValueError(
+            f"{directory / 'config.json'} asks for {size / GIB:.2f} GiB of random weights, more than this machine's "
+            f"{host_memory() / GIB:.2f} GiB of memory"
+        )

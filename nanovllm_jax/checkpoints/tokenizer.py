@@ -1,26 +1,97 @@
 """A checkpoint's tokenizer and its end-of-sequence tokens."""
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from nanovllm_jax.config import read_json
 
+# transformers and tokenizers do what these files ask for. They come from anywhere, so they may ask only for what a
+# Qwen3's tokenizer needs: other classes reserve memory for any number of tokens, other parts rewrite text to any
+# length, and the settings that are refused name files anywhere, or stand for Python objects.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
+SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json")
+CLASSES = ("Qwen2Tokenizer", "LlamaTokenizer", "PreTrainedTokenizer", "TokenizersBackend")  # or these and "Fast"
+REFUSED_SETTINGS = (
+    "__slow_tokenizer",
+    "fast_tokenizer_files",
+    "gguf_file",
+    "init_inputs",
+    "merges",
+    "merges_file",
+    "tokenizer_file",
+    "tokenizer_object",
+    "vocab",
+    "vocab_file",
+)
+PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+PART_TYPES = ("ByteLevel", "Digits", "NFC", "Sequence", "Split", "TemplateProcessing")
 
 
 def load_tokenizer(directory: Path) -> Any | None:
     """transformers' tokenizer, or None where the directory has none (weights alone serve token ids).
 
-    Raises ValueError when its files cannot be read.
+    Raises ValueError when its files cannot be read, or ask for more than byte-level BPE.
     """
     if not any((directory / name).is_file() for name in TOKENIZER_FILES):
         return None
-    from transformers import AutoTokenizer
+    if not (directory / "tokenizer.json").is_file():
+        raise ValueError(f"{directory} has no tokenizer.json; save the tokenizer anew with transformers")
+    for name in SETTINGS_FILES:
+        if (directory / name).is_file():
+            _check_settings(directory / name)
+    from transformers import AutoTokenizer, Qwen3Config
 
     try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises plain Exceptions
+        # Given a config, transformers does not act on the directory's own, of which only a part has been checked.
+        tokenizer = AutoTokenizer.from_pretrained(
+            directory, config=Qwen3Config(), local_files_only=True, trust_remote_code=False
+        )
+        problem = _problem(tokenizer)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the tokenizers library raises plain Exceptions; its panics are not even these
         raise ValueError(f"{directory}: the tokenizer's files cannot be read: {error}") from error
+    if problem:
+        raise ValueError(f"{directory / 'tokenizer.json'}: {problem}")
+    return tokenizer
+
+
+def _check_settings(path: Path) -> None:
+    settings = read_json(path)
+    kind = settings.get("tokenizer_class")
+    if kind is not None and str(kind).removesuffix("Fast") not in CLASSES:
+        raise ValueError(f"{path}: tokenizer_class={kind!r} is not supported, only {', '.join(CLASSES)}")
+    for name in REFUSED_SETTINGS:
+        if settings.get(name) is not None:
+            raise ValueError(f"{path}: {name}={settings[name]!r} is not supported; remove it")
+
+
+def _problem(tokenizer: Any) -> str | None:
+    """What makes a tokenizer unfit; raises whatever it raises where it cannot even encode."""
+    backend = tokenizer.backend_tokenizer
+    if type(backend.model).__name__ != "BPE":
+        return f"model.type={type(backend.model).__name__!r} is not supported, only 'BPE'"
+    for part in PARTS:
+        value = getattr(backend, part)
+        for kind in () if value is None else _types(json.loads(value.__getstate__())):
+            if kind not in PART_TYPES:
+                return f"{part}: the type {kind!r} is not supported, only {', '.join(PART_TYPES)}"
+    tokenizer.decode(tokenizer.encode("A trial."))
+    return None
+
+
+def _types(value: Any) -> Iterator[str]:
+    """The type of a part, and those of the parts in it."""
+    if isinstance(value, dict):
+        if "type" in value:
+            yield value["type"]
+        for inner in value.values():
+            yield from _types(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _types(inner)
 
 
 def stop_token_ids(directory: Path, tokenizer: Any | None) -> frozenset[int]:

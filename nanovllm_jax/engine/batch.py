@@ -15,6 +15,60 @@ from nanovllm_jax.engine.scheduler import Schedule
 from nanovllm_jax.engine.sequence import Sequence
 
 
+class SamplingRows(NamedTuple):
+    """How each row samples: columns of BatchView.sampling. Floats and unsigned halves of a seed are there as bits."""
+
+    seed_low: Any
+    seed_high: Any
+    temperature: Any
+    """float32"""
+    top_k: Any
+    """0: off"""
+    top_p: Any
+    """float32"""
+    min_p: Any
+    """float32"""
+    repetition: Any
+    """float32, as the next two: penalties"""
+    frequency: Any
+    presence: Any
+    min_len: Any
+    """Tokens that the sequence has at least before one may end it."""
+    adjusts: Any
+    """1 where the row has a bias, a penalty or a least length: its line of the device's tables counts."""
+    num_top: Any
+    """Most likely tokens to name; -1 where no log probabilities are wanted."""
+
+
+FLOATS = ("temperature", "top_p", "min_p", "repetition", "frequency", "presence")
+ADJUSTS, NUM_TOP = (SamplingRows._fields.index(name) for name in ("adjusts", "num_top"))
+
+
+def adjusts_logits(params: Any) -> bool:
+    """Whether these SamplingParams change logits before temperature does, by the device's tables."""
+    penalties = params.repetition_penalty != 1 or params.frequency_penalty or params.presence_penalty
+    return bool(params.logit_bias or params.min_tokens or penalties)
+
+
+def sampling_row(seq: Sequence) -> SamplingRows:
+    """The columns for a sequence, as numbers."""
+    p = seq.params
+    return SamplingRows(
+        seed_low=_signed(p.seed & 0xFFFFFFFF),
+        seed_high=_signed(p.seed >> 32),
+        temperature=p.temperature,
+        top_k=p.top_k,
+        top_p=p.top_p,
+        min_p=p.min_p,
+        repetition=p.repetition_penalty,
+        frequency=p.frequency_penalty,
+        presence=p.presence_penalty,
+        min_len=seq.min_len if p.min_tokens else 0,
+        adjusts=int(adjusts_logits(p)),
+        num_top=-1 if p.logprobs is None else p.logprobs,
+    )
+
+
 class BatchView(NamedTuple):
     """The parts of a packed batch: views of a NumPy buffer on the host, slices of a JAX array on the device."""
 
@@ -22,10 +76,8 @@ class BatchView(NamedTuple):
     """[R] row of each sequence in the device's state; max_num_seqs for padding."""
     context_lens: Any
     """[R] tokens of the sequence in the cache after the (first) step; 0 for padding."""
-    temperatures: Any
-    """[R] the bits of a float32."""
-    seeds: Any
-    """[R, 2] the bits of two uint32."""
+    sampling: Any
+    """[R, 12] how each row samples: SamplingRows."""
     decode_tokens: Any
     """[B] the token to compute; -1 where only the device knows it yet."""
     prefill_tokens: Any
@@ -54,8 +106,7 @@ class BatchShape:
         shapes = BatchView(
             slots=(rows,),
             context_lens=(rows,),
-            temperatures=(rows,),
-            seeds=(rows, 2),
+            sampling=(rows, len(SamplingRows._fields)),
             decode_tokens=(self.decode_rows,),
             prefill_tokens=(self.prefill_tokens,),
             query_starts=(self.prefill_rows + 1,),
@@ -138,6 +189,16 @@ class Buckets:
         return sorted(decode + mixed + several, key=lambda s: (s.prefill_tokens, s.decode_rows), reverse=True)
 
 
+def _signed(bits: int) -> int:
+    """32 unsigned bits as an int32."""
+    return bits - ((bits >> 31) << 32)
+
+
+def _bits(value: float) -> int:
+    """A float32's bits as an int32."""
+    return int(np.float32(value).view(np.int32))
+
+
 class BatchPacker:
     """Packs schedules. It mirrors what is constant while a sequence runs, by slot, so that a step copies little."""
 
@@ -146,8 +207,7 @@ class BatchPacker:
         seqs = buckets.max_num_seqs
         self.tables = np.zeros((seqs, buckets.table_width), np.int32)
         self.table_lens = [0] * seqs
-        self.temperatures = np.zeros(seqs, np.float32)
-        self.seeds = np.zeros(seqs, np.uint64)
+        self.sampling = np.zeros((seqs, len(SamplingRows._fields)), np.int32)
 
     def pack(self, schedule: Schedule) -> tuple[BatchShape, np.ndarray]:
         """The batch's shape and its flat int32 array, to be called right after schedule()."""
@@ -159,6 +219,7 @@ class BatchPacker:
         buffer = np.zeros(shape.size, np.int32)
         view = shape.views(buffer)
         view.slots[:] = self.buckets.max_num_seqs
+        view.sampling[:, NUM_TOP] = -1
         self._pack_rows(view, 0, decodes)
         view.context_lens[: len(decodes)] -= steps - 1  # of the first step
         view.decode_tokens[: len(decodes)] = [seq.token_ids[-1] if seq.num_pending == steps else -1 for seq in decodes]
@@ -170,6 +231,8 @@ class BatchPacker:
                 start, end = end, end + chunk.num_tokens
                 view.prefill_tokens[start:end] = chunk.seq.token_ids[last - chunk.num_tokens : last]
                 view.query_starts[i + 1] = end
+                if not chunk.samples:  # what it draws is of no meaning, and must not count as drawn
+                    view.sampling[shape.decode_rows + i, [ADJUSTS, NUM_TOP]] = 0, -1
             view.query_starts[len(prefills) + 1 :] = end
         return shape, buffer
 
@@ -177,8 +240,8 @@ class BatchPacker:
         slot, table = seq.slot, seq.block_table
         self.tables[slot, : len(table)] = table
         self.table_lens[slot] = len(table)
-        self.temperatures[slot] = seq.params.temperature
-        self.seeds[slot] = seq.params.seed
+        row = sampling_row(seq)
+        self.sampling[slot] = [_bits(value) if name in FLOATS else value for name, value in zip(row._fields, row)]
 
     def _pack_rows(self, view: BatchView, first: int, seqs: list[Sequence]) -> None:
         if not seqs:
@@ -193,6 +256,5 @@ class BatchPacker:
         rows = slice(first, first + len(seqs))
         view.slots[rows] = slots
         view.context_lens[rows] = [seq.num_computed for seq in seqs]
-        view.temperatures[rows] = self.temperatures.view(np.int32)[slots]
-        view.seeds[rows] = self.seeds.view(np.int32).reshape(-1, 2)[slots]
+        view.sampling[rows] = self.sampling[slots]
         view.tables[rows] = self.tables[slots]

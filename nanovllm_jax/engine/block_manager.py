@@ -53,7 +53,7 @@ class BlockManager:
         blocks would be left free.
         """
         assert not seq.block_table, seq
-        hits = self._lookup(seq)
+        hits = self._lookup(seq) if seq.reads_prefix_cache else []
         # Hits that another sequence owns cost nothing; hits among the free blocks leave the free pool.
         num_owned = sum(self._ref_counts[block] > 0 for block in hits)
         num_blocks = -(-len(seq.token_ids) // self.block_size)

@@ -4,9 +4,9 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import jax
@@ -15,12 +15,14 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
-from nanovllm_jax.checkpoints.load import load_model
+from nanovllm_jax.checkpoints.load import ModelLoader
 from nanovllm_jax.config import DTYPES, EngineConfig, ModelConfig
 from nanovllm_jax.engine.batch import BatchShape, Buckets
+from nanovllm_jax.engine.logprobs import TokenLogprobs
 from nanovllm_jax.engine.memory import GIB, RESERVE, MemoryPlan, decide_num_blocks, estimate_workspace
 from nanovllm_jax.layers.attention import KVCache
-from nanovllm_jax.models.step import engine_step
+from nanovllm_jax.models.draw import DeviceState
+from nanovllm_jax.models.step import StepOutput, engine_step, prompt_logprobs
 from nanovllm_jax.parallel.sharding import MODEL_AXIS, make_mesh, replicated
 
 logger = logging.getLogger(__name__)
@@ -28,6 +30,7 @@ logger = logging.getLogger(__name__)
 # Up to this many rows, a step takes the GPU less time than the host needs to dispatch it: so several go in one program.
 MULTI_STEP_ROWS = 8
 GPU_STEPS = 4
+PROMPT_CHUNK = 256  # positions whose logits are made at a time where a prompt's log probabilities are asked for
 
 
 class ModelRunner:
@@ -44,42 +47,85 @@ class ModelRunner:
         self._check_shards()
         self.max_num_seqs = config.max_num_seqs or (512 if self.on_gpu else 32)
         self.max_num_batched_tokens = config.max_num_batched_tokens or (16384 if self.on_gpu else 1024)
-        self.leaves, self.treedef = jax.tree.flatten(self._load(directory))
+        loading = dict(load_format=config.load_format, seed=config.seed)
+        loader = ModelLoader(directory, model_config, dtype=self.dtype, mesh=self.mesh, **loading)
+        self.leaves, self.treedef = jax.tree.flatten(loader.model)  # shapes, so far
+        self.weight_bytes = loader.device_bytes
+        self.bytes_in_use = self._bytes_in_use()
         workspace = self._estimate_workspace()
         self._size_cache(workspace)
-        compiled_workspace = self._compile()
-        if self.on_gpu and compiled_workspace > workspace:
-            self._size_cache(compiled_workspace)
-            self._compile()
+        with ThreadPoolExecutor(1) as thread:  # while programs compile
+            weights = thread.submit(self._load, directory, loader)
+            compiled_workspace = self._compile()
+            if self.on_gpu and compiled_workspace > workspace:
+                self._size_cache(compiled_workspace)
+                self._compile()
+            self.leaves = weights.result()
         self._allocate()
 
     # ------------------------------------------------------------ one step
 
-    def dispatch(self, shape: BatchShape, buffer: np.ndarray) -> jax.Array:
-        """Start one step; returns its tokens [S, R] int32 for `collect` without waiting for the device."""
-        tokens, self.caches, self.last_tokens = self.programs[shape](self.leaves, self.caches, self.last_tokens, buffer)
-        tokens.copy_to_host_async()
-        return tokens
+    def dispatch(self, shape: BatchShape, buffer: np.ndarray) -> StepOutput:
+        """Start one step; returns its output without waiting for the device."""
+        output, self.caches, self.state = self.programs[shape](self.leaves, self.caches, self.state, buffer)
+        output.tokens.copy_to_host_async()
+        return output
 
-    def collect(self, tokens: jax.Array) -> list[list[int]]:
-        """Wait for a dispatched step and read its tokens."""
-        return np.asarray(tokens).tolist()
+    def write_tables(self, slot: int, token_counts: np.ndarray, logit_bias: np.ndarray) -> None:
+        """Set a slot's lines [V] int32 and float32 of the device's state, for the steps dispatched from now on."""
+        self.state = _write_tables(self.state, slot, token_counts, logit_bias)
+
+    def prompt_logprobs(self, hidden: jax.Array, first: int, tokens: list[int], num_top: int) -> list[tuple]:
+        """Log probabilities of prompt tokens, predicted by rows first, first + 1, ... of a step's hidden states.
+
+        Like `dispatch`, it does not wait for the device. Returns the parts for `collect_prompt_logprobs`.
+        """
+        chunk, parts = min(PROMPT_CHUNK, hidden.shape[1]), []
+        for start in range(0, len(tokens), chunk):
+            part = tokens[start : start + chunk]
+            # The device moves a slice that would reach beyond the end, and so the tokens are moved with it.
+            row = min(first + start, hidden.shape[1] - chunk)
+            at = slice(first + start - row, first + start - row + len(part))
+            wanted, tops = np.zeros(chunk, np.int32), np.full(chunk, -1, np.int32)
+            wanted[at], tops[at] = part, num_top
+            parts.append((part, at, self.score(self.leaves, hidden, row, wanted, tops)))
+        return parts
+
+    def collect(self, output: StepOutput) -> list[list[int]]:
+        """Wait for a dispatched step and read its tokens: for each of its steps, one a row."""
+        return np.asarray(output.tokens).tolist()
+
+    def collect_logprobs(self, output: StepOutput, rows: list[int]) -> list[dict[int, TokenLogprobs]]:
+        """For each of its steps the log probabilities of these rows' tokens, by row."""
+        tokens, logprobs = np.asarray(output.tokens), jax.tree.map(np.asarray, output.logprobs)
+        return [
+            dict(zip(rows, _entries(tokens[step, rows], (array[step, rows] for array in logprobs))))
+            for step in range(len(tokens))
+        ]
+
+    def collect_prompt_logprobs(self, parts: list[tuple]) -> list[TokenLogprobs]:
+        """The log probabilities of `prompt_logprobs`, token by token."""
+        return [
+            entry
+            for tokens, at, logprobs in parts
+            for entry in _entries(np.array(tokens), (np.asarray(array)[at] for array in logprobs))
+        ]
 
     def reset(self) -> None:
         """Make the device's state anew: a step that failed, or was interrupted, may have taken the old one with it."""
-        self.caches = self.last_tokens = None
+        self.caches = self.state = None
         self._allocate()
 
-    def _step(self, shape: BatchShape, leaves, caches, last_tokens, buffer):
+    def _step(self, shape: BatchShape, leaves, caches, state, buffer):
         # A module is a pytree; passed flat, it costs no Python at a call.
         model = jax.tree.unflatten(self.treedef, leaves)
         mesh = self.mesh if self.mesh.size > 1 else None
         static = dict(shape=shape, block_size=self.config.block_size, mesh=mesh)
-        return engine_step(model, caches, last_tokens, buffer, **static)
+        return engine_step(model, caches, state, buffer, **static)
 
-    def _eager_step(self, shape: BatchShape, leaves, caches, last_tokens, buffer):
+    def _eager_step(self, shape: BatchShape, leaves, caches, state, buffer):
         with jax.disable_jit():
-            return self._step(shape, leaves, caches, last_tokens, jnp.asarray(buffer))
+            return self._step(shape, leaves, caches, state, jnp.asarray(buffer))
 
     # ------------------------------------------------------------ weights
 
@@ -99,10 +145,9 @@ class ModelRunner:
                 f"{[n for n in range(1, common + 1) if common % n == 0]}"
             )
 
-    def _load(self, directory: Path):
-        start, options = time.perf_counter(), dict(load_format=self.config.load_format, seed=self.config.seed)
-        model = load_model(directory, self.model_config, dtype=self.dtype, mesh=self.mesh, **options)
-        self.weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(model)) // self.mesh.size
+    def _load(self, directory: Path, loader: ModelLoader) -> list[jax.Array]:
+        start = time.perf_counter()
+        leaves = jax.tree.leaves(loader.load())
         logger.info(
             "loaded %s (%s weights): %.3f billion parameters in %s, %.2f GiB a device, %.1f s",
             directory,
@@ -112,7 +157,7 @@ class ModelRunner:
             self.weight_bytes / GIB,
             time.perf_counter() - start,
         )
-        return model
+        return leaves
 
     # ------------------------------------------------------------ cache
 
@@ -129,8 +174,8 @@ class ModelRunner:
         copies = 1 + 4 / model.num_hidden_layers if config.enforce_eager else 1
         plan = MemoryPlan(
             budget=self.device.memory_stats()["bytes_limit"] if self.on_gpu else None,
-            weights=self._bytes_in_use() if self.on_gpu else self.weight_bytes,
-            workspace=workspace + RESERVE,
+            weights=self.bytes_in_use + self.weight_bytes,
+            workspace=workspace + self._state_bytes() + RESERVE,
             block=int(block * copies),
         )
         wanted = self.max_num_seqs * (config.max_model_len or model.max_context)
@@ -158,7 +203,13 @@ class ModelRunner:
         )
 
     def _bytes_in_use(self) -> int:
+        """What others hold of a GPU: another LLM of this process."""
+        if not self.on_gpu:
+            return 0
         return max(device.memory_stats()["bytes_in_use"] for device in self.mesh.devices.flat)
+
+    def _state_bytes(self) -> int:
+        return (self.max_num_seqs + 1) * self.model_config.vocab_size * 8
 
     def _resolve_max_model_len(self) -> int:
         own, pool = self.model_config.max_context, self.num_blocks * self.config.block_size
@@ -174,18 +225,22 @@ class ModelRunner:
             )
         return asked
 
-    def _cache_layout(self) -> tuple[list[KVCache], jax.ShapeDtypeStruct]:
-        """Shapes and shardings of the caches and of last_tokens."""
-        c = self.model_config
+    def _layout(self) -> tuple[list[KVCache], DeviceState]:
+        """Shapes and shardings of the caches and of the device's state."""
+        c, slots, whole = self.model_config, self.max_num_seqs + 1, replicated(self.mesh)
         shape = (self.num_blocks, c.num_key_value_heads, self.config.block_size, c.head_dim)
         pages = jax.ShapeDtypeStruct(shape, self.dtype, sharding=NamedSharding(self.mesh, Spec(None, MODEL_AXIS)))
-        last_tokens = jax.ShapeDtypeStruct((self.max_num_seqs + 1,), jnp.int32, sharding=replicated(self.mesh))
-        return [KVCache(pages, pages)] * c.num_hidden_layers, last_tokens
+        state = DeviceState(
+            last_tokens=jax.ShapeDtypeStruct((slots,), jnp.int32, sharding=whole),
+            token_counts=jax.ShapeDtypeStruct((slots, c.vocab_size), jnp.int32, sharding=whole),
+            logit_bias=jax.ShapeDtypeStruct((slots, c.vocab_size), jnp.float32, sharding=whole),
+        )
+        return [KVCache(pages, pages)] * c.num_hidden_layers, state
 
     def _allocate(self) -> None:
         """Make the caches and the device's state, all zeros."""
-        self.caches, self.last_tokens = jax.tree.map(
-            lambda array: jnp.zeros(array.shape, array.dtype, device=array.sharding), self._cache_layout()
+        self.caches, self.state = jax.tree.map(
+            lambda array: jnp.zeros(array.shape, array.dtype, device=array.sharding), self._layout()
         )
 
     # ------------------------------------------------------------ programs
@@ -220,15 +275,37 @@ class ModelRunner:
         return {"xla_gpu_enable_triton_gemm": False, "xla_gpu_enable_cublaslt": True}
 
     def _lower(self, shape: BatchShape):
-        caches, last_tokens = self._cache_layout()
+        caches, state = self._layout()
         whole = replicated(self.mesh)
         step = jax.jit(
             partial(self._step, shape),
             donate_argnums=(1, 2),
-            out_shardings=(whole, jax.tree.map(lambda pages: pages.sharding, caches), whole),
+            out_shardings=(whole, *jax.tree.map(lambda array: array.sharding, (caches, state))),
         )
         buffer = jax.ShapeDtypeStruct((shape.size,), jnp.int32, sharding=whole)
-        return step.lower(self.leaves, caches, last_tokens, buffer)
+        return step.lower(self.leaves, caches, state, buffer)
+
+    @cached_property
+    def score(self) -> Callable:
+        """models/step.py's `prompt_logprobs`, compiled for each number of prefill tokens when it is first asked for."""
+
+        def score(leaves, *args):
+            return prompt_logprobs(jax.tree.unflatten(self.treedef, leaves), *args)
+
+        return jax.jit(score)
+
+
+def _entries(tokens: np.ndarray, logprobs: Iterable[np.ndarray]) -> list[TokenLogprobs]:
+    """Arrays over tokens as one TokenLogprobs a token."""
+    return [TokenLogprobs(*values) for values in zip(tokens.tolist(), *(array.tolist() for array in logprobs))]
+
+
+@partial(jax.jit, donate_argnums=0)
+def _write_tables(state: DeviceState, slot, token_counts, logit_bias) -> DeviceState:
+    return state._replace(
+        token_counts=state.token_counts.at[slot].set(token_counts),
+        logit_bias=state.logit_bias.at[slot].set(logit_bias),
+    )
 
 
 def _prepare_backend(config: EngineConfig) -> None:

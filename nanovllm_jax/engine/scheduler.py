@@ -8,11 +8,13 @@ freed while a step is in flight can be given to a later step at once.
 
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from nanovllm_jax.engine.block_manager import BlockManager
 from nanovllm_jax.engine.sequence import Sequence, Status
 
 WAITING, PREFILL, DECODE, FINISHED = Status
+_context = attrgetter("num_computed")
 
 # One block in so many stays free when a sequence is admitted beside others, for these to grow into. Without it, a full
 # pool computes a fifth of all tokens twice: whoever was admitted last is preempted right away, again and again.
@@ -145,6 +147,8 @@ class Scheduler:
             if seq.status is PREFILL:  # else a decode has preempted it
                 budget -= self._schedule_chunk(schedule, seq, budget)
         self._schedule_admissions(schedule, budget)
+        # The attention kernel starts with the first rows: what takes longest must not be what it ends with.
+        schedule.decodes.sort(key=_context, reverse=True)
         return schedule
 
     def update(self, schedule: Schedule, decode_tokens: list[int], prefill_tokens: list[int]) -> list[Sequence]:
@@ -281,15 +285,15 @@ class Scheduler:
 
     def _append_token(self, seq: Sequence, token: int) -> None:
         """Add a token that a step sampled, and finish the sequence where it is the last."""
+        seq.num_pending -= 1
         tokens = seq.token_ids
         tokens.append(token)
-        seq.num_pending -= 1
         # All tokens but the newest are computed: with the first token of a new block, the block before it is complete.
         # (A preempted sequence has no blocks; it publishes them again when it prefills.)
         num_full, rest = divmod(len(tokens) - 1, self.block_manager.block_size)
         if rest == 0 and seq.status is DECODE:
             self.block_manager.publish(seq, num_full - 1, num_full)
-        if token in seq.stop_token_ids:
+        if token in seq.stop_token_ids and len(tokens) > seq.min_len:
             self.finish(seq, "stop")
         elif len(tokens) == seq.max_len:
             self.finish(seq, "length")

@@ -25,13 +25,17 @@ class Sequence:
         "block_hashes",
         "block_table",
         "finish_reason",
+        "logprobs",
         "max_len",
+        "min_len",
         "num_cached_tokens",
         "num_computed",
         "num_pending",
         "num_preemptions",
         "num_prompt_tokens",
         "params",
+        "prompt_logprobs",
+        "reads_prefix_cache",
         "request_id",
         "seq_id",
         "slot",
@@ -48,15 +52,17 @@ class Sequence:
         params: Any,
         *,
         stop_token_ids: frozenset[int] = frozenset(),
+        min_len: int = 0,
         max_len: int,
     ):
-        """`max_len` counts prompt and output tokens; `params` is for the engine, the scheduler never looks inside."""
+        """`min_len` and `max_len` count prompt and output tokens; the scheduler never looks inside `params`."""
         self.seq_id = seq_id  # arrival order
         self.request_id = request_id
         self.token_ids = list(prompt_token_ids)  # the prompt, then every output token that was read
         self.num_prompt_tokens = len(prompt_token_ids)
         self.params = params
-        self.stop_token_ids = stop_token_ids  # a generated token among these ends the sequence
+        self.stop_token_ids = stop_token_ids  # a generated token among these ends the sequence,
+        self.min_len = min_len  # unless it is one of the first so many
         self.max_len = max_len
         self.status = Status.WAITING
         self.finish_reason: str | None = None  # "stop", "length" or "abort"
@@ -67,6 +73,9 @@ class Sequence:
         self.num_pending = 0  # tokens sampled by dispatched steps and not read yet
         self.num_cached_tokens = 0  # prompt tokens found in the prefix cache at the first admission
         self.num_preemptions = 0
+        self.logprobs: list = []  # engine.logprobs.TokenLogprobs of each output token, where its request asks for them
+        self.prompt_logprobs: list = []  # and of each prompt token but the first
+        self.reads_prefix_cache = True  # False: every token must be computed
 
     @property
     def num_tokens(self) -> int:

@@ -8,12 +8,21 @@ import jax
 import jax.numpy as jnp
 
 
-def sample(logits: jax.Array, temperatures: jax.Array, seeds: jax.Array, positions: jax.Array) -> jax.Array:
+def sample(
+    logits: jax.Array,
+    temperatures: jax.Array,
+    seeds: jax.Array,
+    positions: jax.Array,
+    thresholds: jax.Array | None = None,
+) -> jax.Array:
     """Draw one token a row from softmax(logits / temperature), by the Gumbel-max trick; temperature 0 is argmax.
 
-    logits [R, V] float32, temperatures [R] float32, seeds [R, 2] uint32, positions [R] int32 (of the drawn token)
-    -> [R] int32.
+    logits [R, V] float32, temperatures [R] float32, seeds [R, 2] uint32, positions [R] int32 (of the drawn token);
+    thresholds [R] float32: entries below a row's are never drawn -> [R] int32.
     """
+    if thresholds is not None:
+        # Written so that NaN stays: argmax finds it, and the caller sees it.
+        logits = jnp.where(logits < thresholds[:, None], -jnp.inf, logits)
     greedy = temperatures[:, None] == 0
     scaled = logits / jnp.where(greedy, 1, temperatures[:, None])
     noise = gumbel(seeds, positions, logits.shape[1])

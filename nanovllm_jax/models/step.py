@@ -1,56 +1,79 @@
 """One engine step as a pure function: the program that is compiled for each batch shape.
 
-B decode rows, T prefill tokens, P prefill sequences, R = B + P, W table width, V vocabulary.
+B decode rows, T prefill tokens, P prefill sequences, R = B + P, W table width, D hidden, V vocabulary.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from nanovllm_jax.engine.batch import BatchShape, BatchView
+from nanovllm_jax.kernels import token_logprobs
 from nanovllm_jax.layers.attention import KVCache, PagedAttention
-from nanovllm_jax.layers.sampler import sample
+from nanovllm_jax.models.draw import DeviceState, LogprobArrays, draw
 from nanovllm_jax.models.qwen3 import Qwen3ForCausalLM
+from nanovllm_jax.parallel.sharding import replicated
+
+
+class StepOutput(NamedTuple):
+    """What a program returns, beside the state that it was given; the first dimension is its steps."""
+
+    tokens: jax.Array
+    """[steps, R] int32."""
+    logprobs: LogprobArrays
+    """Of the tokens, each [steps, R, ...]."""
+    hidden: jax.Array
+    """[steps, T, D]: the prefill tokens' hidden states, for `prompt_logprobs`."""
 
 
 def engine_step(
     model: Qwen3ForCausalLM,
     caches: list[KVCache],
-    last_tokens: jax.Array,
+    state: DeviceState,
     buffer: jax.Array,
     *,
     shape: BatchShape,
     block_size: int,
     mesh: Mesh | None,
-) -> tuple[jax.Array, list[KVCache], jax.Array]:
+) -> tuple[StepOutput, list[KVCache], DeviceState]:
     """Compute one batch and sample, once or several times over.
 
-    last_tokens [max_num_seqs + 1] int32: each running sequence's last token, by slot; the last entry takes padding.
-    buffer: the batch, packed by engine.batch.
-    Returns tokens [S, R] int32 of the shape's S steps, the caches and last_tokens, both updated; both are donated when
-    compiled.
+    buffer: the batch, packed by engine.batch. The caches and the state come back updated; compiled, they are donated.
     """
     batch = shape.views(buffer)
 
-    def step(state, number):
+    def step(carry, number):
         """Decode rows go on from the token that the step before left in last_tokens."""
         lens, tokens = batch.context_lens, batch.decode_tokens
         if shape.num_steps > 1:
             lens = jnp.where(lens > 0, lens + number, 0)
             tokens = jnp.where(number == 0, tokens, -1)
-        return _one_step(model, *state, batch._replace(context_lens=lens, decode_tokens=tokens), block_size, mesh)
+        return _one_step(model, *carry, batch._replace(context_lens=lens, decode_tokens=tokens), block_size, mesh)
 
     if shape.num_steps == 1:
-        (caches, last_tokens), tokens = step((caches, last_tokens), 0)
-        return tokens[None], caches, last_tokens
-    (caches, last_tokens), tokens = jax.lax.scan(step, (caches, last_tokens), jnp.arange(shape.num_steps))
-    return tokens, caches, last_tokens
+        (caches, state), output = step((caches, state), 0)
+        return jax.tree.map(lambda array: array[None], output), caches, state
+    (caches, state), output = jax.lax.scan(step, (caches, state), jnp.arange(shape.num_steps))
+    return output, caches, state
 
 
-def _one_step(model, caches, last_tokens, batch: BatchView, block_size: int, mesh: Mesh | None):
-    """Compute the batch's tokens and sample: ((caches, last_tokens), tokens [R])."""
+def prompt_logprobs(
+    model: Qwen3ForCausalLM, hidden: jax.Array, first: jax.Array, tokens: jax.Array, num_top: jax.Array
+) -> LogprobArrays:
+    """Log probabilities of tokens [C] int32, predicted by rows first to first + C of a step's hidden [1, T, D].
+
+    num_top [C] int32: how many most likely tokens to name beside each, -1 for padding.
+    """
+    logits = model.logits(jax.lax.dynamic_slice_in_dim(hidden[0], first, len(tokens)))
+    return LogprobArrays(*token_logprobs(logits, logits, jnp.zeros_like(tokens), tokens, num_top))
+
+
+def _one_step(model, caches, state: DeviceState, batch: BatchView, block_size: int, mesh: Mesh | None):
+    """Compute the batch's tokens and sample: ((caches, state), output)."""
     rows, slots = batch.decode_tokens.shape[0], batch.slots
-    decode_tokens = jnp.where(batch.decode_tokens >= 0, batch.decode_tokens, last_tokens[slots[:rows]])
+    decode_tokens = jnp.where(batch.decode_tokens >= 0, batch.decode_tokens, state.last_tokens[slots[:rows]])
     tokens = jnp.concatenate((decode_tokens, batch.prefill_tokens))  # (B + T)
     positions, table_rows = _token_positions(batch, rows)
     attend = PagedAttention(
@@ -67,11 +90,11 @@ def _one_step(model, caches, last_tokens, batch: BatchView, block_size: int, mes
     sampled = jnp.concatenate((jnp.arange(rows), last_of_prefill)) if len(last_of_prefill) else jnp.arange(rows)
     with jax.named_scope("head"):
         logits = model.logits(hidden[sampled])  # (R, V)
+        if mesh is not None:  # each device samples from whole rows
+            logits = jax.lax.with_sharding_constraint(logits, replicated(mesh))
     with jax.named_scope("sample"):
-        temperatures = jax.lax.bitcast_convert_type(batch.temperatures, jnp.float32)
-        seeds = jax.lax.bitcast_convert_type(batch.seeds, jnp.uint32)
-        new_tokens = sample(logits, temperatures, seeds, batch.context_lens)
-    return (caches, last_tokens.at[slots].set(new_tokens)), new_tokens
+        new_tokens, logprobs, state = draw(logits, batch.sampling, slots, batch.context_lens, state)
+    return (caches, state), StepOutput(new_tokens, logprobs, hidden[rows:])
 
 
 def _token_positions(batch: BatchView, rows: int) -> tuple[jax.Array, jax.Array]:

@@ -97,6 +97,7 @@ class Simulation:
         self.sequences: list[Sequence] = []
         self.num_steps = 0
         self.num_steps_ahead = 0  # those dispatched together with one before them
+        self.num_failures = 0
         self.stall = (None, 0)  # the oldest sequence's progress, and for how many steps it has not changed
 
     @property
@@ -115,6 +116,18 @@ class Simulation:
     def abort(self, seq: Sequence) -> None:
         self.scheduler.abort(seq)
         assert (seq.is_finished, seq.slot, seq.block_table) == (True, -1, [])
+        self.check()
+
+    def fail(self) -> None:
+        """The device fails: what it had is lost, and so is every request."""
+        lost = self.live
+        self.in_flight.clear()
+        self.scheduler.abort_all()
+        self.device = SimulatedDevice(self.scheduler.block_manager.num_blocks, self.block_size, len(self.device.owners))
+        assert all((seq.finish_reason, seq.slot, seq.block_table) == ("abort", -1, []) for seq in lost)
+        assert not self.scheduler.has_unfinished
+        assert self.scheduler.block_manager.num_used_blocks == 0
+        self.num_failures += 1
         self.check()
 
     def dispatch(self) -> Schedule:

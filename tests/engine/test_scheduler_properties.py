@@ -64,6 +64,11 @@ class SchedulerMachine(RuleBasedStateMachine):
     def abort(self, data):
         self.simulation.abort(data.draw(st.sampled_from(self.simulation.sequences)))
 
+    @rule(rarely=st.integers(0, 9))
+    def fail(self, rarely):
+        if rarely == 0:
+            self.simulation.fail()
+
     @precondition(lambda self: len(self.simulation.in_flight) < MAX_DEPTH + 1)
     @rule()
     def dispatch(self):
@@ -125,6 +130,7 @@ def run_random_workload(seed: int, num_steps: int) -> dict[str, int]:
     simulation = random_simulation(rng)
     scheduler = simulation.scheduler
     arrival_rate, abort_rate = rng.choice((0.05, 0.2, 0.6)), rng.choice((0.0, 0.02, 0.1))
+    fail_rate = rng.choice((0.0, 0.0, 0.02))
     depth = rng.randint(0, MAX_DEPTH)
     for _ in range(num_steps):
         if not simulation.live or (rng.random() < arrival_rate and len(scheduler.waiting) < 10):
@@ -136,11 +142,14 @@ def run_random_workload(seed: int, num_steps: int) -> dict[str, int]:
             simulation.abort(rng.choice(simulation.live))
         if rng.random() < 0.05:
             depth = rng.randint(0, MAX_DEPTH)
+        if rng.random() < fail_rate:
+            simulation.fail()
         simulation.step(depth)
     simulation.drain(depth)
     return {
         "steps": simulation.num_steps,
         "steps ahead": simulation.num_steps_ahead,
+        "failures": simulation.num_failures,
         "preemptions": scheduler.num_preemptions,
         "hit tokens": scheduler.num_prefix_hit_tokens,
         "stops": sum(seq.finish_reason == "stop" for seq in simulation.sequences),
@@ -158,12 +167,13 @@ def run_random_workloads(seeds: range, num_steps: int) -> dict[str, int]:
 
 
 def test_random_workloads():
-    totals = run_random_workloads(range(400), 150)
+    totals = run_random_workloads(range(430), 150)
     # The workloads are worth something only while they reach what they are for.
     assert totals["steps"] > 100_000
     assert min(totals["preemptions"], totals["stops"], totals["lengths"], totals["aborts"]) > 1_000, totals
     assert totals["hit tokens"] > 20_000, totals
     assert totals["steps ahead"] > 5_000, totals
+    assert totals["failures"] > 200, totals
 
 
 @pytest.mark.slow

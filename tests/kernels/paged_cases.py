@@ -15,35 +15,45 @@ class Paged(NamedTuple):
     context_lens: np.ndarray
 
 
-def paged(rng, contexts, *, kv_heads, head_dim, block_size, width, spare_blocks=2) -> Paged:
+def block_tables(rng, contexts, block_size, width, spare_blocks=2) -> tuple[np.ndarray, int]:
+    """(tables [len(contexts), width] into a pool in random order, garbage where unused; the pool's size)."""
     used = [-(-context // block_size) for context in contexts]
     blocks = rng.permutation(sum(used) + spare_blocks)
     tables = rng.choice([-1, 2**30, -(2**31)], (len(contexts), width)).astype(np.int32)
-    caches = np.full((2, len(blocks), kv_heads, block_size, head_dim), np.nan, np.float32)
-    at = 0
-    for table, count, context in zip(tables, used, contexts, strict=True):
-        own = table[:count] = blocks[at : at + count]
-        at += count
+    for table, start, end in zip(tables, np.cumsum([0, *used]), np.cumsum(used)):
+        table[: end - start] = blocks[start:end]
+    return tables, len(blocks)
+
+
+def paged(rng, contexts, *, kv_heads, head_dim, block_size, width, spare_blocks=2) -> Paged:
+    tables, num_blocks = block_tables(rng, contexts, block_size, width, spare_blocks)
+    caches = np.full((2, num_blocks, kv_heads, block_size, head_dim), np.nan, np.float32)
+    for table, context in zip(tables, contexts, strict=True):
+        own = table[: -(-context // block_size)]
         caches[:, own] = rng.standard_normal(caches[:, own].shape)
         if context % block_size:
             caches[:, own[-1], :, context % block_size :] = np.nan
     return Paged(*caches, tables, np.array(contexts, np.int32))
 
 
-def naive_attention(q, case: Paged, sequence: int, scale: float) -> np.ndarray:
-    """Causal attention of the last len(q) tokens of one sequence, in float64: q [n, N, H] -> [n, N, H]."""
+def naive_attention(q, case: Paged, sequence: int, scale: float, positions=None) -> np.ndarray:
+    """Causal attention of the last len(q) tokens of one sequence, or of those at `positions`, in float64.
+
+    q [n, N, H] -> [n, N, H].
+    """
     kv_heads, block_size = case.k_cache.shape[1:3]
     context, (count, heads, _) = int(case.context_lens[sequence]), q.shape
-    block, offset = np.divmod(np.arange(context), block_size)
-    block = case.block_tables[sequence, block]
+    positions = np.arange(context - count, context) if positions is None else positions
+    key = np.arange(context)
+    block, offset = case.block_tables[sequence, key // block_size], key % block_size
     k, v = (cache[block, :, offset].astype(np.float64) for cache in (case.k_cache, case.v_cache))
     out = np.zeros(q.shape)
-    for i in range(count):
-        seen = context - count + i + 1
-        for n in range(heads):
-            scores = k[:seen, n // (heads // kv_heads)] @ q[i, n].astype(np.float64) * scale
-            p = np.exp(scores - scores.max())
-            out[i, n] = p @ v[:seen, n // (heads // kv_heads)] / p.sum()
+    for n in range(heads):
+        own = n // (heads // kv_heads)
+        scores = q[:, n].astype(np.float64) @ k[:, own].T * scale
+        scores[key > positions[:, None]] = -np.inf
+        p = np.exp(scores - scores.max(axis=1, keepdims=True))
+        out[:, n] = p @ v[:, own] / p.sum(axis=1, keepdims=True)
     return out
 
 

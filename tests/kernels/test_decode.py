@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from nanovllm_jax.kernels import decode, paged_decode_attention
 from paged_cases import decode_expected, paged
 
@@ -32,18 +34,18 @@ def test_oracle_equals_float64_attention(shape):
 
 
 @pytest.mark.parametrize(
-    ("shape", "splits", "min_tiles"),
-    [(SHAPES[0], 1, 1), (SHAPES[0], 4, 2), (SHAPES[1], 1, 1), (SHAPES[1], 3, 1), (SHAPES[2], 1, 1), (SHAPES[2], 8, 1)],
+    ("shape", "extra"),
+    [(SHAPES[0], 1), (SHAPES[0], 4), (SHAPES[1], 2), (SHAPES[1], 3), (SHAPES[2], 1), (SHAPES[2], 64)],
 )
-def test_kernel_equals_float64_attention(shape, splits, min_tiles):
+def test_kernel_equals_float64_attention(shape, extra):
     q, cache, scale = case(CONTEXTS, *shape[:4])
-    tiles = decode.Tiles(block_k=shape[4], splits=splits, min_tiles=min_tiles, num_warps=4, num_stages=2)
+    tiles = decode.Tiles(block_k=shape[4], extra=extra, num_warps=4, num_stages=2)
     out = decode.paged_decode_attention(q, *cache, scale=scale, tiles=tiles, interpret=True)
     np.testing.assert_allclose(out, decode_expected(q, cache, scale), atol=2e-6)
 
 
 def test_two_batch_sizes_in_one_process():
-    tiles = decode.Tiles(block_k=16, splits=2, min_tiles=1, num_warps=4, num_stages=2)
+    tiles = decode.Tiles(block_k=16, extra=2, num_warps=4, num_stages=2)
     for contexts in ([40, 3], [7, 33, 16, 0]):
         q, cache, scale = case(contexts, 1, 2, 16, 16)
         out = decode.paged_decode_attention(q, *cache, scale=scale, tiles=tiles, interpret=True)
@@ -68,9 +70,35 @@ def test_it_runs_without_jit():
     np.testing.assert_allclose(out, decode_expected(q, cache, scale), atol=2e-6)
 
 
-@pytest.mark.parametrize(("batch", "kv_heads"), [(1, 1), (1, 8), (64, 8), (256, 8), (512, 8)])
-def test_default_splits_fill_the_gpu_and_no_more(batch, kv_heads):
-    tiles = decode.default_tiles(batch, kv_heads, 128, 32768, jnp.bfloat16)
-    assert 1 <= tiles.splits <= 64
-    assert tiles.splits == 64 or batch * kv_heads * tiles.splits >= 132
-    assert tiles.splits == 1 or batch * kv_heads * tiles.splits < 2 * decode.PROGRAMS
+@settings(deadline=None, max_examples=60)  # each size is compiled anew
+@given(
+    contexts=st.sampled_from([1, 3, 40]).flatmap(
+        lambda n: st.lists(st.integers(0, 3) | st.integers(0, 70_000), min_size=n, max_size=n)
+    ),
+    block_k=st.sampled_from([16, 64, 128]),
+    extra=st.sampled_from([1, 16, 64]),
+)
+def test_each_key_is_in_one_item_of_work(contexts, block_k, extra):
+    items, cut = jax.tree.map(np.asarray, decode.cut_contexts(jnp.array(contexts), block_k, extra))
+    used = items[items[:, 3] != decode.UNUSED]
+    share = max(1, -(-sum(-(-c // block_k) for c in contexts) // extra))
+    assert (used[:, 2] - used[:, 1] <= share).all(), "items of about one size"
+    for b, context in enumerate(contexts):
+        _, first, last, kind = used[used[:, 0] == b].T
+        assert (first[1:] == last[:-1]).all()
+        assert (first[0], last[-1]) == (0, -(-context // block_k))
+        assert (first < last).all() or context == 0
+        assert set(kind) == {decode.PART if len(kind) > 1 else decode.WHOLE}
+    parts = [
+        (b, np.flatnonzero(used[:, 0] == b)[0], (used[:, 0] == b).sum())
+        for b in np.unique(used[used[:, 3] == decode.PART, 0])
+    ]
+    np.testing.assert_array_equal(cut[cut[:, 0] < len(contexts)], np.reshape(parts, (-1, 3)))
+    assert cut[:, 2].max(initial=0) <= extra, "as many as the kernel combines"
+
+
+@pytest.mark.parametrize("batch", [1, 8, 64])
+def test_defaults_fill_the_gpu(batch):
+    tiles = decode.default_tiles(batch, 8, 128, jnp.bfloat16)
+    items, _ = decode.cut_contexts(jnp.full(batch, 1000), tiles.block_k, tiles.extra)
+    assert 8 * (items[:, 3] != decode.UNUSED).sum() >= 128

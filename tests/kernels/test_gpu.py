@@ -79,11 +79,11 @@ def test_decode_batches(contexts):
     assert_close(paged_decode_attention(*args, scale=0.1), decode_oracle, args, SHAPES[0][0], 0.1)
 
 
-@pytest.mark.parametrize(("splits", "min_tiles"), [(1, 1), (2, 1), (5, 4), (64, 1)])
-def test_decode_splits(splits, min_tiles):
+@pytest.mark.parametrize("extra", [1, 2, 5, 64])
+def test_decode_cuts(extra):
     shape = SHAPES[0]
     args = on_gpu(3, [4000, 0, 1, 130], *shape, rows=4)
-    tiles = decode.Tiles(block_k=64, splits=splits, min_tiles=min_tiles, num_warps=4, num_stages=3)
+    tiles = decode.Tiles(block_k=64, extra=extra, num_warps=4, num_stages=3)
     out = jax.jit(functools.partial(decode.paged_decode_attention, scale=0.1, tiles=tiles))(*args)
     assert_close(out, decode_oracle, args, shape[0], 0.1)
 

@@ -85,9 +85,9 @@ def test_norm_lowers_to_one_kernel(features):
 
 @pytest.mark.parametrize(("group", "pool"), SHAPES, ids=str)
 def test_decode_lowers_to_its_kernels(group, pool):
-    for batch, kernels in ((1, 2), (2048, 1)):  # a small batch is split and combined
+    for batch in (1, 2048):
         f, args = decode_case(batch, group, pool)
-        assert custom_calls(lowered_for_cuda(f, *args)) == [PALLAS] * kernels
+        assert custom_calls(lowered_for_cuda(f, *args)) == [PALLAS] * 2  # attention, and the cut contexts combined
 
 
 @pytest.mark.parametrize(("group", "pool"), SHAPES, ids=str)

@@ -1,0 +1,140 @@
+"""Pallas kernels: log-probabilities of a token and of the most likely ones, without sorting the vocabulary.
+
+The first kernel reads the rows once and leaves of each group its maximum, its sum of exponentials and how many of its
+entries are above the token's. The second adds up, and takes the best entries one after another: each from the group
+whose maximum is the largest, and that becomes the maximum of what the group has left.
+
+Shapes: R rows, V vocabulary, C groups, W = C rounded up to a power of two.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from . import vocabulary
+from .common import pallas_call
+from .reference_sampling import MAX_LOGPROBS
+from .vocabulary import GROUP, for_each_tile, grouped, groups_of
+
+LOWEST = -3.4e38  # stands for minus infinity, which is the maximum of a group that has no entry left
+
+
+class Tiles(NamedTuple):
+    """How the work is cut: the pass over the rows, and the warps of a program that takes a row's best entries."""
+
+    groups: vocabulary.Tiles
+    num_warps: int
+
+
+def default_tiles(rows: int, vocab: int) -> Tiles:
+    """Settings for an H200."""
+    return Tiles(vocabulary.default_tiles(rows, vocab), num_warps=4)
+
+
+def _load(logits_ref, raw_ref, use_raw, row, at, vocab: int):
+    """Entries of a row from where it is; minus infinity past the vocabulary alone."""
+    live, raw = at < vocab, use_raw > 0
+    x = plgpu.load(logits_ref.at[row, at], mask=live & ~raw, other=-jnp.inf)
+    x = jnp.maximum(x, plgpu.load(raw_ref.at[row, at], mask=live & raw, other=-jnp.inf))
+    return jnp.where(live, jnp.maximum(x, LOWEST), -jnp.inf)
+
+
+def _groups_kernel(*refs, tiles: vocabulary.Tiles):
+    logits_ref, raw_ref, use_raw_ref, token_ref, num_top_ref, maxima_ref, sums_ref, above_ref = refs
+    row, program, (vocab, groups) = pl.program_id(0), pl.program_id(1), (logits_ref.shape[1], maxima_ref.shape[1])
+
+    @pl.when(num_top_ref[row] >= 0)
+    def _():
+        use_raw = use_raw_ref[row]
+        own = _load(logits_ref, raw_ref, use_raw, row, token_ref[row], vocab)
+
+        def take_in(tile):
+            group, entries = grouped(tile, tiles.block)
+            x = _load(logits_ref, raw_ref, use_raw, row, entries, vocab)
+            largest = x.max(axis=1)
+            live = group < groups
+            plgpu.store(maxima_ref.at[row, group], largest, mask=live)
+            plgpu.store(sums_ref.at[row, group], jnp.exp(x - largest[:, None]).sum(axis=1), mask=live)
+            plgpu.store(above_ref.at[row, group], (x > own).astype(jnp.int32).sum(axis=1), mask=live)
+
+        for_each_tile(program, vocab, tiles, take_in)
+
+
+def _logprobs_kernel(*refs, width: int):
+    logits_ref, raw_ref, use_raw_ref, token_ref, num_top_ref, maxima_ref, sums_ref, above_ref, *out_refs = refs
+    logprob_ref, rank_ref, ids_ref, top_ref = out_refs
+    row, (vocab, groups) = pl.program_id(0), (logits_ref.shape[1], maxima_ref.shape[1])
+    num_top, use_raw = num_top_ref[row], use_raw_ref[row]
+
+    @pl.when(num_top >= 0)
+    def _():
+        group, lane = jnp.arange(width), jnp.arange(GROUP)
+        live = group < groups
+        maxima = plgpu.load(maxima_ref.at[row, group], mask=live, other=-jnp.inf)
+        sums = plgpu.load(sums_ref.at[row, group], mask=live, other=0)
+        above = plgpu.load(above_ref.at[row, group], mask=live, other=0)
+        largest = maxima.max()
+        log_sum = jnp.log((sums * jnp.exp(maxima - largest)).sum())
+
+        def logprob(x):
+            return jnp.where(x > LOWEST, x - largest - log_sum, -jnp.inf)
+
+        logprob_ref[row] = logprob(_load(logits_ref, raw_ref, use_raw, row, token_ref[row], vocab))
+        rank_ref[row] = above.sum() + 1
+
+        def take_best(i, state):
+            """Entries are in order of value, those of one value in order of id: what is left comes after the last."""
+            maxima, last_value, last_id = state
+            value = maxima.max()
+            own = jnp.minimum(jnp.where(maxima == value, group, width).min(), groups - 1)
+            at = own * GROUP + lane
+            x = _load(logits_ref, raw_ref, use_raw, row, at, vocab)
+            best = jnp.where((x == value) & ((value < last_value) | (at > last_id)), at, vocab).min()
+            ids_ref[row, i] = best
+            top_ref[row, i] = logprob(value)
+            left = jnp.where((x < value) | ((x == value) & (at > best)), x, -jnp.inf).max()
+            return jnp.where(group == own, left, maxima), value, best
+
+        start = maxima, jnp.float32(jnp.inf), jnp.int32(-1)
+        lax.fori_loop(0, jnp.minimum(num_top, min(MAX_LOGPROBS, vocab)), take_best, start)
+
+
+def token_logprobs(
+    logits: jax.Array,
+    raw: jax.Array,
+    use_raw: jax.Array,
+    tokens: jax.Array,
+    num_top: jax.Array,
+    *,
+    tiles: Tiles | None = None,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """nanovllm_jax.kernels.token_logprobs as two kernels."""
+    rows, vocab = logits.shape
+    tiles = tiles or default_tiles(rows, vocab)
+    args, groups = (logits, raw, use_raw, tokens, num_top), groups_of(vocab)
+    partial = pallas_call(
+        _groups_kernel,
+        *args,
+        grid=(rows, tiles.groups.programs),
+        out_shape=[jax.ShapeDtypeStruct((rows, groups), dtype) for dtype in (jnp.float32, jnp.float32, jnp.int32)],
+        num_warps=tiles.groups.num_warps,
+        interpret=interpret,
+        tiles=tiles.groups,
+    )
+    out = [((rows,), jnp.float32), ((rows,), jnp.int32)]
+    out += [((rows, MAX_LOGPROBS), jnp.int32), ((rows, MAX_LOGPROBS), jnp.float32)]
+    logprob, rank, top_ids, top_logprobs = pallas_call(
+        _logprobs_kernel,
+        *(*args, *partial),
+        grid=(rows,),
+        out_shape=[jax.ShapeDtypeStruct(*shape_and_dtype) for shape_and_dtype in out],
+        num_warps=tiles.num_warps,
+        interpret=interpret,
+        width=pl.next_power_of_2(groups),
+    )
+    return logprob, rank, top_ids, top_logprobs

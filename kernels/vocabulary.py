@@ -1,0 +1,46 @@
+"""What the kernels over rows of logits share: the vocabulary in groups of entries, and who reads which.
+
+A first kernel reads a row once, in many programs, and leaves each group's maximum; a second one, with a program a row,
+reads only the groups whose maxima say that they matter. Shapes: R rows, V vocabulary, C = V / GROUP groups, rounded up.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+GROUP = 128  # entries: a power of two
+PROGRAMS = 2048  # that a pass over all rows is cut into, about: as many as the GPU runs at a time
+
+
+class Tiles(NamedTuple):
+    """How a pass over rows is cut: entries to a tile, programs to a row, a program's warps."""
+
+    block: int
+    programs: int
+    num_warps: int
+
+
+def default_tiles(rows: int, vocab: int) -> Tiles:
+    """Settings for an H200."""
+    block = 2048
+    return Tiles(block, min(pl.cdiv(vocab, block), max(1, PROGRAMS // rows)), num_warps=4)
+
+
+def groups_of(vocab: int) -> int:
+    """C."""
+    return pl.cdiv(vocab, GROUP)
+
+
+def for_each_tile(program, vocab: int, tiles: Tiles, do) -> None:
+    """do(tile) for the tiles of a row that are one program's, of the row's `tiles.programs`."""
+    left = pl.cdiv(vocab, tiles.block) - program
+    lax.fori_loop(0, pl.cdiv(left, tiles.programs), lambda i, _: do(program + i * tiles.programs), None)
+
+
+def grouped(tile, block: int) -> tuple[jax.Array, jax.Array]:
+    """(groups [N], entries [N, GROUP]) of a tile, those past the vocabulary included."""
+    groups = tile * (block // GROUP) + jnp.arange(block // GROUP)
+    return groups, groups[:, None] * GROUP + jnp.arange(GROUP)[None]

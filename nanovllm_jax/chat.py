@@ -1,0 +1,60 @@
+"""From a conversation to a prompt, through the tokenizer's chat template."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from nanovllm_jax.engine.prompts import Prompt, encode
+
+Message = dict[str, Any]
+OWN_ARGUMENTS = ("add_generation_prompt", "conversation", "return_dict", "tokenize", "tools")
+
+
+def chat_prompt(
+    tokenizer: Any | None,
+    messages: list[Message],
+    *,
+    tools: list[Any] | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
+    add_generation_prompt: bool = True,
+) -> Prompt:
+    """The prompt of one conversation, for `generate`, `stream` and `add_request`.
+
+    messages: {"role": ..., "content": ...} each; `content` may be missing or None, as beside tool_calls.
+    tools: JSON schemas or Python functions, as transformers takes them. chat_template_kwargs: what else the template
+    knows, such as Qwen3's enable_thinking. add_generation_prompt: open the assistant's turn.
+    Raises TypeError or ValueError for messages that are none or that the template refuses.
+    """
+    if tokenizer is None:
+        raise ValueError("the checkpoint has no tokenizer, so no chat: give token ids to generate()")
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError("the checkpoint's tokenizer has no chat template: write the prompt yourself, for generate()")
+    _check_messages(messages)
+    options = {} if chat_template_kwargs is None else chat_template_kwargs
+    if not isinstance(options, Mapping):
+        raise TypeError(f"chat_template_kwargs must be a dict or None, not {options!r}")
+    for name in OWN_ARGUMENTS:
+        if name in options:
+            raise ValueError(f"chat_template_kwargs must not have {name!r}, which is not the template's to decide")
+    try:
+        text = tokenizer.apply_chat_template(
+            messages, tools=tools, add_generation_prompt=add_generation_prompt, tokenize=False, **options
+        )
+    except Exception as error:  # a template raises what it likes
+        raise ValueError(f"the chat template refuses the messages or their options: {error}") from error
+    # The template has written the special tokens.
+    return {"prompt": text, "prompt_token_ids": encode(tokenizer, text, add_special_tokens=False)}
+
+
+def _check_messages(messages: list[Message]) -> None:
+    if not isinstance(messages, (list, tuple)):
+        raise TypeError(f"a conversation must be a list of messages, not {messages!r}")
+    if not messages:
+        raise ValueError("a conversation must have at least one message")
+    for i, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise TypeError(f"message {i} must be a dict with 'role' and 'content', not {message!r}")
+        if not isinstance(message.get("role"), str):
+            raise ValueError(f"message {i} must have a 'role' that is a string: {message!r}")
+        content = message.get("content")
+        if content is not None and not isinstance(content, str):  # templates leave out what is no text
+            raise TypeError(f"message {i} must have a 'content' that is a string, not {content!r}")

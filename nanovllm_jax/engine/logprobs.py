@@ -1,0 +1,42 @@
+"""Log probabilities as the outputs show them."""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from nanovllm_jax.outputs import Logprob
+
+
+class TokenLogprobs(NamedTuple):
+    """What the device says of one token."""
+
+    token: int
+    logprob: float
+    rank: int
+    """1 for the most likely token."""
+    top_ids: list[int]
+    """The most likely tokens, best first; there may be more than were asked for."""
+    top_logprobs: list[float]
+
+
+def readable_logprobs(
+    entries: Iterable[TokenLogprobs], num_top: int, tokenizer: Any | None
+) -> list[dict[int, Logprob]]:
+    """For each token a dict by token id: its own logprob first, then those of the `num_top` most likely ones.
+
+    Without a tokenizer, `decoded_token` stays None.
+    """
+    texts: dict[int, str | None] = {}
+
+    def logprob(token: int, value: float, rank: int) -> Logprob:
+        if token not in texts:  # mostly the same few hundred
+            texts[token] = None if tokenizer is None else tokenizer.decode([token])
+        return Logprob(value, rank, texts[token])
+
+    readable = []
+    for token, own, rank, top_ids, top_logprobs in entries:
+        by_token = {token: logprob(token, own, rank)}
+        for place, (top, value) in enumerate(zip(top_ids[:num_top], top_logprobs[:num_top]), start=1):
+            if top != token:
+                by_token[top] = logprob(top, value, place)
+        readable.append(by_token)
+    return readable

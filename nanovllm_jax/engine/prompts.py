@@ -1,0 +1,70 @@
+"""Prompts and settings at the door: read, and refused where the model cannot run them."""
+
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+
+from nanovllm_jax.sampling_params import SamplingParams
+
+Prompt = str | list[int] | dict[str, Any]
+"""A text, token ids, or a dict with "prompt" (a text), "prompt_token_ids", or both: then the ids are what runs."""
+
+PROMPT_KEYS = {"prompt", "prompt_token_ids"}
+
+
+def read_prompt(prompt: Prompt, tokenizer: Any | None) -> tuple[str | None, list]:
+    """The prompt's text, where it is given as text, and its token ids, which are not checked yet.
+
+    Raises TypeError or ValueError, naming the value, for what is no prompt.
+    """
+    if not isinstance(prompt, dict):
+        fields = {"prompt" if isinstance(prompt, str) else "prompt_token_ids": prompt}
+    elif prompt and set(prompt) <= PROMPT_KEYS:
+        fields = prompt
+    else:
+        raise ValueError(f"a prompt dict has the key 'prompt_token_ids' or 'prompt', not {list(prompt)}")
+    text, tokens = fields.get("prompt"), fields.get("prompt_token_ids")
+    if isinstance(tokens, np.ndarray):
+        tokens = tokens.tolist()
+    good_text = isinstance(text, str) or "prompt" not in fields
+    good_tokens = isinstance(tokens, (list, tuple)) or "prompt_token_ids" not in fields
+    if not (good_text and good_tokens):
+        raise TypeError(f'a prompt is a string, a list of token ids or {{"prompt_token_ids": [...]}}, not {prompt!r}')
+    return text, encode(tokenizer, text) if tokens is None else list(tokens)
+
+
+def encode(tokenizer: Any | None, text: str, **options: Any) -> list[int]:
+    """The text's token ids. Raises ValueError without a tokenizer, and for half a surrogate pair."""
+    if tokenizer is None:
+        raise ValueError("the checkpoint has no tokenizer: give the prompt as a list of token ids")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the prompt {text!r} is not valid Unicode text: {error}") from error
+    return tokenizer.encode(text, **options)
+
+
+def check_token_ids(tokens: list, vocab_size: int) -> list[int]:
+    """Python integers, all in the vocabulary. A prompt may have 100,000: the good ones never meet a Python loop."""
+    if set(map(type, tokens)) != {int}:
+        for token in tokens:
+            if isinstance(token, bool) or not isinstance(token, Integral):
+                raise TypeError(f"prompt token ids must be integers, not {token!r}")
+        tokens = list(map(int, tokens))  # NumPy's
+    if min(tokens) < 0 or max(tokens) >= vocab_size:
+        wrong = next(token for token in tokens if not 0 <= token < vocab_size)
+        raise ValueError(f"prompt token id {wrong} is not in the vocabulary: 0 to {vocab_size - 1}")
+    return tokens
+
+
+def check_params(params: SamplingParams, vocab_size: int, tokenizer: Any | None) -> None:
+    """Raise TypeError or ValueError for settings that this model or its tokenizer cannot follow."""
+    if not isinstance(params, SamplingParams):
+        raise TypeError(f"sampling_params must be a SamplingParams, not {params!r}")
+    for name, tokens in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias or ())):
+        for token in tokens:
+            if not 0 <= token < vocab_size:
+                raise ValueError(f"{name}: token id {token} is not in the vocabulary: 0 to {vocab_size - 1}")
+    if params.stop and tokenizer is None:
+        raise ValueError(f"stop={list(params.stop)} needs a tokenizer, which the checkpoint lacks: use stop_token_ids")

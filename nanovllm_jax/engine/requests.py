@@ -1,0 +1,131 @@
+"""A request while it runs: its sequences, their texts, and what its outputs have told."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from nanovllm_jax.engine.detokenizer import Detokenizer
+from nanovllm_jax.engine.logprobs import TokenLogprobs, readable_logprobs
+from nanovllm_jax.engine.sequence import Sequence
+from nanovllm_jax.outputs import CompletionOutput, RequestOutput
+from nanovllm_jax.sampling_params import SamplingParams
+
+
+class Completion:
+    """One of a request's n texts: a sequence, and how much of it was read and given out."""
+
+    __slots__ = (
+        "cumulative_logprob",
+        "detokenizer",
+        "index",
+        "num_given",
+        "num_read",
+        "seq",
+        "stop_reason",
+        "tokenizer",
+    )
+
+    def __init__(self, index: int, seq: Sequence, tokenizer: Any | None):
+        """`tokenizer`: None gives no text."""
+        self.index = index
+        self.seq = seq
+        self.tokenizer = tokenizer
+        self.detokenizer = None if tokenizer is None else Detokenizer(tokenizer, seq.params)
+        self.num_read = 0  # tokens that the text knows
+        self.num_given = 0  # tokens that outputs have had
+        self.stop_reason: int | str | None = None
+        self.cumulative_logprob = 0.0  # of the tokens given
+
+    @property
+    def has_news(self) -> bool:
+        """Whether tokens have come since the last output."""
+        return self.num_given < self.seq.num_completion_tokens
+
+    @property
+    def finish_reason(self) -> str | None:
+        """The sequence's, but for a stop string in the last token that its length allows."""
+        return "stop" if self.stop_reason is not None else self.seq.finish_reason
+
+    def read(self) -> bool:
+        """Detokenize the tokens that have come; True where a stop string ends the text with them."""
+        seq, params, detokenizer = self.seq, self.seq.params, self.detokenizer
+        tokens = seq.token_ids[seq.num_prompt_tokens + self.num_read :]
+        if not tokens:
+            return False
+        self.num_read += len(tokens)
+        if seq.finish_reason == "stop":  # by the last token: after a stop string none comes
+            if tokens[-1] in params.stop_token_ids:
+                self.stop_reason = tokens[-1]
+            if not params.include_stop_str_in_output:
+                tokens.pop()
+        if detokenizer is None:
+            return False
+        detokenizer.append(tokens)
+        if seq.is_finished:
+            detokenizer.finish()
+        if detokenizer.stop is None:
+            return False
+        self.stop_reason = detokenizer.stop
+        return True
+
+    def take_output(self) -> CompletionOutput:
+        """What has come since the last call."""
+        self.read()
+        seq, params = self.seq, self.seq.params
+        tokens = seq.token_ids[seq.num_prompt_tokens + self.num_given :]
+        output = CompletionOutput(
+            index=self.index,
+            text=self.detokenizer.take(seq.is_finished) if self.detokenizer else "",
+            token_ids=tokens,
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+        )
+        if params.logprobs is not None:
+            entries: list[TokenLogprobs] = seq.logprobs[self.num_given : self.num_given + len(tokens)]
+            self.cumulative_logprob += sum(entry.logprob for entry in entries)
+            output.cumulative_logprob = self.cumulative_logprob
+            output.logprobs = readable_logprobs(entries, params.logprobs, self.tokenizer)
+        self.num_given += len(tokens)
+        return output
+
+
+@dataclass(slots=True)
+class Request:
+    """A request that was checked and accepted."""
+
+    request_id: str | None
+    prompt: str | None
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    tokenizer: Any | None
+    """What gives the outputs their text; None with detokenize=False."""
+    stream: bool = False
+    """Whether outputs tell what came since the one before, and not all of it at the end."""
+    completions: list[Completion] = field(default_factory=list)
+    """All n, once the request has started."""
+    num_unfinished: int = 0
+    """How many of them have not ended."""
+
+    def add(self, seq: Sequence) -> None:
+        """The next of the n texts comes from this sequence."""
+        self.completions.append(Completion(len(self.completions), seq, self.tokenizer))
+        self.num_unfinished += 1
+
+    @property
+    def has_news(self) -> bool:
+        """Whether tokens have come since the last output."""
+        return any(completion.has_news for completion in self.completions)
+
+    def take_output(self) -> RequestOutput:
+        """What has come since the last call: everything, where it is called once, at the end."""
+        seq, num_top, prompt_logprobs = self.completions[0].seq, self.params.prompt_logprobs, None
+        if num_top is not None and not any(completion.num_given for completion in self.completions):
+            prompt_logprobs = [None, *readable_logprobs(seq.prompt_logprobs, num_top, self.tokenizer)]
+        return RequestOutput(
+            request_id=self.request_id,
+            prompt=self.prompt,
+            prompt_token_ids=self.prompt_token_ids,
+            prompt_logprobs=prompt_logprobs,
+            outputs=[c.take_output() for c in self.completions if c.has_news],
+            finished=not self.num_unfinished,
+            num_cached_tokens=seq.num_cached_tokens,
+        )

@@ -1,0 +1,70 @@
+"""From logits to tokens in the compiled step: each feature of SamplingParams, in vLLM's order.
+
+Bias and least length, penalties, temperature, min_p, top_k, top_p. Which features a row uses is data: the kernels leave
+rows alone that do not ask. R rows, V vocabulary, S slots (one for each sequence that may run, and one for padding).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from nanovllm_jax.engine.batch import FLOATS, SamplingRows
+from nanovllm_jax.kernels import adjust_logits, sampling_threshold, token_logprobs
+from nanovllm_jax.layers.sampler import sample
+
+
+class DeviceState(NamedTuple):
+    """What the device keeps of each running sequence, by slot."""
+
+    last_tokens: jax.Array
+    """[S] int32."""
+    token_counts: jax.Array
+    """[S, V] int32: how often a token was generated, and the flags of kernels.PROMPT and kernels.ENDS."""
+    logit_bias: jax.Array
+    """[S, V] float32. A line of these two holds something only where the sequence's params ask for it."""
+
+
+class LogprobArrays(NamedTuple):
+    """Log probabilities of the raw logits."""
+
+    logprob: jax.Array
+    """[R] float32: the token's own."""
+    rank: jax.Array
+    """[R] int32: 1 for the most likely token."""
+    top_ids: jax.Array
+    """[R, MAX_LOGPROBS] int32: the most likely ones, of which as many are valid as the row asked for."""
+    top_logprobs: jax.Array
+    """[R, MAX_LOGPROBS] float32."""
+
+
+def draw(
+    logits: jax.Array, sampling: jax.Array, slots: jax.Array, context_lens: jax.Array, state: DeviceState
+) -> tuple[jax.Array, LogprobArrays, DeviceState]:
+    """Draw each row's next token, which goes to position context_lens [R] of its sequence.
+
+    logits [R, V] float32; sampling [R, 12] int32: SamplingRows by column; slots [R] int32.
+    Returns tokens [R] int32, their log probabilities, and the state with the tokens taken in.
+    """
+    rows = _columns(sampling)
+    seeds = jnp.stack((rows.seed_low, rows.seed_high), axis=1).astype(jnp.uint32)
+    ends_too_early = (context_lens < rows.min_len).astype(jnp.int32)
+    penalties = rows.repetition, rows.frequency, rows.presence
+    logits, raw = adjust_logits(
+        logits, slots, rows.adjusts, ends_too_early, *penalties, state.token_counts, state.logit_bias
+    )
+    threshold = sampling_threshold(logits, rows.temperature, rows.top_k, rows.top_p, rows.min_p)
+    tokens = sample(logits, rows.temperature, seeds, context_lens, threshold)
+    logprobs = LogprobArrays(*token_logprobs(logits, raw, rows.adjusts, tokens, rows.num_top))
+    state = state._replace(
+        last_tokens=state.last_tokens.at[slots].set(tokens),
+        token_counts=state.token_counts.at[slots, tokens].add(rows.adjusts),
+    )
+    return tokens, logprobs, state
+
+
+def _columns(sampling: jax.Array) -> SamplingRows:
+    """[R, 12] int32 as columns of their own types."""
+    columns = SamplingRows(*sampling.T)
+    return columns._replace(**{name: lax.bitcast_convert_type(getattr(columns, name), jnp.float32) for name in FLOATS})

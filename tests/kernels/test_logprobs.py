@@ -1,0 +1,69 @@
+"""Log-probabilities, ranks and the most likely tokens: the oracle and the interpreted kernels against NumPy."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from nanovllm_jax.kernels import MAX_LOGPROBS, logprobs, token_logprobs, vocabulary
+from sampling_cases import logprobs as expected_of
+
+
+def interpreted(block, programs):
+    tiles = logprobs.Tiles(vocabulary.Tiles(block, programs, num_warps=4), num_warps=4)
+    return jax.jit(functools.partial(logprobs.token_logprobs, tiles=tiles, interpret=True))
+
+
+IMPLEMENTATIONS = {"oracle": token_logprobs, "kernel": interpreted(256, 2), "cut": interpreted(128, 3)}
+either = pytest.mark.parametrize("find", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
+
+
+def inputs(rows, vocab, logits=None):
+    rng = np.random.default_rng(vocab)
+    if logits is None:
+        logits = 5 * rng.standard_normal((rows, vocab))
+        logits[::2] = np.round(logits[::2])  # many are equal
+    logits = np.array(logits, np.float32)
+    raw = logits[::-1] * np.float32(0.5)
+    use_raw = rng.integers(0, 2, rows).astype(np.int32)
+    logits[use_raw == 1] = np.nan  # what is not to be read
+    raw[use_raw == 0] = np.nan
+    tokens = rng.integers(0, vocab, rows).astype(np.int32)
+    num_top = np.resize([MAX_LOGPROBS, -1, 0, 1, 5], rows).astype(np.int32)
+    return logits, raw, use_raw, tokens, num_top
+
+
+def assert_right(results, logits, raw, use_raw, tokens, num_top):
+    results = [np.asarray(x) for x in results]
+    for i in np.flatnonzero(num_top >= 0):
+        logprob, rank, ids, top = (x[i] for x in results)
+        own, place, best, values = expected_of((raw if use_raw[i] else logits)[i], tokens[i], num_top[i])
+        np.testing.assert_allclose(logprob, own, atol=1e-5, rtol=1e-6)
+        assert rank == place
+        np.testing.assert_array_equal(ids[: len(best)], best)
+        np.testing.assert_allclose(top[: len(best)], values, atol=1e-5, rtol=1e-6)
+
+
+@either
+@pytest.mark.parametrize(("rows", "vocab"), [(30, 300), (10, 512), (10, 21), (10, 7), (5, 1)])
+def test_equal_to_numpy(find, rows, vocab):
+    args = inputs(rows, vocab)
+    assert_right(find(*args), *args)
+
+
+@either
+def test_corner_rows(find):
+    logits = np.zeros((5, 300))  # all are equal: the lowest ids are the best
+    logits[1, 5:] = -np.inf  # fewer than are asked for have any probability
+    logits[2] = np.arange(300) * 1e4
+    logits[3] = -1e30
+    logits[4, :290] = -np.inf  # and the best of these are at the end
+    logits, none = logits.astype(np.float32), np.zeros(5, np.int32)
+    args = logits, logits, none, none, np.full(5, MAX_LOGPROBS, np.int32)
+    assert_right(find(*args), *args)
+
+
+@either
+def test_nobody_asks(find):
+    args = inputs(5, 300)
+    assert [x.shape for x in find(*args[:4], np.full(5, -1, np.int32))] == [(5,), (5,), (5, 20), (5, 20)]

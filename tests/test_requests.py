@@ -1,0 +1,275 @@
+"""What ends a text, a loop of one's own with aborts in every state, defaults of the model, and logprobs in outputs."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from small_model import assert_idle, small_llm, whole, write_checkpoint
+
+from nanovllm_jax import SamplingParams
+from nanovllm_jax.engine.logprobs import TokenLogprobs
+from nanovllm_jax.engine.sequence import Status
+from nanovllm_jax.outputs import Logprob
+
+PROMPT = [137]  # after which the random model's greedy text is free of broken characters
+GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("requests") / "model")
+
+
+@pytest.fixture(scope="module", params=[1, 4])
+def llm(directory, request):
+    return small_llm(directory, num_scheduler_steps=request.param)
+
+
+@pytest.fixture(scope="module")
+def expected(llm):
+    """The greedy completion of PROMPT."""
+    (output,) = llm.generate(PROMPT, GREEDY, use_tqdm=False)
+    assert "\ufffd" not in output["text"], "choose another prompt"
+    return output.outputs[0]
+
+
+def generate(llm, params, prompts=(PROMPT,)):
+    """The first prompt's completion; nothing is left behind."""
+    outputs = llm.generate(list(prompts), params, use_tqdm=False)
+    assert_idle(llm)
+    return outputs[0].outputs[0]
+
+
+# --- stop strings ---
+
+
+def first_time(text, length, start=3):
+    """Where a string of this length occurs for the first time, a few characters into the text."""
+    return next(at for at in range(start, len(text) - length) if text.find(text[at : at + length]) == at)
+
+
+@pytest.mark.parametrize("length", [1, 2, 5])
+@pytest.mark.parametrize("include", [False, True])
+def test_a_stop_string_ends_the_text(llm, expected, length, include):
+    at = first_time(expected.text, length)
+    stop = expected.text[at : at + length]
+    params = replace(GREEDY, stop=["never in it", stop], include_stop_str_in_output=include)
+    for prompts in ([PROMPT], [PROMPT, [1] * 60, [2, 3]]):
+        output = generate(llm, params, prompts)
+        assert output.text == expected.text[: at + length * include]
+        assert (output.finish_reason, output.stop_reason) == ("stop", stop)
+        assert output.token_ids == expected.token_ids[: len(output.token_ids)]
+        assert stop in llm.tokenizer.decode(output.token_ids)
+        assert stop not in llm.tokenizer.decode(output.token_ids[:-1]), "it ran on after the stop string"
+        assert not llm._stopping
+
+
+def test_a_stop_string_that_never_comes(llm, expected):
+    assert generate(llm, replace(GREEDY, stop="never in it")) == expected
+
+
+def test_a_stop_string_in_the_last_token_allowed(llm, expected):
+    count = 9
+    text = llm.tokenizer.decode(expected.token_ids[:count])
+    before = llm.tokenizer.decode(expected.token_ids[: count - 1])
+    stop = text[len(before) - 1 :]
+    assert text.find(stop) == len(before) - 1, "choose another count"
+    output = generate(llm, replace(GREEDY, stop=stop, max_tokens=count))
+    assert (output.finish_reason, output.stop_reason) == ("stop", stop)
+    assert (output.text, output.token_ids) == (text[: -len(stop)], expected.token_ids[:count])
+
+
+def test_the_next_request_gets_what_a_stop_string_freed(llm, expected):
+    """Steps that were dispatched before the host saw the text deliver to nobody."""
+    at = first_time(expected.text, 2)
+    params = replace(GREEDY, stop=expected.text[at : at + 2])
+    prompts = [PROMPT, *([i, i] for i in range(9))]
+    alone = whole(llm.generate([prompt], GREEDY, use_tqdm=False)[0] for prompt in prompts[1:])
+    outputs = llm.generate(prompts, [params] + [GREEDY] * 9, use_tqdm=False)
+    assert outputs[0].outputs[0].finish_reason == "stop"
+    assert whole(outputs[1:]) == alone
+
+
+# --- stop tokens ---
+
+
+def fresh_token(expected, start=3):
+    """Where a token that has not come before comes."""
+    tokens = expected.token_ids
+    return next(at for at in range(start, len(tokens)) if tokens[at] not in tokens[:at])
+
+
+@pytest.mark.parametrize("include", [False, True])
+def test_a_stop_token_ends_the_text(llm, expected, include):
+    at = fresh_token(expected)
+    token = expected.token_ids[at]
+    output = generate(llm, replace(GREEDY, stop_token_ids=[token, 511], include_stop_str_in_output=include))
+    assert output.token_ids == expected.token_ids[: at + 1]
+    assert (output.finish_reason, output.stop_reason) == ("stop", token)
+    assert output.text == llm.tokenizer.decode(expected.token_ids[: at + include])
+
+
+def test_min_tokens(llm, expected):
+    """However the device sees to it: no stop token among the first tokens, and no stop string completed by them."""
+    at = fresh_token(expected, start=0)
+    stops = expected.token_ids[: at + 1]
+    params = replace(GREEDY, stop_token_ids=stops, stop=list(expected.text[:4]), min_tokens=6)
+    output = generate(llm, params)
+    assert len(output.token_ids) > 6
+    output = generate(llm, replace(params, min_tokens=24))
+    assert (len(output.token_ids), output.finish_reason) == (24, "length")
+
+
+def test_special_tokens_in_the_text(llm):
+    special, prompt = 508, [1, 2, 3]
+    biased = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True, stop_token_ids=[special])
+    request_id = llm.add_request(prompt, replace(biased, include_stop_str_in_output=True, skip_special_tokens=False))
+    (seq,) = (completion.seq for completion in llm._requests[request_id].completions)
+    seq.token_ids += [70, special]  # as if the model had generated them
+    llm.scheduler.finish(seq, "stop")
+    (completion,) = llm._requests[request_id].completions
+    assert completion.take_output().text == llm.tokenizer.decode([70]) + "<|im_start|>"
+    llm.abort_request(request_id)
+    assert_idle(llm)
+
+
+# --- a loop of one's own ---
+
+
+def test_max_tokens_none_goes_to_the_models_limit(llm):
+    output = generate(llm, replace(GREEDY, max_tokens=None, min_tokens=1000))
+    assert (len(output.token_ids), output.finish_reason) == (128 - len(PROMPT), "length")
+
+
+def states(llm, num_steps):
+    """Add more requests than run at a time, some with long prompts; their states so many steps on."""
+    prompts = [PROMPT, [1] * 20, [2] * 100, [3], [4], [5] * 30]
+    ids = [llm.add_request(prompt, GREEDY, stream=i % 2 == 0) for i, prompt in enumerate(prompts)]
+    for _ in range(num_steps):
+        llm.step()
+    found = {}
+    for request_id in ids:
+        ((seq),) = (completion.seq for completion in llm._requests[request_id].completions)
+        found[request_id] = seq.status
+    return found
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "found"),
+    [
+        (0, {Status.WAITING}),
+        (1, {Status.WAITING, Status.PREFILL, Status.DECODE}),
+        (3, {Status.WAITING, Status.DECODE}),
+    ],
+)
+def test_aborts_in_every_state(llm, expected, num_steps, found):
+    statuses = states(llm, num_steps)
+    assert set(statuses.values()) == found
+    assert bool(llm._in_flight) == (num_steps > 0)
+    for request_id in statuses:
+        llm.abort_request(request_id)
+    assert llm.scheduler.block_manager.num_used_blocks == 0
+    assert_idle(llm)
+    while llm.has_unfinished_requests():
+        assert llm.step() == []
+    assert generate(llm, GREEDY) == expected
+    assert not llm._streaming
+
+
+def test_an_abort_leaves_the_others_alone(llm):
+    prompts = [PROMPT, [1] * 20, [2] * 100, [3], [4], [5] * 30]
+    alone = [llm.generate([prompt], GREEDY, use_tqdm=False)[0]["token_ids"] for prompt in prompts]
+    for victim in range(len(prompts)):
+        ids = list(states(llm, 2))
+        llm.abort_request(ids[victim])
+        found = {request_id: [] for request_id in ids}
+        while llm.has_unfinished_requests():
+            for output in llm.step():
+                found[output.request_id] += output["token_ids"]
+        assert not found[ids[victim]]
+        for i, request_id in enumerate(ids):
+            # The two first steps' outputs are not in it where the request streams.
+            if i != victim:
+                assert found[request_id] == alone[i][len(alone[i]) - len(found[request_id]) :]
+                assert len(found[request_id]) >= 20
+        assert_idle(llm)
+
+
+def test_abort_before_the_first_step(llm):
+    request_id = llm.add_request(PROMPT, GREEDY, "mine", stream=True)
+    llm.abort_request(request_id)
+    assert not llm.has_unfinished_requests()
+    assert llm.add_request(PROMPT, GREEDY, "mine") == "mine"
+    llm.abort_request("mine")
+    assert_idle(llm)
+
+
+# --- forms of a prompt and of its settings ---
+
+
+def test_text_and_tokens_together(llm, expected):
+    (output,) = llm.generate({"prompt": "as it was", "prompt_token_ids": PROMPT}, GREEDY, use_tqdm=False)
+    assert (output.prompt, output.prompt_token_ids, output["token_ids"]) == ("as it was", PROMPT, expected.token_ids)
+    with pytest.raises(TypeError, match="a prompt is a string"):
+        llm.generate({"prompt": 7, "prompt_token_ids": PROMPT})
+    with pytest.raises(TypeError, match="a prompt is a string"):
+        llm.generate({"prompt": "a", "prompt_token_ids": None})
+
+
+def test_defaults_come_with_the_model(tmp_path):
+    directory = write_checkpoint(tmp_path)
+    settings = {"eos_token_id": 511, "temperature": 0.0, "top_k": 20, "max_new_tokens": 5}
+    (directory / "generation_config.json").write_text(json.dumps(settings))
+    llm = small_llm(directory)
+    assert llm.get_default_sampling_params() == SamplingParams(temperature=0, top_k=20, max_tokens=5)
+    greedy = generate(llm, replace(GREEDY, max_tokens=5, ignore_eos=False))
+    assert generate(llm, None) == generate(llm, [None]) == greedy
+    assert "".join(output["text"] for output in llm.stream(PROMPT)) == greedy.text
+    llm.add_request(PROMPT)
+    outputs = []
+    while llm.has_unfinished_requests():
+        outputs += llm.step()
+    assert outputs[0].outputs == [greedy]
+
+
+def test_a_bad_generation_config(tmp_path):
+    directory = write_checkpoint(tmp_path)
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": 511, "top_p": 2}))
+    with pytest.raises(ValueError, match=r"generation_config\.json: top_p=2 is no good: top_p must be above 0"):
+        small_llm(directory)
+
+
+# --- logprobs in outputs ---
+
+
+def test_logprobs_of_a_sequence_become_dicts(llm):
+    """The sequence's lists are filled here by hand: what counts is how outputs show them."""
+    params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True, logprobs=2, prompt_logprobs=0)
+    request_id = llm.add_request([65, 66], params, stream=True)
+    request = llm._requests[request_id]
+    seq = request.completions[0].seq
+    seq.prompt_logprobs = [TokenLogprobs(66, -3.0, 9, [70, 71, 72], [-0.5, -1.5, -2.5])]
+    seq.token_ids, seq.logprobs = [65, 66, 67], [TokenLogprobs(67, -4.0, 11, [70, 71, 72], [-0.5, -1.5, -2.5])]
+    first = request.take_output()
+    seq.token_ids, seq.logprobs = [65, 66, 67, 71], [*seq.logprobs, TokenLogprobs(71, -1.5, 1, [70, 71], [-1.5, -1.5])]
+    second = request.take_output()
+    text = {token: llm.tokenizer.decode([token]) for token in (66, 67, 70, 71)}
+    assert first.prompt_logprobs == [None, {66: Logprob(-3.0, 9, text[66])}]
+    assert second.prompt_logprobs is None
+    assert first.outputs[0].logprobs == [
+        {67: Logprob(-4.0, 11, text[67]), 70: Logprob(-0.5, 1, text[70]), 71: Logprob(-1.5, 2, text[71])}
+    ]
+    assert list(first.outputs[0].logprobs[0]) == [67, 70, 71]
+    # Two most likely tokens: the generated one keeps its rank, which does not go by its place among them.
+    assert second.outputs[0].logprobs == [{71: Logprob(-1.5, 1, text[71]), 70: Logprob(-1.5, 1, text[70])}]
+    assert [output.outputs[0].cumulative_logprob for output in (first, second)] == [-4.0, -5.5]
+    request.completions[0].tokenizer = None
+    request.completions[0].num_given = 0
+    assert {entry.decoded_token for entry in request.take_output().outputs[0].logprobs[0].values()} == {None}
+    llm.abort_request(request_id)
+    assert_idle(llm)
+
+
+def test_no_logprobs_unless_asked(llm, expected):
+    assert (expected.logprobs, expected.cumulative_logprob) == (None, None)
+    assert llm.generate(PROMPT, GREEDY, use_tqdm=False)[0].prompt_logprobs is None

@@ -1,0 +1,153 @@
+"""LLM.stream, and step() with stream=True: increments that join to what generate gives."""
+
+from types import GeneratorType
+
+import pytest
+from small_model import assert_idle, join, small_llm, whole, write_checkpoint
+
+from nanovllm_jax import SamplingParams
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+PROMPT = [5, 6, 7, 8, 9]
+# Of 512 tokens half are single bytes: such texts are full of broken characters, and many end inside one.
+WILD = [SamplingParams(temperature=2, max_tokens=5 + seed, ignore_eos=True, seed=seed) for seed in range(12)]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("stream") / "model")
+
+
+@pytest.fixture(scope="module")
+def llm(directory):
+    return small_llm(directory)
+
+
+def test_a_stream_joins_to_what_generate_gives(llm):
+    prompts = [[seed, 3] * (1 + 4 * seed) for seed in range(len(WILD))]
+    expected = whole(llm.generate(prompts, WILD, use_tqdm=False))
+    assert any(text.endswith("\ufffd") for ((text, _, _),) in expected), "no text ends inside a character"
+    assert join(llm.stream(prompts, WILD)) == expected
+    assert_idle(llm)
+
+
+def test_several_tokens_in_one_program(directory):
+    llm = small_llm(directory, num_scheduler_steps=4)
+    prompts = [[seed, 3] for seed in range(4)]
+    expected = whole(llm.generate(prompts, WILD[-4:], use_tqdm=False))
+    outputs = list(llm.stream(prompts, WILD[-4:]))
+    assert join(outputs) == expected
+    assert max(len(output["token_ids"]) for output in outputs) == 4
+
+
+def test_tokens_come_one_by_one(llm):
+    outputs = list(llm.stream(PROMPT, GREEDY))
+    assert [len(output["token_ids"]) for output in outputs] == [1] * 12
+    assert [output.finished for output in outputs] == [False] * 11 + [True]
+    assert {(output.prompt, tuple(output.prompt_token_ids)) for output in outputs} == {(None, tuple(PROMPT))}
+    assert [output.outputs[0].finish_reason for output in outputs] == [None] * 11 + ["length"]
+
+
+def test_what_a_stop_string_cuts_never_comes(llm):
+    """Held back while it may be starting, and told where it was not one."""
+    whole_text = llm.generate(PROMPT, GREEDY, use_tqdm=False)[0]["text"]
+    at = next(i for i in range(3, len(whole_text) - 2) if whole_text.find(whole_text[i : i + 3]) == i)
+    stop = whole_text[at : at + 3]
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, stop=[stop, whole_text[:2] + "never"])
+    (expected,) = whole(llm.generate(PROMPT, params, use_tqdm=False))
+    outputs = list(llm.stream(PROMPT, params))
+    assert join(outputs) == [expected]
+    assert (expected[0][0], expected[0][2]) == (whole_text[:at], "stop")
+    assert outputs[-1].outputs[0].stop_reason == stop
+    assert_idle(llm)
+
+
+def test_token_ids_alone(llm, monkeypatch):
+    expected = llm.generate(PROMPT, GREEDY, use_tqdm=False)[0]["token_ids"]
+    alone = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, detokenize=False)
+    assert join(llm.stream(PROMPT, alone)) == [[("", expected, "length")]]
+    monkeypatch.setattr(llm, "tokenizer", None)
+    assert join(llm.stream(PROMPT, GREEDY)) == [[("", expected, "length")]]
+
+
+def test_checks_come_at_the_call(llm):
+    for prompts, params, error, message in (
+        ([[1], [600]], GREEDY, ValueError, "token id 600"),
+        ([[1], [2]], [GREEDY], ValueError, "2 prompts need one SamplingParams or 2, not 1"),
+        (PROMPT, {"n": 2}, TypeError, "must be a SamplingParams"),
+        (None, None, TypeError, "prompts must be"),
+    ):
+        with pytest.raises(error, match=message):
+            llm.stream(prompts, params)
+    assert_idle(llm)
+    assert list(llm.stream([])) == []
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_closing_aborts_what_is_left(llm, count):
+    stream = llm.stream([PROMPT, [1] * 60, [2] * 60, [3], [4], [5]], GREEDY)
+    assert isinstance(stream, GeneratorType)
+    for _ in range(count):
+        next(stream)
+    stream.close()
+    assert_idle(llm)
+    assert llm.scheduler.block_manager.num_used_blocks == 0
+    assert len(llm.generate(PROMPT, GREEDY, use_tqdm=False)[0]["token_ids"]) == 12
+
+
+def test_a_consumer_that_fails_closes_it(llm):
+    def consume():
+        for output in llm.stream([PROMPT, [1, 2]], GREEDY):
+            raise KeyError(output.request_id)
+
+    with pytest.raises(KeyError):
+        consume()
+    assert_idle(llm)
+
+
+def test_one_request_of_a_stream_is_aborted(llm):
+    stream = llm.stream([PROMPT, [1, 2]], GREEDY)
+    first = next(stream)
+    other = str(int(first.request_id) + 1)
+    llm.abort_request(other)
+    tokens = first["token_ids"] + [
+        token for output in stream if output.request_id != other for token in output["token_ids"]
+    ]
+    assert tokens == llm.generate(PROMPT, GREEDY, use_tqdm=False)[0]["token_ids"]
+    assert_idle(llm)
+
+
+def test_the_engine_is_the_streams_alone(llm):
+    stream, later = llm.stream(PROMPT, GREEDY), llm.stream(PROMPT, GREEDY)
+    next(stream)
+    for call in (lambda: llm.generate(PROMPT), lambda: llm.stream(PROMPT), lambda: next(later)):
+        with pytest.raises(RuntimeError, match=r"needs the engine for itself, and 1 requests .*open stream\(\)"):
+            call()
+    mine = llm.add_request([1, 2], GREEDY)
+    with pytest.raises(RuntimeError, match=r"add_request\(\) was called while a stream\(\) was open"):
+        list(stream)
+    outputs = []
+    while llm.has_unfinished_requests():  # the stream's request is gone, the other one goes on
+        outputs += llm.step()
+    assert [output.request_id for output in outputs] == [mine]
+    assert_idle(llm)
+
+
+# --- one's own loop ---
+
+
+def test_requests_that_stream_and_requests_that_do_not(llm):
+    prompts = [[seed, 3] * (1 + 4 * seed) for seed in range(6)]
+    expected = whole(llm.generate(prompts, WILD[:6], use_tqdm=False))
+    ids = [
+        llm.add_request(prompt, params, stream=i % 2 == 0)
+        for i, (prompt, params) in enumerate(zip(prompts, WILD, strict=False))
+    ]
+    outputs = []
+    while llm.has_unfinished_requests():
+        outputs += llm.step()
+    assert join(outputs) == expected
+    for i, request_id in enumerate(ids):
+        count = sum(output.request_id == request_id for output in outputs)
+        assert count == (WILD[i].max_tokens if i % 2 == 0 else 1)
+    assert_idle(llm)
