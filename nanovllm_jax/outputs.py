@@ -29,7 +29,8 @@ class CompletionOutput:
     logprobs: list[dict[int, Logprob]] | None = None
     """For each token, the logprobs by token id: its own first, then those of the most likely ones."""
     finish_reason: str | None = None
-    """stop (an end-of-sequence token, a stop token or a stop string) or length (max_tokens or max_model_len)."""
+    """stop (an end-of-sequence token, a stop token or a stop string), length (max_tokens or max_model_len), or error
+    (the model's logits were NaN or infinite)."""
     stop_reason: int | str | None = None
     """The stop string or the one of stop_token_ids that ended the text."""
 

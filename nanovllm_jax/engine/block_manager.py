@@ -99,6 +99,16 @@ class BlockManager:
                 self._published[digest] = block
                 self._hashes[block] = digest
 
+    def withdraw(self, seq: Sequence) -> None:
+        """Let nobody find the blocks of a sequence's full blocks of tokens from now on, whoever published them."""
+        for digest in seq.block_hashes:
+            block = self._published.pop(digest, None)
+            if block is not None:
+                self._hashes[block] = None
+                if block in self._free_cached:
+                    del self._free_cached[block]
+                    self._free_blank.append(block)
+
     def reset_prefix_cache(self) -> None:
         """Forget every cached prefix.
 

@@ -1,5 +1,6 @@
 """The loop: requests in, steps through the scheduler and the device, finished outputs out."""
 
+import logging
 import random
 from collections import deque
 from collections.abc import Sequence as Sequence_
@@ -21,6 +22,8 @@ from nanovllm_jax.engine.sequence import Sequence
 from nanovllm_jax.engine.tables import token_tables
 from nanovllm_jax.outputs import RequestOutput
 from nanovllm_jax.sampling_params import SamplingParams
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -268,6 +271,12 @@ class LLMEngine:
     def _outputs(self, finished: list[Sequence]) -> list[RequestOutput]:
         outputs = []
         for seq in finished:
+            if seq.finish_reason == "error":
+                logger.warning(
+                    "request %r ends with finish_reason 'error' after %d tokens: the logits are NaN or infinite",
+                    seq.request_id,
+                    seq.num_completion_tokens,
+                )
             request = self._requests[seq.request_id]
             request.num_unfinished -= 1
             if not request.num_unfinished:

@@ -16,6 +16,7 @@ class Completion:
     __slots__ = (
         "cumulative_logprob",
         "detokenizer",
+        "has_told_end",
         "index",
         "num_given",
         "num_read",
@@ -32,13 +33,14 @@ class Completion:
         self.detokenizer = None if tokenizer is None else Detokenizer(tokenizer, seq.params)
         self.num_read = 0  # tokens that the text knows
         self.num_given = 0  # tokens that outputs have had
+        self.has_told_end = False  # an output has had the finish_reason
         self.stop_reason: int | str | None = None
         self.cumulative_logprob = 0.0  # of the tokens given
 
     @property
     def has_news(self) -> bool:
-        """Whether tokens have come since the last output."""
-        return self.num_given < self.seq.num_completion_tokens
+        """Whether tokens have come since the last output, or the end has come without one."""
+        return self.num_given < self.seq.num_completion_tokens or (self.seq.is_finished and not self.has_told_end)
 
     @property
     def finish_reason(self) -> str | None:
@@ -50,6 +52,8 @@ class Completion:
         seq, params, detokenizer = self.seq, self.seq.params, self.detokenizer
         tokens = seq.token_ids[seq.num_prompt_tokens + self.num_read :]
         if not tokens:
+            if detokenizer is not None and seq.finish_reason == "error":  # the one end that comes without a token
+                detokenizer.finish()
             return False
         self.num_read += len(tokens)
         if seq.finish_reason == "stop":  # by the last token: after a stop string none comes
@@ -85,6 +89,7 @@ class Completion:
             output.cumulative_logprob = self.cumulative_logprob
             output.logprobs = readable_logprobs(entries, params.logprobs, self.tokenizer)
         self.num_given += len(tokens)
+        self.has_told_end = seq.is_finished
         return output
 
 
@@ -118,7 +123,7 @@ class Request:
     def take_output(self) -> RequestOutput:
         """What has come since the last call: everything, where it is called once, at the end."""
         seq, num_top, prompt_logprobs = self.completions[0].seq, self.params.prompt_logprobs, None
-        if num_top is not None and not any(completion.num_given for completion in self.completions):
+        if num_top is not None and not any(c.num_given or c.has_told_end for c in self.completions):
             prompt_logprobs = [None, *readable_logprobs(seq.prompt_logprobs, num_top, self.tokenizer)]
         return RequestOutput(
             request_id=self.request_id,

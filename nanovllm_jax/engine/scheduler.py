@@ -155,7 +155,8 @@ class Scheduler:
         """Take in the tokens of the oldest dispatched step; returns the sequences that finished with them.
 
         One token for each row of `schedule.decodes` and each of `schedule.prefills` (of no meaning where the chunk
-        does not sample). To be called `schedule.num_steps` times, with each step's tokens in turn.
+        does not sample); -1, where the logits have none to draw, ends the sequence. To be called `schedule.num_steps`
+        times, with each step's tokens in turn.
         """
         sampled = list(zip(schedule.decodes, decode_tokens, strict=True))
         for chunk, token in zip(schedule.prefills, prefill_tokens, strict=True):
@@ -286,6 +287,10 @@ class Scheduler:
     def _append_token(self, seq: Sequence, token: int) -> None:
         """Add a token that a step sampled, and finish the sequence where it is the last."""
         seq.num_pending -= 1
+        if token < 0:  # whatever made the logits NaN may lie in the cache: it ends with this sequence
+            self.block_manager.withdraw(seq)
+            self.finish(seq, "error")
+            return
         tokens = seq.token_ids
         tokens.append(token)
         # All tokens but the newest are computed: with the first token of a new block, the block before it is complete.

@@ -65,7 +65,7 @@ class Sequence:
         self.min_len = min_len  # unless it is one of the first so many
         self.max_len = max_len
         self.status = Status.WAITING
-        self.finish_reason: str | None = None  # "stop", "length" or "abort"
+        self.finish_reason: str | None = None  # "stop", "length", "abort" or "error"
         self.slot = -1  # a row of the device's per-sequence state while admitted, else -1
         self.block_table: list[int] = []  # position p lies in block block_table[p // block_size]
         self.block_hashes: list[bytes] = []  # chained hashes of the leading full blocks, as far as anyone asked

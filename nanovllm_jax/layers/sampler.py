@@ -21,7 +21,7 @@ def sample(
     thresholds [R] float32: entries below a row's are never drawn -> [R] int32.
     """
     if thresholds is not None:
-        # Written so that NaN stays: argmax finds it, and the caller sees it.
+        # Written so that NaN stays: argmax finds it, and `draw` sees it.
         logits = jnp.where(logits < thresholds[:, None], -jnp.inf, logits)
     greedy = temperatures[:, None] == 0
     scaled = logits / jnp.where(greedy, 1, temperatures[:, None])

@@ -45,7 +45,8 @@ def draw(
     """Draw each row's next token, which goes to position context_lens [R] of its sequence.
 
     logits [R, V] float32; sampling [R, 12] int32: SamplingRows by column; slots [R] int32.
-    Returns tokens [R] int32, their log probabilities, and the state with the tokens taken in.
+    Returns tokens [R] int32, their log probabilities, and the state with the tokens taken in. A row whose best logit is
+    NaN or infinite has no token to draw: it returns -1, and the state has some token of the vocabulary.
     """
     rows = _columns(sampling)
     seeds = jnp.stack((rows.seed_low, rows.seed_high), axis=1).astype(jnp.uint32)
@@ -61,7 +62,8 @@ def draw(
         last_tokens=state.last_tokens.at[slots].set(tokens),
         token_counts=state.token_counts.at[slots, tokens].add(rows.adjusts),
     )
-    return tokens, logprobs, state
+    best = jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0]  # NaN or infinite, where any of these is drawn
+    return jnp.where(jnp.isfinite(best), tokens, -1), logprobs, state
 
 
 def _columns(sampling: jax.Array) -> SamplingRows:

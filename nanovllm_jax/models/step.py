@@ -21,7 +21,7 @@ class StepOutput(NamedTuple):
     """What a program returns, beside the state that it was given; the first dimension is its steps."""
 
     tokens: jax.Array
-    """[steps, R] int32."""
+    """[steps, R] int32; -1 where the logits have no finite best."""
     logprobs: LogprobArrays
     """Of the tokens, each [steps, R, ...]."""
     hidden: jax.Array

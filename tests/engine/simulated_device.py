@@ -14,6 +14,7 @@ from nanovllm_jax.engine.sequence import Sequence, Status
 
 VOCAB = 50
 SIZE = 4  # tokens of a block, where a test does not choose
+NAN = "nan"  # a cell that spreads as NaN does: to all that depends on it
 
 
 def next_token(context: list[int]) -> int:
@@ -42,9 +43,11 @@ class SimulatedDevice:
         self.layers = [[None] * (num_blocks * block_size) for _ in range(2)]
         self.owners = [None] * max_num_seqs
         self.last_tokens = [None] * max_num_seqs
+        self.is_faulty: Callable[[], bool] = lambda: False  # asked for each token: whether its cell becomes NaN
+        self.spoiled: set[int] = set()  # seq_ids of those that sampled from NaN
 
     def run(self, schedule: Schedule) -> list[tuple[list[int], list[int]]]:
-        """For each step: tokens of the decode rows and of the prefill chunks (-1 where a chunk does not sample)."""
+        """For each step: tokens of the decode rows and of the prefill chunks (-1: from NaN, or none is sampled)."""
         for seq in schedule.admitted:
             self.owners[seq.slot], self.last_tokens[seq.slot] = seq, None
         return [self._run_step(schedule, behind) for behind in reversed(range(schedule.num_steps))]
@@ -59,20 +62,23 @@ class SimulatedDevice:
         assert len(written) == len(set(written)), "two rows of one step write the same cell"
         for (seq, start), row in zip(rows, cells):  # each layer stores the whole step before it attends
             for position in range(start, len(row)):
-                self.layers[0][row[position]] = hash((position, self._input_token(seq, position)))
+                token = self._input_token(seq, position)
+                self.layers[0][row[position]] = NAN if self.is_faulty() else hash((position, token))
         for (_, start), row in zip(rows, cells):
             state = 0
             for position, cell in enumerate(row):
-                state = hash((state, self.layers[0][cell]))
+                state = NAN if NAN in (state, self.layers[0][cell]) else hash((state, self.layers[0][cell]))
                 if position >= start:
                     self.layers[1][cell] = state
-        sampled = [next_token([self.layers[1][cell] for cell in row]) for row in cells]
+        contexts = [[self.layers[1][cell] for cell in row] for row in cells]
+        sampled = [-1 if NAN in context else next_token(context) for context in contexts]
         num_decodes = len(schedule.decodes)
         samples = [True] * num_decodes + [chunk.samples for chunk in schedule.prefills]
         tokens = [token if keep else -1 for token, keep in zip(sampled, samples)]
         for (seq, _), token, keep in zip(rows, tokens, samples):
             if keep:
-                self.last_tokens[seq.slot] = token
+                self.last_tokens[seq.slot] = max(token, 0)
+                self.spoiled |= {seq.seq_id} if token < 0 else set()
         return tokens[:num_decodes], tokens[num_decodes:]
 
     def _cells(self, seq: Sequence, end: int) -> list[int]:
@@ -98,6 +104,7 @@ class Simulation:
         self.num_steps = 0
         self.num_steps_ahead = 0  # those dispatched together with one before them
         self.num_failures = 0
+        self.num_errors = 0
         self.stall = (None, 0)  # the oldest sequence's progress, and for how many steps it has not changed
 
     @property
@@ -120,10 +127,11 @@ class Simulation:
 
     def fail(self) -> None:
         """The device fails: what it had is lost, and so is every request."""
-        lost = self.live
+        lost, is_faulty = self.live, self.device.is_faulty
         self.in_flight.clear()
         self.scheduler.abort_all()
         self.device = SimulatedDevice(self.scheduler.block_manager.num_blocks, self.block_size, len(self.device.owners))
+        self.device.is_faulty = is_faulty
         assert all((seq.finish_reason, seq.slot, seq.block_table) == ("abort", -1, []) for seq in lost)
         assert not self.scheduler.has_unfinished
         assert self.scheduler.block_manager.num_used_blocks == 0
@@ -154,7 +162,12 @@ class Simulation:
         finished = [seq for tokens in steps for seq in self.scheduler.update(schedule, *tokens)]
         for seq in finished:
             expected = expected_completion(seq.prompt_token_ids, seq.max_len, seq.stop_token_ids)
-            assert (seq.completion_token_ids, seq.finish_reason) == expected, seq
+            if seq.finish_reason == "error":
+                self.num_errors += 1
+                assert seq.seq_id in self.device.spoiled, seq
+                assert seq.completion_token_ids == expected[0][: seq.num_completion_tokens], seq
+            else:
+                assert (seq.completion_token_ids, seq.finish_reason) == expected, seq
         self.check()
         return finished
 
@@ -176,6 +189,13 @@ class Simulation:
             self.step(depth)
         assert not self.live
         assert self.scheduler.block_manager.num_used_blocks == 0
+        # What depends on NaN is published before anyone has sampled from it, and an abort may come in between.
+        if not any(seq.finish_reason == "abort" for seq in self.sequences):
+            assert not any(self._holds_nan(block) for block in self.scheduler.block_manager._published.values())
+
+    def _holds_nan(self, block: int) -> bool:
+        cells = slice(block * self.block_size, (block + 1) * self.block_size)
+        return any(NAN in layer[cells] for layer in self.device.layers)
 
     def check(self) -> None:
         """Books that balance; and no sequence may write into a block that another one holds or that is published."""

@@ -30,6 +30,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_steps=st.integers(1, 5),
     )
     def start(self, block_size, max_model_len, spare_blocks, max_num_seqs, budget, caching, num_steps):
+        self.num_faults = 0
         self.simulation = Simulation(
             num_blocks=tightest_pool(max_model_len, block_size) + spare_blocks,
             block_size=block_size,
@@ -40,7 +41,12 @@ class SchedulerMachine(RuleBasedStateMachine):
             num_steps=num_steps,
             multi_step_rows=3,
         )
+        self.simulation.device.is_faulty = self.take_fault
         self.max_model_len = max_model_len
+
+    def take_fault(self):
+        self.num_faults -= 1
+        return self.num_faults >= 0
 
     @rule(
         family=st.integers(0, 1),
@@ -68,6 +74,10 @@ class SchedulerMachine(RuleBasedStateMachine):
     def fail(self, rarely):
         if rarely == 0:
             self.simulation.fail()
+
+    @rule(count=st.integers(1, 3))
+    def let_the_next_tokens_be_nan(self, count):
+        self.num_faults = count
 
     @precondition(lambda self: len(self.simulation.in_flight) < MAX_DEPTH + 1)
     @rule()
@@ -130,7 +140,8 @@ def run_random_workload(seed: int, num_steps: int) -> dict[str, int]:
     simulation = random_simulation(rng)
     scheduler = simulation.scheduler
     arrival_rate, abort_rate = rng.choice((0.05, 0.2, 0.6)), rng.choice((0.0, 0.02, 0.1))
-    fail_rate = rng.choice((0.0, 0.0, 0.02))
+    fail_rate, nan_rate = rng.choice((0.0, 0.0, 0.02)), rng.choice((0.0, 0.0, 0.002, 0.02))
+    simulation.device.is_faulty = lambda: rng.random() < nan_rate
     depth = rng.randint(0, MAX_DEPTH)
     for _ in range(num_steps):
         if not simulation.live or (rng.random() < arrival_rate and len(scheduler.waiting) < 10):
@@ -150,6 +161,7 @@ def run_random_workload(seed: int, num_steps: int) -> dict[str, int]:
         "steps": simulation.num_steps,
         "steps ahead": simulation.num_steps_ahead,
         "failures": simulation.num_failures,
+        "errors": simulation.num_errors,
         "preemptions": scheduler.num_preemptions,
         "hit tokens": scheduler.num_prefix_hit_tokens,
         "stops": sum(seq.finish_reason == "stop" for seq in simulation.sequences),
@@ -174,6 +186,7 @@ def test_random_workloads():
     assert totals["hit tokens"] > 20_000, totals
     assert totals["steps ahead"] > 5_000, totals
     assert totals["failures"] > 200, totals
+    assert totals["errors"] > 1_000, totals
 
 
 @pytest.mark.slow
