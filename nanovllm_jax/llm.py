@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from nanovllm_jax.chat import Message, chat_prompt
 from nanovllm_jax.checkpoints.load import TINY_MODEL
 from nanovllm_jax.engine.llm_engine import LLMEngine
+from nanovllm_jax.engine.metrics import EngineMetrics
 from nanovllm_jax.engine.prompts import Prompt
 from nanovllm_jax.engine.requests import Request
 from nanovllm_jax.outputs import RequestOutput
@@ -133,7 +134,7 @@ class LLM(LLMEngine):
     def _run(self, num_requests: int, use_tqdm: bool) -> dict[str, RequestOutput]:
         outputs: dict[str, RequestOutput] = {}
         with tqdm(total=num_requests, desc="Generating", dynamic_ncols=True, disable=not use_tqdm) as bar:
-            rates = _Rates(self)
+            rates = _Rates(self.metrics)
             while len(outputs) < num_requests:
                 for output in self.step():
                     outputs[output.request_id] = output
@@ -147,8 +148,8 @@ class LLM(LLMEngine):
 class _Rates:
     """Prefill and decode tokens per second, for the progress bar."""
 
-    def __init__(self, engine: LLMEngine):
-        self.engine = engine
+    def __init__(self, metrics: EngineMetrics):
+        self.metrics = metrics
         self.start = self.last = self._now()
 
     def recent(self, every: float = 0.5) -> dict[str, str] | None:
@@ -164,7 +165,7 @@ class _Rates:
         return self._between(self.start, self._now())
 
     def _now(self) -> tuple[float, int, int]:
-        return time.perf_counter(), self.engine.num_prefill_tokens, self.engine.num_decode_tokens
+        return time.perf_counter(), self.metrics.num_prefill_tokens, self.metrics.num_decode_tokens
 
     @staticmethod
     def _between(first: tuple[float, int, int], last: tuple[float, int, int]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What a request returns."""
+"""What a request returns, and what the engine says of itself."""
 
 from dataclasses import dataclass, field
 
@@ -34,6 +34,32 @@ class CompletionOutput:
     stop_reason: int | str | None = None
     """The stop string or the one of stop_token_ids that ended the text."""
 
+    def add(self, later: "CompletionOutput") -> None:
+        """Take in the text's next increment."""
+        self.text += later.text
+        self.token_ids += later.token_ids
+        if self.logprobs is not None:
+            self.logprobs += later.logprobs
+        self.cumulative_logprob = later.cumulative_logprob
+        self.finish_reason, self.stop_reason = later.finish_reason, later.stop_reason
+
+
+@dataclass(slots=True)
+class RequestMetrics:
+    """When a request got how far, in seconds since the epoch by a clock that never goes back; None: not yet."""
+
+    arrival_time: float
+    first_scheduled_time: float | None = None
+    """When the first of its n texts was admitted to the batch."""
+    first_token_time: float | None = None
+    """When the host had read its first token."""
+    finished_time: float | None = None
+
+    @property
+    def time_in_queue(self) -> float | None:
+        """Seconds from arrival to admission."""
+        return None if self.first_scheduled_time is None else self.first_scheduled_time - self.arrival_time
+
 
 @dataclass(slots=True)
 class RequestOutput:
@@ -53,9 +79,50 @@ class RequestOutput:
     """Whether this is the request's last output."""
     num_cached_tokens: int = 0
     """Prompt tokens whose keys and values were found in the prefix cache."""
+    metrics: RequestMetrics | None = field(default=None, compare=False)
+    """The request's times, as far as they have come: its outputs share one object."""
+
+    def add(self, later: "RequestOutput") -> None:
+        """Take in the increments of the request's next output."""
+        known = {completion.index: completion for completion in self.outputs}
+        for completion in later.outputs:
+            if completion.index in known:
+                known[completion.index].add(completion)
+            else:
+                self.outputs.append(completion)
+        self.finished = later.finished
+        self.num_cached_tokens = later.num_cached_tokens
 
     def __getitem__(self, key: str):
         """The first completion's "text" or "token_ids"."""
         if key not in ("text", "token_ids"):
             raise KeyError(f"{key!r}: a RequestOutput has the keys 'text' and 'token_ids', and vLLM's attributes")
         return getattr(self.outputs[0], key)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Where an engine stands; totals since it started."""
+
+    num_running: int
+    """Sequences in the batch: each of a request's n texts is one."""
+    num_waiting: int
+    """Sequences that wait for a place in it."""
+    num_free_blocks: int
+    """KV cache blocks that no sequence owns; they may still hold a prefix that can be reused."""
+    num_blocks: int
+    prefix_cache_hit_rate: float
+    """Share of all prompt tokens that were found in the prefix cache, 0 to 1."""
+    num_preemptions: int
+    """How often a sequence lost its blocks to older ones, to be computed again."""
+    num_finished_requests: int
+    num_aborted_requests: int
+    num_prefill_tokens: int
+    """Prompt tokens computed."""
+    num_decode_tokens: int
+    """Tokens computed one a step."""
+    num_generated_tokens: int
+    """Tokens that requests got."""
+    prefill_tokens_per_second: float
+    """Over the last ten seconds, or since work began in them; the same for the next."""
+    decode_tokens_per_second: float

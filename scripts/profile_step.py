@@ -108,11 +108,11 @@ class Decode:
     def run(self) -> int:
         """Returns how many steps of the model it took: an engine's step may be several."""
         jax.block_until_ready(self.llm.runner.state.last_tokens)  # what is in flight is not counted
-        before = self.llm.num_decode_tokens
+        before = self.llm.metrics.num_decode_tokens
         for _ in range(self.steps):
             self.llm.step()
         jax.block_until_ready(self.llm.runner.state.last_tokens)
-        return (self.llm.num_decode_tokens - before) // len(self.prompts)
+        return (self.llm.metrics.num_decode_tokens - before) // len(self.prompts)
 
     def costs(self) -> dict[str, Cost]:
         contexts = [seq.num_computed for seq in self.llm.scheduler.running.values()]

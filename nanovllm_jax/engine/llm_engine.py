@@ -14,13 +14,14 @@ from nanovllm_jax.checkpoints.load import find_checkpoint
 from nanovllm_jax.checkpoints.tokenizer import load_tokenizer, stop_token_ids
 from nanovllm_jax.config import EngineConfig, ModelConfig
 from nanovllm_jax.engine.batch import BatchPacker, adjusts_logits
+from nanovllm_jax.engine.metrics import EngineMetrics, now
 from nanovllm_jax.engine.model_runner import ModelRunner
 from nanovllm_jax.engine.prompts import Prompt, check_params, check_token_ids, read_prompt
 from nanovllm_jax.engine.requests import Completion, Request
 from nanovllm_jax.engine.scheduler import Schedule, Scheduler
 from nanovllm_jax.engine.sequence import Sequence
 from nanovllm_jax.engine.tables import token_tables
-from nanovllm_jax.outputs import RequestOutput
+from nanovllm_jax.outputs import EngineStats, RequestMetrics, RequestOutput
 from nanovllm_jax.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -72,8 +73,7 @@ class LLMEngine:
             multi_step_rows=runner.buckets.multi_step_rows,
         )
         self.packer = BatchPacker(runner.buckets)
-        self.num_prefill_tokens = 0
-        self.num_decode_tokens = 0
+        self.metrics = EngineMetrics()
         self._requests: dict[str, Request] = {}  # the unfinished ones,
         self._streaming: list[Request] = []  # those of them whose outputs tell what came in a step,
         self._stopping: list[Completion] = []  # and the texts in which stop strings are looked for
@@ -95,6 +95,7 @@ class LLMEngine:
 
         Raises TypeError or ValueError, naming the value, for a prompt that the engine cannot run.
         """
+        metrics = RequestMetrics(arrival_time=now())
         params = self.default_sampling_params if params is None else params
         check_params(params, self.model_config.vocab_size, self.tokenizer)
         if request_id is not None and not isinstance(request_id, str):
@@ -110,7 +111,8 @@ class LLMEngine:
                 f"the prompt has {len(tokens)} tokens; with one generated token it must fit in max_model_len="
                 f"{self.max_model_len}. Shorten it, or raise max_model_len"
             )
-        return Request(request_id, text, tokens, params, self.tokenizer if params.detokenize else None, stream)
+        tokenizer = self.tokenizer if params.detokenize else None
+        return Request(request_id, text, tokens, params, tokenizer, metrics, stream)
 
     def check_requests(
         self, prompts: Sequence_[Prompt], params: Sequence_[SamplingParams | None], stream: bool = False
@@ -163,6 +165,7 @@ class LLMEngine:
         """End a request in any state; its blocks are free at once. Unknown and finished ids are ignored."""
         request = self._requests.pop(request_id, None)
         if request is not None:
+            self.metrics.aborted(request)
             request.num_unfinished = 0
             for completion in request.completions:
                 self.scheduler.abort(completion.seq)
@@ -170,6 +173,10 @@ class LLMEngine:
     def has_unfinished_requests(self) -> bool:
         """Whether `step` has anything left to do."""
         return bool(self._requests or self._in_flight)
+
+    def stats(self) -> EngineStats:
+        """What runs and waits, what the caches hold, totals and rates: from the thread that calls `step`."""
+        return self.metrics.stats(self.scheduler, list(self._requests.values()))
 
     def _start_sequence(self, request: Request, seed: int) -> Sequence:
         params, length = request.params, len(request.prompt_token_ids)
@@ -196,6 +203,7 @@ class LLMEngine:
         Returns the outputs of requests that finished, and of those that stream what the step brought. If the device
         fails, every request is aborted, the exception is raised, and the engine is empty again.
         """
+        self.metrics.before_step()
         try:
             schedule = self.scheduler.schedule()
             if schedule:
@@ -205,7 +213,8 @@ class LLMEngine:
             return self._outputs(finished)
         except BaseException:
             self._in_flight.clear()
-            self._requests.clear()
+            for request_id in list(self._requests):
+                self.abort_request(request_id)
             self._streaming.clear()
             self._stopping.clear()
             self.scheduler.abort_all()
@@ -214,14 +223,13 @@ class LLMEngine:
 
     def _dispatch(self, schedule: Schedule) -> None:
         for seq in schedule.admitted:
+            self.metrics.admitted(self._requests[seq.request_id])
             if adjusts_logits(seq.params):
                 self.runner.write_tables(seq.slot, *token_tables(seq, self.model_config.vocab_size))
         shape, buffer = self.packer.pack(schedule)
         output = self.runner.dispatch(shape, buffer)
         prompts = self._score_prompts(schedule, output)
         self._in_flight.append(DispatchedStep(schedule, shape.decode_rows, output, prompts))
-        self.num_prefill_tokens += schedule.num_tokens - len(schedule.decodes)
-        self.num_decode_tokens += len(schedule.decodes) * schedule.num_steps
 
     def _score_prompts(self, schedule: Schedule, output: Any) -> list[tuple[Sequence, int, Any]]:
         """Start on the log probabilities of the prompt tokens that the step's chunks predict."""
@@ -255,6 +263,9 @@ class LLMEngine:
             prefill_tokens = tokens[step.decode_rows : step.decode_rows + prefills]
             finished += self.scheduler.update(schedule, tokens[:decodes], prefill_tokens)
             finished += self._end_at_stop_strings()
+        self.metrics.num_prefill_tokens += schedule.num_tokens - decodes
+        self.metrics.num_decode_tokens += decodes * schedule.num_steps
+        self.metrics.after_step()
         return finished
 
     def _end_at_stop_strings(self) -> list[Sequence]:
@@ -281,6 +292,7 @@ class LLMEngine:
             request.num_unfinished -= 1
             if not request.num_unfinished:
                 del self._requests[seq.request_id]
+                self.metrics.finished(request)
                 outputs.append(request.take_output())
         self._streaming = [request for request in self._streaming if request.num_unfinished]
         return outputs + [request.take_output() for request in self._streaming if request.has_news]

@@ -6,7 +6,7 @@ from typing import Any
 from nanovllm_jax.engine.detokenizer import Detokenizer
 from nanovllm_jax.engine.logprobs import TokenLogprobs, readable_logprobs
 from nanovllm_jax.engine.sequence import Sequence
-from nanovllm_jax.outputs import CompletionOutput, RequestOutput
+from nanovllm_jax.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from nanovllm_jax.sampling_params import SamplingParams
 
 
@@ -103,6 +103,7 @@ class Request:
     params: SamplingParams
     tokenizer: Any | None
     """What gives the outputs their text; None with detokenize=False."""
+    metrics: RequestMetrics
     stream: bool = False
     """Whether outputs tell what came since the one before, and not all of it at the end."""
     completions: list[Completion] = field(default_factory=list)
@@ -120,6 +121,11 @@ class Request:
         """Whether tokens have come since the last output."""
         return any(completion.has_news for completion in self.completions)
 
+    @property
+    def num_generated(self) -> int:
+        """Tokens that have come, of all n texts."""
+        return sum(completion.seq.num_completion_tokens for completion in self.completions)
+
     def take_output(self) -> RequestOutput:
         """What has come since the last call: everything, where it is called once, at the end."""
         seq, num_top, prompt_logprobs = self.completions[0].seq, self.params.prompt_logprobs, None
@@ -133,4 +139,5 @@ class Request:
             outputs=[c.take_output() for c in self.completions if c.has_news],
             finished=not self.num_unfinished,
             num_cached_tokens=seq.num_cached_tokens,
+            metrics=self.metrics,
         )
