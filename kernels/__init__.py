@@ -71,9 +71,10 @@ def paged_decode_attention(
 ) -> jax.Array:
     """Attention of one new token per sequence over that sequence's cached tokens, itself among them.
 
-    q [B, N, H], query head n belonging to kv head n // (N / K); k_cache, v_cache [num_blocks, K, block_size, H];
-    block_tables [B, W] int32, of which entries past a sequence's context may be anything; context_lens [B] int32 in
-    tokens, 0 for a padded row. scale multiplies the scores. Returns [B, N, H] in q's dtype, zeros for padded rows.
+    q [B or more, N, H], of which the first B rows are the sequences', query head n belonging to kv head n // (N / K);
+    k_cache, v_cache [num_blocks, K, block_size, H]; block_tables [B, W] int32, of which entries past a sequence's
+    context may be anything; context_lens [B] int32 in tokens, 0 for a padded row. scale multiplies the scores.
+    Returns an array like q: zeros for padded rows, and rows past B undefined (`paged_prefill_attention` fills them).
     """
     return jax.lax.platform_dependent(
         q,
@@ -94,6 +95,7 @@ def paged_prefill_attention(
     block_tables: jax.Array,
     query_starts: jax.Array,
     context_lens: jax.Array,
+    out: jax.Array | None = None,
     *,
     scale: float,
 ) -> jax.Array:
@@ -101,17 +103,13 @@ def paged_prefill_attention(
 
     q [T, N, H], the sequences' new tokens one after another: those of sequence p are rows query_starts[p] to
     query_starts[p + 1], and they are the last of its context_lens[p] cached tokens. So a first prefill, a chunk and a
-    prefix hit are one case. query_starts [P + 1] int32 rises from 0 (a padded sequence is empty), context_lens [P]
-    int32, block_tables [P, W] int32; caches and scale as in paged_decode_attention. Returns [T, N, H] in q's dtype,
-    zeros in the rows past query_starts[P].
+    prefix hit are one case. query_starts [P + 1] int32 does not fall (a padded sequence is empty), context_lens [P]
+    int32, block_tables [P, W] int32; caches and scale as in paged_decode_attention.
+    Returns [T, N, H] in q's dtype, zeros in the rows past query_starts[P]. Rows before query_starts[0], where it is not
+    0, are those of `out` (like q, written in place where XLA may): what paged_decode_attention made of them.
     """
     return jax.lax.platform_dependent(
-        q,
-        k_cache,
-        v_cache,
-        block_tables,
-        query_starts,
-        context_lens,
+        *(q, k_cache, v_cache, block_tables, query_starts, context_lens, out),
         cuda=functools.partial(prefill.paged_prefill_attention, scale=scale),
         default=functools.partial(reference.paged_prefill_attention, scale=scale),
     )

@@ -118,12 +118,12 @@ def _decode_kernel(*refs, block_size: int, rows: int, scale: float, block_k: int
             plgpu.store(lse_ref.at[item, own], m * (scale * LOG2E) + jnp.log2(l), mask=live)
 
 
-def _combine_kernel(part_ref, lse_ref, cut_ref, _, o_ref, *, rows: int):
+def _combine_kernel(part_ref, lse_ref, cut_ref, _, o_ref, *, batch: int, rows: int):
     """Sum a query head's partial results, weighted by their share of the softmax's denominator."""
     head, cut = pl.program_id(0), pl.program_id(1)
     b, first, count = (cut_ref[cut, i] for i in range(3))
 
-    @pl.when(b < o_ref.shape[0])
+    @pl.when(b < batch)
     def _():
         live = jnp.arange(rows, dtype=jnp.int32) < count
         lse = plgpu.load(lse_ref.at[pl.ds(first, rows), head], mask=live, other=NEG_INF)
@@ -144,7 +144,7 @@ def paged_decode_attention(
     interpret: bool = False,
 ) -> jax.Array:
     """nanovllm_jax.kernels.paged_decode_attention as two kernels, and jnp operations that every layer shares."""
-    batch, heads, head_dim = q.shape
+    batch, (_, heads, head_dim) = len(context_lens), q.shape
     kv_heads, block_size = k_cache.shape[1:3]
     tiles = tiles or default_tiles(batch, kv_heads, head_dim, q.dtype)
     items, cut = cut_contexts(context_lens, tiles.block_k, tiles.extra)
@@ -171,6 +171,7 @@ def paged_decode_attention(
         aliases={3: 0},
         num_warps=4,
         interpret=interpret,
+        batch=batch,
         rows=pl.next_power_of_2(tiles.extra),
     )
     return out

@@ -48,7 +48,8 @@ def default_tiles(tokens: int, heads: int, group: int, head_dim: int, dtype: jnp
     return Tiles(rows=max(128, at_least), block_k=128 if head_dim <= 128 else 32, num_warps=8, num_stages=3)
 
 
-def _prefill_kernel(q_ref, k_ref, v_ref, table_ref, tile_ref, o_ref, *, block_size, block_k, rows, scale, fused_exp2):
+def _prefill_kernel(*refs, block_size: int, block_k: int, rows: int, scale: float, fused_exp2: bool):
+    q_ref, k_ref, v_ref, table_ref, tile_ref, *_, o_ref = refs
     tiles, heads, head_dim = tile_ref.shape[0], q_ref.shape[1], q_ref.shape[2]
     group = heads // k_ref.shape[1]
     tile = tiles - 1 - pl.program_id(0)  # a sequence's last tiles see most keys: they start first
@@ -93,6 +94,7 @@ def paged_prefill_attention(
     block_tables: jax.Array,
     query_starts: jax.Array,
     context_lens: jax.Array,
+    out: jax.Array | None = None,
     *,
     scale: float,
     tiles: Tiles | None = None,
@@ -104,11 +106,13 @@ def paged_prefill_attention(
     group = heads // kv_heads
     tiles = tiles or default_tiles(tokens, heads, group, head_dim, q.dtype)
     tile_table = jnp.stack(prefill_tiles(query_starts, context_lens, tokens, tiles.rows // group), axis=1)
+    args = q, k_cache, v_cache, block_tables, tile_table
     [out] = pallas_call(
         _prefill_kernel,
-        *(q, k_cache, v_cache, block_tables, tile_table),
+        *(args if out is None else (*args, out)),
         grid=(tile_table.shape[0], kv_heads),
         out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype)],
+        aliases={} if out is None else {len(args): 0},
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         interpret=interpret,

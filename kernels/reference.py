@@ -50,11 +50,12 @@ def _store(new, cache, slot_mapping):
 
 def paged_decode_attention(q, k_cache, v_cache, block_tables, context_lens, *, scale):
     """See nanovllm_jax.kernels.paged_decode_attention."""
-    positions = context_lens[:, None] - 1  # [B, 1]; -1 for a padded row, which then sees no key
-    return _attend(q[:, None], k_cache, v_cache, block_tables, positions, scale)[:, 0]
+    batch, positions = len(context_lens), context_lens[:, None] - 1  # -1 for a padded row, which then sees no key
+    out = _attend(q[:batch, None], k_cache, v_cache, block_tables, positions, scale)[:, 0]
+    return out if len(q) == batch else jnp.zeros_like(q).at[:batch].set(out)
 
 
-def paged_prefill_attention(q, k_cache, v_cache, block_tables, query_starts, context_lens, *, scale):
+def paged_prefill_attention(q, k_cache, v_cache, block_tables, query_starts, context_lens, out=None, *, scale):
     """See nanovllm_jax.kernels.paged_prefill_attention."""
     tiles = prefill_tiles(query_starts, context_lens, len(q), QUERIES_PER_TILE)
     in_tile = jnp.arange(QUERIES_PER_TILE)
@@ -68,7 +69,7 @@ def paged_prefill_attention(q, k_cache, v_cache, block_tables, query_starts, con
         tile_out = _attend(tile_q[None], k_cache, v_cache, table[None], positions[None], scale)[0]
         return out.at[rows].set(tile_out, mode="drop"), None
 
-    return lax.scan(attend_tile, jnp.zeros_like(q), tiles)[0]
+    return lax.scan(attend_tile, jnp.zeros_like(q) if out is None else out, tiles)[0]
 
 
 def _attend(q, k_cache, v_cache, block_tables, positions, scale):

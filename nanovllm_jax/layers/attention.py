@@ -11,7 +11,6 @@ from functools import partial
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as Spec
 
@@ -77,14 +76,13 @@ class PagedAttention:
     def _attend(self, qkv, q_norm, k_norm, cos, sin, cache):
         gains, angles = (q_norm.weight[...], k_norm.weight[...]), (cos[:, 0], sin[:, 0])
         q, *cache = norm_rope_store(qkv, *gains, *angles, self.slot_mapping, *cache, eps=q_norm.eps)
-        rows, scale, outputs = self.decode_tables.shape[0], q.shape[-1] ** -0.5, []
+        rows, scale, out = self.decode_tables.shape[0], q.shape[-1] ** -0.5, None
         if rows:
-            lens = self.decode_context_lens
-            outputs.append(paged_decode_attention(q[:rows], *cache, self.decode_tables, lens, scale=scale))
-        if q.shape[0] > rows:
-            lens = self.query_starts, self.prefill_context_lens
-            outputs.append(paged_prefill_attention(q[rows:], *cache, self.prefill_tables, *lens, scale=scale))
-        return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs), KVCache(*cache)
+            out = paged_decode_attention(q, *cache, self.decode_tables, self.decode_context_lens, scale=scale)
+        if q.shape[0] > rows:  # the two share q and out: cutting and joining would copy them
+            lens = self.query_starts + rows, self.prefill_context_lens
+            out = paged_prefill_attention(q, *cache, self.prefill_tables, *lens, out, scale=scale)
+        return out, KVCache(*cache)
 
 
 @jax.tree_util.register_dataclass

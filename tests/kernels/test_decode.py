@@ -44,6 +44,18 @@ def test_kernel_equals_float64_attention(shape, extra):
     np.testing.assert_allclose(out, decode_expected(q, cache, scale), atol=2e-6)
 
 
+def test_rows_past_the_sequences_are_left_alone():
+    q, cache, scale = case(CONTEXTS, *SHAPES[0][:4])
+    more = np.concatenate((q, np.full_like(q[:3], np.nan)))
+    tiles = decode.Tiles(block_k=32, extra=2, num_warps=4, num_stages=2)
+    for out in (
+        paged_decode_attention(jnp.asarray(more), *map(jnp.asarray, cache), scale=scale),
+        decode.paged_decode_attention(more, *cache, scale=scale, tiles=tiles, interpret=True),
+    ):
+        assert out.shape == more.shape
+        np.testing.assert_allclose(out[: len(q)], decode_expected(q, cache, scale), atol=2e-6)
+
+
 def test_two_batch_sizes_in_one_process():
     tiles = decode.Tiles(block_k=16, extra=2, num_warps=4, num_stages=2)
     for contexts in ([40, 3], [7, 33, 16, 0]):

@@ -66,6 +66,18 @@ def test_all_sequences_padded():
         np.testing.assert_array_equal(out, np.zeros_like(out))
 
 
+def test_rows_of_decoding_sequences_before_the_first_stay():
+    args, scale, expected = case(CONTEXTS, QUERIES, PADDING, *SHAPES[0][:4])
+    q, out = (jnp.concatenate((jnp.full_like(args[0][:7], fill), args[0])) for fill in (jnp.nan, 3))
+    args, tiles = (q, *args[1:4], args[4] + 7, args[5], out), prefill.Tiles(16, 32, num_warps=4, num_stages=2)
+    for result in (
+        paged_prefill_attention(*args, scale=scale),
+        prefill.paged_prefill_attention(*args, scale=scale, tiles=tiles, interpret=True),
+    ):
+        np.testing.assert_array_equal(result[:7], out[:7])
+        np.testing.assert_allclose(result[7:], expected, atol=2e-6)
+
+
 def test_it_runs_without_jit():
     args, scale, expected = case([20, 9], [4, 9], 1, 1, 2, 16, 16)
     with jax.disable_jit():
