@@ -32,6 +32,7 @@ from nanovllm_jax.tiny.conversations import chat_segments, training_conversation
 from nanovllm_jax.tiny.data import Batch, batches_ahead, encode, pack
 from nanovllm_jax.tiny.tasks import ALL_TASKS, held_out_problems
 from nanovllm_jax.tiny.tokenizer import END_OF_MESSAGE, END_OF_TEXT, save_tokenizer, train_tokenizer
+from nanovllm_jax.training import cast
 
 VOCAB_SIZE = 512
 ROW_LENGTH = 256
@@ -64,7 +65,7 @@ class Trainer(NamedTuple):
 
     def logits(self, params: nnx.State, batch: Batch) -> jax.Array:
         """The prediction at each token of what follows it: [R, T, V] float32."""
-        model = nnx.merge(self.graph, jax.tree.map(lambda x: x.astype(self.compute_dtype), params))
+        model = nnx.merge(self.graph, cast(params, self.compute_dtype))
         attend = PackedAttention(jnp.cumsum(batch.positions == 0, axis=-1))
         hidden, _ = model(batch.tokens.astype(jnp.int32), batch.positions.astype(jnp.int32), None, attend)
         return model.logits(hidden)

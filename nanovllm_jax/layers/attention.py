@@ -92,7 +92,16 @@ class CausalAttention:
 
     def __call__(self, qkv, q_norm: RMSNorm, k_norm: RMSNorm, cos, sin, cache: None) -> tuple[jax.Array, None]:
         """qkv [..., T, K, G + 2, H] -> output [..., T, N, H]."""
-        return jax.nn.dot_product_attention(*split_norm_rope(qkv, q_norm, k_norm, cos, sin), is_causal=True), None
+        q, k, v = split_norm_rope(qkv, q_norm, k_norm, cos, sin)
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=attention_kernel(q)), None
+
+
+def attention_kernel(q: jax.Array) -> str:
+    """What `jax.nn.dot_product_attention` should run for these queries: "cudnn" (flash attention, forward and
+    backward: 16 bits, on a GPU) or "xla" (plain products: anything, anywhere).
+    """
+    on_gpu, head_dim = jax.default_backend() == "gpu", q.shape[-1]
+    return "cudnn" if on_gpu and q.dtype.itemsize == 2 and head_dim <= 128 and head_dim % 8 == 0 else "xla"
 
 
 def split_norm_rope(qkv, q_norm: RMSNorm, k_norm: RMSNorm, cos, sin) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -69,17 +69,29 @@ class DecoderLayer(nnx.Module):
 
     def __call__(self, residual: jax.Array, x: jax.Array, cos: jax.Array, sin: jax.Array, cache, attend: Attend):
         """residual and x [T, D], whose sum is the residual stream -> the same two after this layer, and the cache."""
-        with jax.named_scope("attention"):
-            residual, x = self.input_layernorm.add(residual, x)
-            x, cache = self.self_attn(x, cos, sin, cache, attend)
-        with jax.named_scope("mlp"):
-            residual, x = self.post_attention_layernorm.add(residual, x)
-            x = self.mlp(x)
-        return residual, x, cache
+        residual, x, cache = self.attention_half(residual, x, cos, sin, cache, attend)
+        return *self.mlp_half(residual, x), cache
+
+    @jax.named_scope("attention")
+    def attention_half(self, residual: jax.Array, x: jax.Array, cos: jax.Array, sin: jax.Array, cache, attend: Attend):
+        """The first half of a layer: the x that comes back is the attention's output [T, D]."""
+        residual, x = self.input_layernorm.add(residual, x)
+        return residual, *self.self_attn(x, cos, sin, cache, attend)
+
+    @jax.named_scope("mlp")
+    def mlp_half(self, residual: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The second half: residual and x [T, D], and the same two after it."""
+        residual, x = self.post_attention_layernorm.add(residual, x)
+        return residual, self.mlp(x)
 
 
 # A module is a pytree, and the layers differ only in their arrays: the inner jit traces one of them for all.
 _run_layer = jax.jit(DecoderLayer.__call__)
+
+
+def run_layer(number: int, layer: DecoderLayer, residual: jax.Array, x: jax.Array, cos, sin, cache, attend: Attend):
+    """How a model runs its layer `number` (from 0), unless it is told another way."""
+    return _run_layer(layer, residual, x, cos, sin, cache, attend)
 
 
 class Qwen3ForCausalLM(nnx.Module):
@@ -93,16 +105,24 @@ class Qwen3ForCausalLM(nnx.Module):
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
 
-    def __call__(self, tokens: jax.Array, positions: jax.Array, caches: Sequence | None, attend: Attend):
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        caches: Sequence | None,
+        attend: Attend,
+        run_layer: Callable = run_layer,
+    ):
         """tokens, positions [T] int32 -> hidden states [T, D] after the last norm, and the layers' caches.
 
-        `caches` holds one cache a layer, or is None where `attend` needs none (`causal_attention`).
+        `caches` holds one cache a layer, or is None where `attend` needs none (`causal_attention`). `run_layer` is for
+        those who want to do more at each layer: look inside, or forget activations and compute them again.
         """
         x = self.embed_tokens(tokens)  # (T, D)
         cos, sin = rope_angles(positions, self.config.rope, self.config.head_dim)
         residual, new_caches = jnp.zeros_like(x), []
-        for layer, cache in zip(self.layers, caches or [None] * len(self.layers), strict=True):
-            residual, x, cache = _run_layer(layer, residual, x, cos, sin, cache, attend)
+        for number, (layer, cache) in enumerate(zip(self.layers, caches or [None] * len(self.layers), strict=True)):
+            residual, x, cache = run_layer(number, layer, residual, x, cos, sin, cache, attend)
             new_caches.append(cache)
         return self.norm.add(residual, x)[1], new_caches
 

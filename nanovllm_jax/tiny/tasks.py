@@ -63,7 +63,7 @@ def is_held_out(key: str) -> bool:
 def draw(task: str, rng: Random, *, held_out: bool) -> Problem:
     """A random problem of the task, from the held-out questions or from all others."""
     while True:
-        problem = ALL_TASKS[task].make(rng)
+        problem = (ALL_TASKS | UNSEEN)[task].make(rng)
         if is_held_out(problem.key) == held_out:
             return problem
 
@@ -144,10 +144,18 @@ def _multiplication(rng: Random) -> Problem:
 
 
 def _three_terms(rng: Random) -> Problem:
+    return _sum_of_three(rng, ("What is {}?", "{}", "{} =", "Calculate {}."), " + ")
+
+
+def _three_terms_unspaced(rng: Random) -> Problem:
+    return _sum_of_three(rng, ("{}", "{}=?"), "+")
+
+
+def _sum_of_three(rng: Random, wordings: tuple[str, ...], plus: str) -> Problem:
     terms = [_number(rng, 2) for _ in range(3)]
-    text = " + ".join(map(str, terms))
-    wording = rng.choice((f"What is {text}?", text, f"{text} =", f"Calculate {text}."))
-    return Problem((Turn(wording, f"{text} = {sum(terms)}"),), "+".join(map(str, sorted(terms))))
+    wording = rng.choice(wordings).format(plus.join(map(str, terms)))
+    answer = f"{' + '.join(map(str, terms))} = {sum(terms)}"
+    return Problem((Turn(wording, answer),), "+".join(map(str, sorted(terms))))
 
 
 def _few_shot(rng: Random) -> Problem:
@@ -272,3 +280,6 @@ ROOM_TO_GROW = {
 """What it has barely seen, on purpose: reinforcement learning has something left to teach it."""
 
 ALL_TASKS = TASKS | ROOM_TO_GROW
+
+UNSEEN = {"unspaced": Task(_three_terms_unspaced, 0)}
+"""What it has never seen: sums of three numbers, typed as it knows sums of two."""

@@ -1,0 +1,112 @@
+"""The training path: log probabilities and gradients of the served modules, against transformers' autograd."""
+
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from nanovllm_jax.checkpoints.huggingface import parameter_sources
+from nanovllm_jax.checkpoints.load import load_model
+from nanovllm_jax.config import ModelConfig
+from nanovllm_jax.parallel.sharding import make_mesh
+from nanovllm_jax.training import cast, token_logprobs
+
+LENGTHS = (23, 9, 17)
+
+
+@pytest.fixture(scope="module")
+def case(checkpoint):
+    """(model, transformers model) with the same float32 weights, biases among them."""
+    directory, reference = checkpoint("group5_bias")
+    config = ModelConfig.from_pretrained(directory)
+    return load_model(directory, config, dtype=jnp.float32, mesh=make_mesh(1)), reference
+
+
+def padded_batch():
+    """Tokens [3, 23] padded at their ends, and which of them are learned."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 319, (len(LENGTHS), max(LENGTHS)))
+    learned = (np.arange(max(LENGTHS)) < np.array(LENGTHS)[:, None]) & (np.arange(max(LENGTHS)) >= 4)
+    return tokens, learned
+
+
+def loss(params, graph, tokens, learned, dtype=jnp.float32, **options):
+    logprobs = token_logprobs(nnx.merge(graph, cast(params, dtype)), tokens, **options)
+    return -jnp.sum(logprobs * learned) / jnp.sum(learned)
+
+
+def value_and_grad(graph, tokens, learned, **options):
+    """The jitted loss of a step over the parameters alone."""
+    return jax.jit(jax.value_and_grad(lambda params: loss(params, graph, tokens, learned, **options)))
+
+
+def torch_loss_and_gradients(reference, tokens, learned):
+    """transformers on each sequence by itself, without padding."""
+    torch = pytest.importorskip("torch")
+    reference.zero_grad()
+    total = 0
+    for row, mask, length in zip(tokens, learned, LENGTHS):
+        logits = reference(torch.tensor(row[None, :length])).logits[0, :-1]
+        losses = torch.nn.functional.cross_entropy(logits, torch.tensor(row[1:length]), reduction="none")
+        total = total + (losses * torch.tensor(mask[1:length])).sum() / int(learned.sum())
+    total.backward()
+    return total.item(), {name: p.grad.numpy() for name, p in reference.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("options", [dict(), dict(remat=True, chunk=7)], ids=["plain", "remat_in_chunks"])
+def test_loss_and_gradients_are_those_of_transformers(case, options):
+    model, reference = case
+    tokens, learned = padded_batch()
+    expected_loss, expected = torch_loss_and_gradients(reference, tokens, learned)
+    graph, params = nnx.split(model)
+    value, gradients = value_and_grad(graph, tokens, learned, **options)(params)
+    np.testing.assert_allclose(value, expected_loss, rtol=1e-5)
+    for path, gradient in nnx.to_flat_state(gradients):
+        source = parameter_sources(model.config)[path]
+        for name, ours in zip(source.shapes, source.split(np.asarray(gradient))):
+            np.testing.assert_allclose(ours, expected.pop(name), atol=1e-5, rtol=1e-3, err_msg=name)
+    assert not expected
+
+
+def test_a_gradient_through_bfloat16_reaches_float32_master_weights(case):
+    """Products are of 16 bits, the gradients that come back are float32 and point the same way."""
+    graph, params = nnx.split(case[0])
+    batch = padded_batch()
+    gradients = [value_and_grad(graph, *batch, dtype=dtype)(params)[1] for dtype in (jnp.float32, jnp.bfloat16)]
+    exact, rounded = (jnp.concatenate([g.ravel() for g in jax.tree.leaves(tree)]) for tree in gradients)
+    assert rounded.dtype == jnp.float32
+    cosine = jnp.vdot(exact, rounded) / jnp.linalg.norm(exact) / jnp.linalg.norm(rounded)
+    assert 0.99 < cosine < 1 - 1e-7
+
+
+def test_optax_learns_a_batch_by_heart(case):
+    graph, params = nnx.split(case[0])
+    tokens, learned = padded_batch()
+    optimizer = optax.adam(1e-2)
+
+    @jax.jit
+    def step(params, state):
+        value, gradients = value_and_grad(graph, tokens, learned)(params)
+        updates, state = optimizer.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    state, losses = optimizer.init(params), []
+    for _ in range(30):
+        params, state, value = step(params, state)
+        losses.append(float(value))
+    assert losses[0] > 4
+    assert losses[-1] < 1
+
+
+def test_the_logits_of_a_batch_never_exist_at_once(case):
+    """A head chunk is the largest array with a vocabulary's width, forward and backward."""
+    graph, params = nnx.split(case[0])
+    tokens = np.zeros((4, 64), np.int32)
+    text = jax.jit(jax.grad(partial(loss, chunk=16)), static_argnums=1).lower(params, graph, tokens, tokens).as_text()
+    assert f"tensor<16x{case[0].config.vocab_size}xf32>" in text
+    assert not re.search(rf"tensor<(\d+x)?(63|64|252|256)x{case[0].config.vocab_size}x", text)
