@@ -1,0 +1,217 @@
+"""AsyncLLM: many callers in one event loop."""
+
+import asyncio
+import threading
+from collections.abc import AsyncGenerator, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from nanovllm_jax.checkpoints.load import TINY_MODEL
+from nanovllm_jax.engine.llm_engine import LLMEngine
+from nanovllm_jax.engine.metrics import now
+from nanovllm_jax.engine.prompts import Prompt
+from nanovllm_jax.outputs import EngineStats, RequestOutput
+from nanovllm_jax.sampling_params import SamplingParams
+
+
+class Mailbox:
+    """What has come for one caller: a single output, however long the caller does not look."""
+
+    def __init__(self, lock: threading.Lock):
+        self.request_id: str | None = None
+        self._lock = lock
+        self._output: RequestOutput | None = None
+        self._error: Exception | None = None
+        self._news = asyncio.Event()  # set and waited for in the event loop alone
+
+    def put(self, output: RequestOutput) -> None:
+        """Join increments with those that nobody has taken; under the lock."""
+        if self._output is None:
+            self._output = output
+        else:
+            self._output.add(output)
+
+    def fail(self, reason: str, cause: BaseException | None) -> None:
+        """Raise at the caller, once it has taken what came."""
+        self._error = RuntimeError(reason)
+        self._error.__cause__ = cause
+
+    def wake(self) -> None:
+        """In the event loop: let the caller look again."""
+        self._news.set()
+
+    async def take(self) -> RequestOutput:
+        """Wait for an output, or for the end with an exception."""
+        while self._output is None:
+            if self._error is not None:
+                raise self._error
+            self._news.clear()
+            await self._news.wait()
+        with self._lock:
+            output, self._output = self._output, None
+        return output
+
+
+class AsyncLLM:
+    """A model that generates for many callers in one event loop:
+
+        async with AsyncLLM(model, **options) as llm:
+            async for output in llm.generate("a prompt", SamplingParams(...)):
+                ...
+
+    One thread owns the engine. It makes steps while there are requests, and between two steps whatever the event loop
+    asks of it, in order. Only what it reads comes back: a caller that is slow or has stopped holds up nobody.
+    """
+
+    def __init__(self, model: str | Path | LLMEngine = TINY_MODEL, **options: Any):
+        """`model` and options are LLM's; or `model` is an engine that nobody else uses from now on.
+
+        Loads and compiles before it returns: in a running event loop, call it through asyncio.to_thread.
+        """
+        if isinstance(model, LLMEngine):
+            if options or model.has_unfinished_requests():
+                raise ValueError("an engine is taken as it is: without options, and with no request under way")
+            self._engine = model
+        else:
+            self._engine = LLMEngine(model, **options)
+        self.tokenizer = self._engine.tokenizer
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="AsyncLLM")
+        self._loop: asyncio.AbstractEventLoop | None = None  # that of the first call
+        self._is_shut_down = False
+        self._mailboxes: dict[str, Mailbox] = {}  # of unfinished requests, by id: the thread's
+        self._is_stepping = False  # whether a step waits for its turn: the thread's
+        self._lock = threading.Lock()
+        self._fresh: set[Mailbox] = set()  # with news, for the event loop to wake their callers; under the lock
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        stream: bool = True,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Complete a prompt, as `add_request` takes it: an output for each increment, or one for all if not `stream`.
+
+        Increments that come faster than the caller takes them are joined. A caller that is cancelled, or closes the
+        generator, aborts its request. Raises TypeError or ValueError for a bad request, as LLM.generate does, and
+        RuntimeError if the engine fails, is shut down, or is used from a second event loop.
+        """
+        arrival, mailbox, finished = now(), Mailbox(self._lock), False
+        try:
+            await self._call(self._start, mailbox, arrival, prompt, sampling_params, request_id, stream)
+            while not finished:
+                output = await mailbox.take()
+                finished = output.finished
+                yield output
+        finally:
+            if not finished:
+                with suppress(RuntimeError):  # the thread has ended
+                    self._thread.submit(self._abort, mailbox)
+
+    async def stats(self) -> EngineStats:
+        """The engine's `stats`, between two of its steps."""
+        return await self._call(self._engine.stats)
+
+    def shutdown(self) -> None:
+        """Abort all requests, whose callers get a RuntimeError, and end the thread, once its step is over.
+
+        From any thread; a second call does nothing. To give back the memory, drop the object too.
+        """
+        if not self._is_shut_down:
+            self._is_shut_down = True
+            self._thread.submit(self._finish)
+        self._thread.shutdown()
+
+    async def __aenter__(self) -> "AsyncLLM":
+        self._check_usable()
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await asyncio.to_thread(self.shutdown)
+
+    # ------------------------------------------------------------ in the event loop
+
+    def _check_usable(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._loop = self._loop or loop
+        if self._is_shut_down:
+            raise RuntimeError("this AsyncLLM was shut down: make a new one")
+        if self._loop is not loop:
+            raise RuntimeError("this AsyncLLM belongs to another event loop, the first that used it: make a new one")
+
+    async def _call(self, function: Callable, *args: Any) -> Any:
+        """Call a function in the engine's thread; if the caller is cancelled before its turn, it is not called."""
+        self._check_usable()
+        return await asyncio.wrap_future(self._thread.submit(function, *args))
+
+    def _wake(self) -> None:
+        with self._lock:
+            fresh, self._fresh = self._fresh, set()
+        for mailbox in fresh:
+            mailbox.wake()
+
+    # ------------------------------------------------------------ in the engine's thread
+
+    def _start(self, mailbox: Mailbox, arrival: float, prompt, params, request_id, stream) -> None:
+        if self._is_shut_down:
+            raise RuntimeError("this AsyncLLM was shut down: make a new one")
+        request = self._engine.check_request(prompt, params, request_id, stream)
+        request.metrics.arrival_time = arrival
+        mailbox.request_id = self._engine.start_request(request)
+        self._mailboxes[mailbox.request_id] = mailbox
+        self._keep_stepping()
+
+    def _abort(self, mailbox: Mailbox) -> None:
+        if self._mailboxes.get(mailbox.request_id) is mailbox:  # else it has ended, or never began
+            del self._mailboxes[mailbox.request_id]
+            self._engine.abort_request(mailbox.request_id)
+
+    def _keep_stepping(self) -> None:
+        if not self._is_stepping and not self._is_shut_down and self._engine.has_unfinished_requests():
+            self._thread.submit(self._step)
+            self._is_stepping = True
+
+    def _step(self) -> None:
+        """A step, and behind all that waits for the thread, the next."""
+        self._is_stepping = False
+        try:
+            self._deliver(self._engine.step())
+            self._keep_stepping()
+        except BaseException as error:
+            self._abort_all("the engine failed, and all its requests were aborted", error)
+
+    def _deliver(self, outputs: list[RequestOutput]) -> None:
+        if not outputs:
+            return
+        with self._lock:
+            for output in outputs:
+                self._mailboxes[output.request_id].put(output)
+        self._tell([self._mailboxes[output.request_id] for output in outputs])
+        for output in outputs:
+            if output.finished:
+                del self._mailboxes[output.request_id]
+
+    def _abort_all(self, reason: str, cause: BaseException | None = None) -> None:
+        mailboxes, self._mailboxes = self._mailboxes, {}
+        for mailbox in mailboxes.values():
+            mailbox.fail(reason, cause)
+        with suppress(RuntimeError):  # the event loop was closed, and so nobody waits
+            self._tell(mailboxes.values())
+        for request_id in mailboxes:
+            self._engine.abort_request(request_id)
+
+    def _finish(self) -> None:
+        self._abort_all("this AsyncLLM was shut down while the request was under way")
+        with suppress(Exception):  # of a device that fails, when nobody waits for it any more
+            while self._engine.has_unfinished_requests():  # steps that were dispatched
+                self._engine.step()
+
+    def _tell(self, mailboxes: Iterable[Mailbox]) -> None:
+        """Have the event loop wake these callers: with one message, however many steps it does not come to it."""
+        with self._lock:
+            is_told = bool(self._fresh)
+            self._fresh.update(mailboxes)
+            if self._fresh and not is_told:
+                self._loop.call_soon_threadsafe(self._wake)

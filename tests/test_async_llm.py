@@ -1,0 +1,303 @@
+"""AsyncLLM: many callers in one event loop, and what one of them or the engine may do to the others."""
+
+import asyncio
+import random
+import threading
+import time
+from contextlib import aclosing
+from dataclasses import replace
+
+import pytest
+from small_model import OPTIONS, assert_idle, small_llm, whole, write_checkpoint
+
+import nanovllm_jax
+from nanovllm_jax import AsyncLLM, SamplingParams
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+LONG = replace(GREEDY, max_tokens=100)
+PROMPTS = [[seed, 3] * (1 + 3 * seed) for seed in range(12)]
+WILD = [
+    SamplingParams(temperature=2, max_tokens=5 + seed, ignore_eos=True, seed=seed, n=1 + seed % 2, logprobs=seed % 3)
+    for seed in range(12)
+]
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    return small_llm(write_checkpoint(tmp_path_factory.mktemp("async") / "model"))
+
+
+@pytest.fixture(autouse=True)
+def clean(engine):
+    """Every test leaves an engine without requests, and no thread."""
+    yield
+    assert_idle(engine)
+    assert engine.scheduler.block_manager.num_used_blocks == 0
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("AsyncLLM")]
+
+
+def run(engine, main, seconds=120):
+    """await main(llm), with an AsyncLLM of its own; a hang is an error."""
+
+    async def start():
+        async with asyncio.timeout(seconds), AsyncLLM(engine) as llm:
+            return await main(llm)
+
+    return asyncio.run(start())
+
+
+async def complete(llm, prompt, params, **options):
+    """All outputs joined, and how many they were."""
+    first, count = None, 0
+    async for output in llm.generate(prompt, params, **options):
+        count += 1
+        if first is None:
+            first = output
+        else:
+            first.add(output)
+    return first, count
+
+
+async def started(stream):
+    """The first output of a generator that stays open."""
+    return await anext(stream)
+
+
+def test_callers_get_what_generate_gives(engine):
+    expected = engine.generate(PROMPTS, WILD, use_tqdm=False)
+
+    async def main(llm):
+        tasks = [complete(llm, *request, stream=i != 3) for i, request in enumerate(zip(PROMPTS, WILD, strict=True))]
+        return await asyncio.gather(*tasks)
+
+    done = run(engine, main)
+    assert whole(output for output, _ in done) == whole(expected)
+    for (output, count), alone in zip(done, expected, strict=True):
+        assert output.finished
+        for completion, whole_one in zip(output.outputs, alone.outputs, strict=True):
+            assert [list(ids) for ids in completion.logprobs] == [list(ids) for ids in whole_one.logprobs]
+            assert completion.cumulative_logprob == pytest.approx(whole_one.cumulative_logprob, rel=1e-5)
+        assert output.metrics.arrival_time <= output.metrics.first_scheduled_time < output.metrics.finished_time
+        assert 1 <= count <= sum(len(c.token_ids) for c in output.outputs)
+    assert done[3][1] == 1
+
+
+def test_a_model_of_its_own(tmp_path):
+    async def main():
+        async with await asyncio.to_thread(AsyncLLM, write_checkpoint(tmp_path), **OPTIONS) as llm:
+            output, _ = await complete(llm, "7 + 8", None)
+            assert llm.tokenizer.decode(output["token_ids"])
+        return output
+
+    assert asyncio.run(main()).prompt == "7 + 8"
+
+
+def test_the_rest_goes_on_when_a_caller_leaves(engine):
+    """By cancellation, by closing the generator, by leaving the loop, and before the request has begun."""
+    (expected,) = whole(engine.generate([PROMPTS[3]], LONG, use_tqdm=False))
+
+    async def main(llm):
+        manager = engine.scheduler.block_manager
+        other = asyncio.create_task(complete(llm, PROMPTS[3], LONG))
+        cancelled = asyncio.create_task(complete(llm, [1] * 60, LONG, request_id="mine"))
+        closed = llm.generate([2] * 60, LONG)
+        await started(closed)
+        async with aclosing(llm.generate([3] * 60, LONG)) as stream:
+            await started(stream)
+            assert (await llm.stats()).num_running == 4
+            early = asyncio.create_task(complete(llm, [4] * 60, LONG))
+            await asyncio.sleep(0)
+            early.cancel()
+            used = manager.num_used_blocks
+        cancelled.cancel()
+        await asyncio.wait([cancelled, early])
+        await closed.aclose()
+        stats = await llm.stats()
+        assert (stats.num_running, stats.num_waiting) == (1, 0)
+        assert manager.num_used_blocks <= used - 3 * 4
+        done = await asyncio.gather(other, cancelled, early, return_exceptions=True)
+        assert [type(error) for error in done[1:]] == [asyncio.CancelledError] * 2
+        again, _ = await complete(llm, [1], replace(GREEDY, max_tokens=1), request_id="mine")
+        assert again.request_id == "mine", "the id is free again"
+        async for _ in llm.generate([5] * 60, LONG):
+            break  # the generator is dropped here, and so closed by the event loop
+        while (await llm.stats()).num_running:
+            await asyncio.sleep(0)
+        return done[0][0]
+
+    assert whole([run(engine, main)]) == [expected]
+
+
+def test_callers_that_leave_at_any_moment(engine):
+    rng = random.Random(0)
+
+    async def caller(llm, i):
+        await asyncio.sleep(rng.random() * 0.05)
+        task = asyncio.create_task(complete(llm, PROMPTS[i % 12], LONG))
+        await asyncio.sleep(rng.random() * 0.2)
+        task.cancel()
+        await asyncio.wait([task])
+
+    async def main(llm):
+        await asyncio.gather(*(caller(llm, i) for i in range(60)))
+        stats = await llm.stats()
+        assert (stats.num_running, stats.num_waiting) == (0, 0)
+        return (await complete(llm, PROMPTS[1], GREEDY))[0]["token_ids"]
+
+    assert run(engine, main) == engine.generate([PROMPTS[1]], GREEDY, use_tqdm=False)[0]["token_ids"]
+
+
+def test_a_caller_that_stops_holds_up_nobody(engine):
+    """And what comes for it meanwhile is one output."""
+    expected = engine.generate([[1]], replace(LONG, logprobs=1), use_tqdm=False)[0]
+
+    async def main(llm):
+        stream = llm.generate([1], replace(LONG, logprobs=1))
+        first = await started(stream)
+        await asyncio.gather(*(complete(llm, [i], LONG) for i in range(2, 8)))
+        rest = [output async for output in stream]
+        assert len(rest) == 1, "one output, joined"
+        first.add(rest[0])
+        return first
+
+    output = run(engine, main)
+    assert whole([output]) == whole([expected])
+    assert len(output.outputs[0].logprobs) == 100
+    assert output.finished
+
+
+def test_an_event_loop_that_stands_still_gets_one_message(engine, monkeypatch):
+    async def main(llm):
+        stream, calls = llm.generate([1], LONG), []
+        await started(stream)
+        monkeypatch.setattr(llm._loop, "call_soon_threadsafe", lambda *call: calls.append(call), raising=False)
+        while engine.has_unfinished_requests():
+            time.sleep(0.01)  # not asyncio's: nothing runs here meanwhile
+        monkeypatch.undo()
+        assert len(calls) <= 1
+        llm._wake()
+        (rest,) = [output async for output in stream]
+        assert len(rest["token_ids"]) > 90
+
+    run(engine, main)
+
+
+def test_an_engine_that_fails_tells_every_caller(engine, monkeypatch):
+    """Those that wait for tokens, those that wait for a place in the batch, and those that do not look yet."""
+    dispatch, steps = engine.runner.dispatch, []
+
+    def fails(*args):
+        steps.append(1)
+        if len(steps) == 5:
+            raise MemoryError("no device")
+        return dispatch(*args)
+
+    async def main(llm):
+        idle = llm.generate([9], LONG)
+        await started(idle)
+        monkeypatch.setattr(engine.runner, "dispatch", fails)
+        tasks = [complete(llm, [i] * 20, LONG) for i in range(9)]
+        errors = await asyncio.gather(*tasks, return_exceptions=True)
+        with pytest.raises(RuntimeError, match="the engine failed"):
+            async for _ in idle:  # what came before the failure, and then the failure
+                pass
+        assert len({id(error) for error in errors}) == 9
+        for error in errors:
+            assert isinstance(error, RuntimeError)
+            assert "the engine failed, and all its requests were aborted" in str(error)
+            assert isinstance(error.__cause__, MemoryError)
+        return (await complete(llm, PROMPTS[1], GREEDY))[0]["token_ids"]  # the engine is usable again
+
+    assert run(engine, main) == engine.generate([PROMPTS[1]], GREEDY, use_tqdm=False)[0]["token_ids"]
+
+
+def test_a_bad_request_is_its_callers_alone(engine):
+    async def main(llm):
+        good = asyncio.create_task(complete(llm, PROMPTS[2], LONG, request_id="good"))
+        await asyncio.sleep(0)
+        for prompt, params, request_id, error, message in (
+            ([600], GREEDY, None, ValueError, "token id 600 is not in the vocabulary"),
+            (None, GREEDY, None, TypeError, "a prompt is a string"),
+            ([1], {"n": 2}, None, TypeError, "must be a SamplingParams"),
+            ([1], GREEDY, "good", ValueError, "request_id 'good' is in use"),
+        ):
+            with pytest.raises(error, match=message):
+                await complete(llm, prompt, params, request_id=request_id)
+        output, _ = await good
+        return output["token_ids"]
+
+    assert len(run(engine, main)) == 100
+
+
+def test_shutdown(engine):
+    """Callers get an exception, those that come later too, and a second call does nothing."""
+
+    async def main():
+        llm = AsyncLLM(engine)
+        tasks = [asyncio.create_task(complete(llm, [i] * 20, LONG)) for i in range(9)]
+        while (await llm.stats()).num_running < 4:
+            pass
+        late = asyncio.create_task(complete(llm, [1], LONG))
+        await asyncio.sleep(0)
+        await asyncio.to_thread(llm.shutdown)
+        llm.shutdown()
+        errors = await asyncio.gather(*tasks, late, return_exceptions=True)
+        assert {type(error) for error in errors} == {RuntimeError}
+        assert all(str(error).startswith("this AsyncLLM was shut down") for error in errors)
+        for call in (lambda: complete(llm, [1], GREEDY), llm.stats, llm.__aenter__):
+            with pytest.raises(RuntimeError, match="this AsyncLLM was shut down: make a new one"):
+                await call()
+
+    asyncio.run(asyncio.wait_for(main(), 120))
+
+
+def test_an_exception_in_its_block_ends_it(engine):
+    async def main(llm):
+        await started(llm.generate([1], LONG))
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        run(engine, main)
+
+
+def test_one_event_loop(engine):
+    llm = AsyncLLM(engine)
+    output, _ = asyncio.run(complete(llm, [1], GREEDY))
+    assert output.finished
+    for call in (lambda: complete(llm, [1], GREEDY), llm.stats, llm.__aenter__):
+        with pytest.raises(RuntimeError, match="belongs to another event loop, the first that used it"):
+            asyncio.run(call())
+    llm.shutdown()
+
+
+def test_an_event_loop_that_ends_first(engine):
+    """asyncio.run cancels its tasks; with a loop that just stops, the requests are aborted by the next message."""
+    llm = AsyncLLM(engine)
+
+    async def leave_one_running():
+        task = asyncio.create_task(complete(llm, [1], LONG))
+        while not (await llm.stats()).num_running:
+            pass
+        return task
+
+    asyncio.run(leave_one_running())
+    llm.shutdown()
+    llm = AsyncLLM(engine)
+    loop = asyncio.new_event_loop()
+    stream = llm.generate([1], replace(LONG, max_tokens=120))
+    loop.run_until_complete(started(stream))
+    loop.close()
+    llm.shutdown()
+
+
+def test_an_engine_is_taken_as_it_is(engine):
+    with pytest.raises(ValueError, match="an engine is taken as it is"):
+        AsyncLLM(engine, block_size=16)
+    engine.add_request([1], GREEDY, "mine")
+    with pytest.raises(ValueError, match="with no request under way"):
+        AsyncLLM(engine)
+    engine.abort_request("mine")
+
+
+def test_where_it_lives():
+    assert nanovllm_jax.AsyncLLM is AsyncLLM
