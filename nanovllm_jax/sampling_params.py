@@ -27,7 +27,7 @@ INTEGERS = {
     "top_k": (-1, 2**31 - 1, "at least 1, or 0 or -1 (which are off), and below 2**31"),
     "logprobs": (0, MAX_LOGPROBS, f"from 0 to {MAX_LOGPROBS}"),
     "prompt_logprobs": (0, MAX_LOGPROBS, f"from 0 to {MAX_LOGPROBS}"),
-    "seed": (0, 2**63 - 1, "from 0 to 2**63 - 1"),
+    "seed": (-1, 2**63 - 1, "from 0 to 2**63 - 1, or None or -1 (which are none)"),
 }
 OPTIONAL = ("max_tokens", "logprobs", "prompt_logprobs", "seed")  # may be None
 SWITCHES = ("ignore_eos", "include_stop_str_in_output", "detokenize", "skip_special_tokens")
@@ -44,7 +44,8 @@ class SamplingParams:
     ignore_eos: bool = False
     """Go on after an end-of-sequence token: for benchmarks."""
     seed: int | None = None
-    """Makes the request's draws repeatable whatever runs beside it. None: drawn from the engine's seed."""
+    """Makes the request's draws repeatable whatever runs beside it. None (or -1, which becomes None): drawn from the
+    engine's seed."""
     n: int = 1
     """How many texts to generate for the prompt; number i draws with seed + i."""
     top_k: int = 0
@@ -91,6 +92,7 @@ class SamplingParams:
         self._set("stop_token_ids", _token_ids(self.stop_token_ids))
         self._set("logit_bias", _biases(self.logit_bias))
         self._set("top_k", max(self.top_k, 0))
+        self._set("seed", None if self.seed == -1 else self.seed)
         if 0 < self.temperature < 1e-2:
             # As in vLLM: logits divided by less than this overflow in float32.
             self._set("temperature", 1e-2)

@@ -7,6 +7,7 @@ import pytest
 from small_model import assert_idle, small_llm, write_checkpoint
 
 from nanovllm_jax import LLM, SamplingParams
+from nanovllm_jax.chat import chat_prompt
 from nanovllm_jax.engine.memory import host_memory
 
 GREEDY = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
@@ -78,6 +79,46 @@ def test_bad_prompt(llm, expected, case):
     assert caught.value.__notes__ == ["This is prompt 2 of 4, counted from 0; none was started."]
     assert_idle(llm)
     assert llm.generate([1, 2, 3], GREEDY, use_tqdm=False)[0]["token_ids"] == expected
+
+
+class Panic(BaseException):
+    """As pyo3's PanicException."""
+
+
+@pytest.mark.parametrize("failure", [Panic("index out of bounds"), Exception("cannot encode"), MemoryError("too long")])
+def test_a_tokenizer_that_fails(llm, expected, monkeypatch, failure):
+    """Only on this prompt, and only for this request."""
+    encode = llm.tokenizer.encode
+
+    def fails(text, **options):
+        if "evil" in text:
+            raise failure
+        return encode(text, **options)
+
+    monkeypatch.setattr(llm.tokenizer, "encode", fails)
+    llm.add_request([1, 2, 3], GREEDY)
+    with pytest.raises(ValueError, match=f"the tokenizer fails on the prompt: {failure}"):
+        llm.add_request("evil", GREEDY)
+    with pytest.raises(ValueError, match="the tokenizer fails"):
+        chat_prompt(llm.tokenizer, [{"role": "user", "content": "evil"}])
+    outputs = []
+    while llm.has_unfinished_requests():
+        outputs += llm.step()
+    assert [output["token_ids"] for output in outputs] == [expected]
+    with pytest.raises(ValueError, match="the tokenizer fails") as caught:
+        llm.generate(["good", "evil"], GREEDY, use_tqdm=False)
+    assert caught.value.__notes__ == ["This is prompt 1 of 2, counted from 0; none was started."]
+
+
+@pytest.mark.parametrize("signal", [KeyboardInterrupt, SystemExit])
+def test_a_tokenizer_that_is_interrupted(llm, monkeypatch, signal):
+    def interrupted(*_, **__):
+        raise signal
+
+    monkeypatch.setattr(llm.tokenizer, "encode", interrupted)
+    with pytest.raises(signal):
+        llm.generate("text", GREEDY)
+    assert_idle(llm)
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ BAD_PARAMS = [
     (dict(min_tokens=None), TypeError, "min_tokens must be an integer, not None"),
     (dict(min_tokens=17), ValueError, "min_tokens=17 must be at most max_tokens=16"),
     (dict(min_tokens=5, max_tokens=4), ValueError, "min_tokens=5 must be at most max_tokens=4"),
-    (dict(seed=-1), ValueError, r"seed must be from 0 to 2\*\*63 - 1, not -1"),
+    (dict(seed=-2), ValueError, r"seed must be from 0 to 2\*\*63 - 1, or None or -1 .*, not -2"),
     (dict(seed=2**63), ValueError, f"not {2**63}"),
     (dict(seed=1.5), TypeError, "seed must be an integer or None, not 1.5"),
     (dict(seed=False), TypeError, "seed must be an integer or None, not False"),
@@ -128,6 +128,7 @@ GOOD_PARAMS = [  # as given, as kept
     (dict(temperature=0), dict(temperature=0)),
     (dict(temperature=0.01), dict(temperature=0.01)),
     (dict(temperature=5), dict(temperature=5.0)),
+    (dict(seed=-1), dict(seed=None)),
     (dict(top_k=-1), dict(top_k=0)),
     (dict(top_k=10**6), dict(top_k=10**6)),
     (dict(top_p=1e-9, min_p=1), dict(top_p=1e-9, min_p=1.0)),
@@ -186,13 +187,36 @@ def llm(tmp_path_factory):
         (dict(stop_token_ids=[-1]), "stop_token_ids: token id -1 is not in the vocabulary: 0 to 511"),
         (dict(logit_bias={512: 1}), "logit_bias: token id 512 is not in the vocabulary: 0 to 511"),
         (dict(logit_bias={2**70: 1}), f"logit_bias: token id {2**70} is not in the vocabulary"),
+        (dict(stop_token_ids=range(512), min_tokens=1), "min_tokens=1 puts off .* which are the whole vocabulary"),
+        (dict(stop_token_ids=range(511), min_tokens=2), "min_tokens=2 puts off"),  # 511 is the model's own end
     ],
 )
-def test_params_beyond_the_vocabulary(llm, params, message):
+def test_params_that_the_model_cannot_follow(llm, params, message):
     with pytest.raises(ValueError, match=message) as caught:
         llm.generate([[1], [2]], [SamplingParams(), SamplingParams(**params)], use_tqdm=False)
     assert caught.value.__notes__ == ["This is prompt 1 of 2, counted from 0; none was started."]
     assert_idle(llm)
+
+
+@pytest.mark.parametrize(
+    ("params", "tokens"),
+    [
+        (dict(stop_token_ids=range(512)), 1),
+        (dict(stop_token_ids=range(511), min_tokens=4, ignore_eos=True), 5),
+        (dict(logit_bias=dict.fromkeys(range(512), -math.inf)), 6),  # moved to -100 each: a shift
+        (dict(logit_bias=dict.fromkeys(range(512), math.inf), repetition_penalty=1e6, presence_penalty=2), 6),
+        (dict(logit_bias=dict.fromkeys(range(1, 512), -100), min_p=1, top_k=1, top_p=1e-9), 6),
+    ],
+)
+def test_what_leaves_little_or_weighs_all_alike(llm, params, tokens):
+    """There is always a token to draw."""
+    params = SamplingParams(**(dict(temperature=1, max_tokens=6, seed=5, ignore_eos=True) | params))
+    (output,) = llm.generate([[1, 2, 3]], params, use_tqdm=False)
+    assert len(output["token_ids"]) == tokens
+    assert output.outputs[0].finish_reason in ("stop", "length")
+    if list((params.logit_bias or {}).values()) == [-100.0] * 512:
+        plain = llm.generate([[1, 2, 3]], replace(params, logit_bias=None), use_tqdm=False)
+        assert plain[0]["token_ids"] == output["token_ids"]
 
 
 def test_stop_strings_need_a_tokenizer(llm, monkeypatch):

@@ -97,7 +97,7 @@ class LLMEngine:
         """
         metrics = RequestMetrics(arrival_time=now())
         params = self.default_sampling_params if params is None else params
-        check_params(params, self.model_config.vocab_size, self.tokenizer)
+        check_params(params, self.model_config.vocab_size, self.tokenizer, self.eos_token_ids)
         if request_id is not None and not isinstance(request_id, str):
             raise TypeError(f"request_id must be a string or None, not {request_id!r}")
         if request_id in self._requests:

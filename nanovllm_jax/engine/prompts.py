@@ -35,14 +35,19 @@ def read_prompt(prompt: Prompt, tokenizer: Any | None) -> tuple[str | None, list
 
 
 def encode(tokenizer: Any | None, text: str, **options: Any) -> list[int]:
-    """The text's token ids. Raises ValueError without a tokenizer, and for half a surrogate pair."""
+    """The text's token ids. Raises ValueError without a tokenizer, and for a text that it cannot encode."""
     if tokenizer is None:
         raise ValueError("the checkpoint has no tokenizer: give the prompt as a list of token ids")
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"the prompt {text!r} is not valid Unicode text: {error}") from error
-    return tokenizer.encode(text, **options)
+    try:
+        return tokenizer.encode(text, **options)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the tokenizers library's panics are no Exceptions
+        raise ValueError(f"the tokenizer fails on the prompt: {error}") from error
 
 
 def check_token_ids(tokens: list, vocab_size: int) -> list[int]:
@@ -58,7 +63,7 @@ def check_token_ids(tokens: list, vocab_size: int) -> list[int]:
     return tokens
 
 
-def check_params(params: SamplingParams, vocab_size: int, tokenizer: Any | None) -> None:
+def check_params(params: SamplingParams, vocab_size: int, tokenizer: Any | None, eos_token_ids: frozenset[int]) -> None:
     """Raise TypeError or ValueError for settings that this model or its tokenizer cannot follow."""
     if not isinstance(params, SamplingParams):
         raise TypeError(f"sampling_params must be a SamplingParams, not {params!r}")
@@ -66,5 +71,12 @@ def check_params(params: SamplingParams, vocab_size: int, tokenizer: Any | None)
         for token in tokens:
             if not 0 <= token < vocab_size:
                 raise ValueError(f"{name}: token id {token} is not in the vocabulary: 0 to {vocab_size - 1}")
+    if params.min_tokens:
+        ends = set(params.stop_token_ids).union(() if params.ignore_eos else eos_token_ids)
+        if ends.issuperset(range(vocab_size)):
+            raise ValueError(
+                f"min_tokens={params.min_tokens} puts off stop_token_ids and end-of-sequence tokens, which are the "
+                "whole vocabulary: leave a token out of stop_token_ids, or set min_tokens=0"
+            )
     if params.stop and tokenizer is None:
         raise ValueError(f"stop={list(params.stop)} needs a tokenizer, which the checkpoint lacks: use stop_token_ids")
