@@ -1,0 +1,77 @@
+"""Whether two tokens at one place are a tie: as far as 16 bits can tell, either may be drawn."""
+
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nanovllm_jax import LLM, SamplingParams
+from nanovllm_jax.engine.batch import FLOATS, sampling_row
+from nanovllm_jax.engine.sequence import Sequence
+from nanovllm_jax.engine.tables import token_tables
+from nanovllm_jax.layers.attention import causal_attention
+from nanovllm_jax.models.draw import DeviceState, draw
+
+MARGIN = 2  # either of two tokens may be off by the error
+
+
+class Referee:
+    """Draws again with the same noise, from logits computed in float32 by a plain forward pass over the whole text.
+
+    The largest error of the same pass in the model's own 16 bits, over the vocabulary, is what 16 bits cost at this
+    place. A token could be drawn if it is the one that is drawn after its own logit was raised by MARGIN times that.
+    """
+
+    def __init__(self, llm: LLM):
+        self.llm = llm
+        self.applies = llm.runner.dtype.itemsize == 2
+
+    def is_tie(self, prompt: list[int], params: SamplingParams, index: int, tokens: list[int], pair: tuple) -> bool:
+        """Whether either of `pair` could come after `tokens`, of text `index` of a request."""
+        if not self.applies or None in pair:
+            return False
+        llm, params = self.llm, replace(params, seed=((params.seed or 0) + index) % 2**63)
+        stops = {*params.stop_token_ids, *(() if params.ignore_eos else llm.eos_token_ids)}
+        lengths = dict(min_len=len(prompt) + params.min_tokens, max_len=llm.max_model_len)
+        seq = Sequence(0, "", prompt, params, stop_token_ids=frozenset(stops), **lengths)
+        seq.token_ids += tokens
+        exact, rounded = self._logits(seq.token_ids)
+        margin = MARGIN * np.abs(exact - rounded).max()
+        return all(self._draw(seq, exact, token, margin) == token for token in pair)
+
+    def _logits(self, tokens: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """After the last token [V]: in float32 and in the model's own dtype."""
+        padded = np.zeros(self.llm.max_model_len, np.int32)
+        padded[: len(tokens)] = tokens
+        with jax.default_matmul_precision("highest"):
+            both = [self._forward(self.llm.runner.leaves, padded, len(tokens) - 1, dtype) for dtype in self._dtypes]
+        return tuple(map(np.asarray, both))
+
+    @property
+    def _dtypes(self) -> tuple[Any, Any]:
+        return jnp.dtype("float32"), self.llm.runner.dtype
+
+    @cached_property
+    def _forward(self):
+        def forward(leaves, tokens, last, dtype):
+            model = jax.tree.unflatten(self.llm.runner.treedef, [leaf.astype(dtype) for leaf in leaves])
+            hidden, _ = model(tokens, jnp.arange(len(tokens)), None, causal_attention)
+            return model.logits(hidden[last])
+
+        return jax.jit(forward, static_argnums=3)
+
+    def _draw(self, seq: Sequence, logits: np.ndarray, token: int, margin: float) -> int:
+        row = sampling_row(seq)
+        bits = [np.float32(x).view(np.int32) if name in FLOATS else x for name, x in zip(row._fields, row)]
+        counts, bias = token_tables(seq, len(logits))
+        state = DeviceState(jnp.zeros(1, jnp.int32), jnp.asarray(counts[None]), jnp.asarray(bias[None]))
+        raised = jnp.asarray(logits).at[token].add(margin)[None]
+        at = jnp.full(1, seq.num_tokens, jnp.int32)
+        return int(self._draw_one(raised, jnp.array([bits], jnp.int32), jnp.zeros(1, jnp.int32), at, state)[0][0])
+
+    @cached_property
+    def _draw_one(self):
+        return jax.jit(draw)

@@ -1,0 +1,37 @@
+"""What a long run must not do: compile, and grow."""
+
+import gc
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+
+_compiled: list[str] = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, *_, **__: _compiled.append(event) if "backend_compile" in event else None
+)
+
+
+def num_compiles() -> int:
+    """Programs that XLA has compiled, or read from the cache on disk, in this process."""
+    return len(_compiled)
+
+
+class Memory:
+    """This process' memory on the host over the requests done."""
+
+    def __init__(self):
+        self.samples: list[tuple[int, int]] = []
+
+    def sample(self, requests: int) -> None:
+        gc.collect()
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        self.samples.append((requests, pages * os.sysconf("SC_PAGE_SIZE")))
+
+    def slope(self) -> float | None:
+        """KiB for 1000 requests, of the line through the samples' second half; None with fewer than four there."""
+        half = np.array(self.samples[len(self.samples) // 2 :], float).reshape(-1, 2)
+        if len(half) < 4:
+            return None
+        return float(np.polyfit(half[:, 0], half[:, 1], 1)[0]) * 1000 / 1024
