@@ -172,10 +172,10 @@ def test_a_template_that_refuses(tokenizer):
     with pytest.raises(ValueError, match="the chat template refuses"):
         chat_prompt(tokenizer, [USER])
     tokenizer.chat_template = "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}"
-    with pytest.raises(ValueError, match="the chat template refuses .* recursion"):
+    with pytest.raises(ValueError, match=r"the chat template refuses .* recursion"):
         chat_prompt(tokenizer, [USER])
     tokenizer.chat_template = "{{ messages.append(1) }}{{ ''.__class__.__mro__ }}"
-    with pytest.raises(ValueError, match="the chat template refuses .*"):
+    with pytest.raises(ValueError, match="the chat template refuses the messages"):
         chat_prompt(tokenizer, [USER])
     tokenizer.chat_template = "{% for"
     with pytest.raises(ValueError, match="the chat template refuses"):
