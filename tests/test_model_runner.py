@@ -126,7 +126,7 @@ def test_start_up_log(directory, caplog):
     )
     assert re.search(r"GiB weights, .*GiB workspace, .*GiB cache = 12 blocks of 16 tokens = 192 tokens", log)
     assert re.search(r"max_model_len 128$", log, re.M)
-    assert re.search(r"compiled 3 batch shapes in \d+\.\d s", log)
+    assert re.search(r"compiled 3 batch shapes and found 0 on disk, in \d+\.\d s", log)
 
 
 # --- dtype ---

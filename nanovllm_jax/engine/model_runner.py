@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from nanovllm_jax.engine.logprobs import TokenLogprobs
 from nanovllm_jax.engine.memory import GIB, RESERVE, MemoryPlan, decide_num_blocks, estimate_workspace
 from nanovllm_jax.layers.attention import KVCache
 from nanovllm_jax.models.draw import DeviceState
+from nanovllm_jax.models.programs import ProgramStore
 from nanovllm_jax.models.step import StepOutput, engine_step, prompt_logprobs
 from nanovllm_jax.parallel.sharding import MODEL_AXIS, make_mesh, replicated
 
@@ -184,7 +186,7 @@ class ModelRunner:
         width = -(-self.max_model_len // config.block_size)
         # A CPU is for small models: there few shapes to compile are worth more than little padding.
         most = self.max_num_seqs
-        ratio, mixed = (2, {0, min(32, most), most}) if self.on_gpu else (16, {most})
+        ratio, mixed = (2, {min(32, most), most}) if self.on_gpu else (16, {most})
         self.buckets = Buckets(
             *(most, self.max_num_batched_tokens, width, ratio, tuple(sorted(mixed))),
             num_steps=config.num_scheduler_steps or (GPU_STEPS if self.on_gpu else 1),
@@ -252,21 +254,39 @@ class ModelRunner:
             logger.warning("enforce_eager=True: steps run un-jitted, for debugging; expect them to be slow")
             self.programs = {shape: partial(self._eager_step, shape) for shape in shapes}
             return 0
-        start = time.perf_counter()
+        start, store = time.perf_counter(), self._program_store()
+
+        def compile(lowered: jax.stages.Lowered, shape: BatchShape) -> Callable:
+            program = lowered.compile(self._compiler_options(shape))
+            store.save(repr(shape), program)
+            return program
+
         with ThreadPoolExecutor(os.cpu_count()) as pool:
+            loaded = dict(zip(shapes, pool.map(store.load, map(repr, shapes))))
             # Tracing holds the interpreter, compiling does not: each program compiles while the next is traced.
-            compiling = {
-                shape: pool.submit(self._lower(shape).compile, self._compiler_options(shape)) for shape in shapes
-            }
-            self.programs: dict[BatchShape, Callable] = {shape: job.result() for shape, job in compiling.items()}
+            missing = [shape for shape in shapes if loaded[shape] is None]
+            compiling = {shape: pool.submit(compile, self._lower(shape), shape) for shape in missing}
+            compiled = {shape: job.result() for shape, job in compiling.items()}
+        self.programs: dict[BatchShape, Callable] = loaded | compiled
         workspace = max(program.memory_analysis().temp_size_in_bytes for program in self.programs.values())
         logger.info(
-            "compiled %d batch shapes in %.1f s; largest workspace %.2f GiB",
-            len(shapes),
+            "compiled %d batch shapes and found %d on disk, in %.1f s; largest workspace %.2f GiB",
+            len(compiled),
+            len(shapes) - len(compiled),
             time.perf_counter() - start,
             workspace / GIB,
         )
         return workspace
+
+    def _program_store(self) -> ProgramStore:
+        # A CPU's larger programs cannot be loaded again (jaxlib 0.11: "Function ... not found").
+        kept = self.on_gpu and self.config.compilation_cache_dir
+        directory = jax.config.jax_compilation_cache_dir if kept else None
+        return ProgramStore(
+            Path(directory) / "programs" if directory else None,
+            list(self.mesh.devices.flat),
+            repr((replace(self.config, seed=0), self.model_config, self.dtype, self.leaves, self._layout())),
+        )
 
     def _compiler_options(self, shape: BatchShape) -> dict[str, bool]:
         """XLA flags for one program: measured on an H200, see docs/performance.md."""

@@ -99,6 +99,21 @@ def test_eager_equals_compiled(tmp_path):
     assert outputs[0] == outputs[1]
 
 
+def test_a_second_start_compiles_nothing(tmp_path, caplog):
+    """Programs from disk do what they did when they were compiled."""
+    config = COMMON | SIZES["0.6B"] | dict(num_hidden_layers=2, model_type="qwen3", architectures=["Qwen3ForCausalLM"])
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    prompts, outputs = prompts_of_lengths(5, 300), []
+    for _ in range(2):
+        caplog.clear()
+        llm = small_engine(tmp_path, load_format="dummy")
+        outputs.append([out["token_ids"] for out in llm.generate(prompts, GREEDY, use_tqdm=False)])
+        del llm
+        gc.collect()
+    assert outputs[0] == outputs[1]
+    assert "compiled 0 batch shapes" in caplog.text
+
+
 def test_full_load(tmp_path):
     """256 requests of 100 to 1024 tokens in and out, default options: no out-of-memory, nothing compiled on the way."""
     config = COMMON | SIZES["0.6B"] | dict(model_type="qwen3", architectures=["Qwen3ForCausalLM"])

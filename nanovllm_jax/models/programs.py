@@ -1,0 +1,80 @@
+"""Compiled programs on disk: what an earlier start has left there is neither traced nor compiled again.
+
+JAX's own compilation cache is asked with a traced program, and tracing takes a GPU engine longer than all else. Here a
+program's name is a digest of everything that it is made from: this package's source, the versions of what compiles it,
+the card, and the settings. The files are as trustworthy as the directory: loading one runs what is in it.
+"""
+
+import hashlib
+import logging
+import os
+import pickle
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import jax
+from jax.experimental.serialize_executable import deserialize_and_load, serialize
+from jax.stages import Compiled
+
+logger = logging.getLogger(__name__)
+SOURCES = (Path(__file__).parents[1], Path(__file__).parents[2] / "kernels")
+
+
+class ProgramStore:
+    """The programs of one engine. A file that cannot be read or written costs a compilation and nothing else."""
+
+    def __init__(self, directory: Path | None, devices: list[jax.Device], settings: str):
+        """`directory`: None keeps nothing. `settings`: all that decides what a name's program is, beside the source,
+        the versions and the devices.
+        """
+        self.directory, self.devices = directory, devices
+        about = [_source_digest(), jax.__version__, os.environ.get("XLA_FLAGS", ""), settings]
+        about += [devices[0].client.platform_version, *(f"{device.device_kind} {device.id}" for device in devices)]
+        self._digest = hashlib.sha256("\n".join(about).encode())
+
+    def load(self, name: str) -> Compiled | None:
+        """The program of this name, None where there is none that can be used."""
+        path = self._path(name)
+        if path is None or not path.exists():
+            return None
+        try:
+            binary, *trees = pickle.loads(path.read_bytes())
+            trees = map(jax.tree.structure, trees)
+            client = self.devices[0].client
+            return deserialize_and_load(binary, *trees, backend=client, execution_devices=self.devices)
+        except Exception as error:  # cut short, or of a driver that has changed: the loaders raise what they like
+            logger.warning("%s cannot be used (%s: %s): compiling anew", path, type(error).__name__, error)
+            return None
+
+    def save(self, name: str, program: Compiled) -> None:
+        """Keep a program, whole or not at all: another engine may read at any time."""
+        path = self._path(name)
+        if path is None:
+            return
+        try:
+            binary, *trees = serialize(program)
+            # A tree's structure cannot be pickled, a tree of that structure can.
+            trees = [jax.tree.unflatten(tree, range(tree.num_leaves)) for tree in trees]
+            self.directory.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=self.directory) as scratch:
+                part = Path(scratch) / path.name
+                part.write_bytes(pickle.dumps((binary, *trees)))
+                part.replace(path)
+        except Exception as error:
+            logger.warning("a compiled program cannot be kept in %s: %s", self.directory, error)
+
+    def _path(self, name: str) -> Path | None:
+        if self.directory is None:
+            return None
+        digest = self._digest.copy()
+        digest.update(name.encode())
+        return self.directory / f"{digest.hexdigest()}.program"
+
+
+@cache
+def _source_digest() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(path for folder in SOURCES for path in folder.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
