@@ -3,11 +3,13 @@
     python scripts/profile_step.py --model DIRECTORY --batch 64 --context 1000
     python scripts/profile_step.py --model DIRECTORY --phase prefill --batch 16 --context 1024 --picture prefill.png
 
-Phases are the model's named scopes; `other` is the rest: embedding, positions, the last norm, copies. The profiler runs
-kernels one by one that are otherwise launched together, so compare the sum of their times with the step's own time.
+Phases are the model's named scopes; `other` is the rest: embedding, positions, the last norm, copies. Of kernels that
+XLA launches together (as a CUDA graph) the trace does not say which instruction they are. So here they are launched one
+by one, which takes the host longer than a small step takes the GPU: how fast the engine is, `bench.py` says.
 """
 
 import argparse
+import os
 import re
 import tempfile
 import time
@@ -42,6 +44,7 @@ class Kernel(NamedTuple):
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer="
     llm = make_llm(args)
     work = Decode(llm, args) if args.phase == "decode" else Prefill(llm, args)
     work.run()  # warm-up
