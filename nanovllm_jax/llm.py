@@ -46,14 +46,7 @@ class LLM(LLMEngine):
         setting is refused, and RuntimeError while other requests are unfinished.
         """
         self._check_idle("generate()")
-        requests = self._check(prompts, sampling_params)
-        try:
-            request_ids = [self.start_request(request) for request in requests]
-            outputs = self._run(len(request_ids), use_tqdm)
-        finally:
-            for request_id in list(self._requests):  # left by an exception or Ctrl-C
-                self.abort_request(request_id)
-        return [outputs[request_id] for request_id in request_ids]
+        return self._run(self._check(prompts, sampling_params), "Generating", use_tqdm)
 
     def chat(
         self,
@@ -79,6 +72,26 @@ class LLM(LLMEngine):
         prompts = [chat_prompt(self.tokenizer, conversation, **options) for conversation in conversations]
         return self.generate(prompts, sampling_params, use_tqdm)
 
+    def score(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        completions: str | Sequence[int] | Sequence[str | Sequence[int]],
+        use_tqdm: bool = True,
+    ) -> list[list[float]]:
+        """Natural log probabilities of each completion's tokens, each given the prompt and the tokens before it.
+
+        `prompts` as in `generate`, and a completion for each: a text, tokenised on its own and without special tokens,
+        or token ids (of what was generated, give the ids: its text may be tokenised another way). Completions of one
+        prompt share its keys and values through the prefix cache. Raises as `generate` does.
+        """
+        self._check_idle("score()")
+        prompts, completions = _as_list(prompts), _as_list(completions)
+        if len(prompts) != len(completions):
+            raise ValueError(f"score() needs as many completions as prompts, not {len(completions)} for {len(prompts)}")
+        requests = self.check_scores(prompts, completions)
+        self._run(requests, "Scoring", use_tqdm)
+        return [[entry.logprob for entry in request.scored.logprobs] for request in requests]
+
     def stream(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -98,7 +111,7 @@ class LLM(LLMEngine):
         return self.default_sampling_params
 
     def _check_idle(self, caller: str) -> None:
-        if self._requests:
+        if self._requests or self._ready:
             raise RuntimeError(
                 f"{caller} needs the engine for itself, and {len(self._requests)} requests from add_request() are "
                 "unfinished: call step() until they are done, or abort_request(). (An open stream() counts: close it.)"
@@ -123,26 +136,32 @@ class LLM(LLMEngine):
         try:
             for request in requests:
                 request_ids.add(self.start_request(request))
-            while self._requests:
+            while self._requests or self._ready:
                 if not self._requests.keys() <= request_ids:
                     raise RuntimeError("add_request() was called while a stream() was open, which needs the engine")
                 yield from self.step()
         finally:
-            for request_id in request_ids & self._requests.keys():
+            for request_id in request_ids:
                 self.abort_request(request_id)
 
-    def _run(self, num_requests: int, use_tqdm: bool) -> dict[str, RequestOutput]:
+    def _run(self, requests: list[Request], description: str, use_tqdm: bool) -> list[RequestOutput]:
         outputs: dict[str, RequestOutput] = {}
-        with tqdm(total=num_requests, desc="Generating", dynamic_ncols=True, disable=not use_tqdm) as bar:
+        bar = tqdm(total=len(requests), desc=description, dynamic_ncols=True, disable=not use_tqdm)
+        try:
+            request_ids = [self.start_request(request) for request in requests]
             rates = _Rates(self.metrics)
-            while len(outputs) < num_requests:
+            while len(outputs) < len(requests):
                 for output in self.step():
                     outputs[output.request_id] = output
                     bar.update(1)
                 if use_tqdm and (recent := rates.recent()):
                     bar.set_postfix(recent)
             bar.set_postfix(rates.overall())
-        return outputs
+        finally:
+            bar.close()
+            for request_id in list(self._requests):  # left by an exception or Ctrl-C
+                self.abort_request(request_id)
+        return [outputs[request_id] for request_id in request_ids]
 
 
 class _Rates:

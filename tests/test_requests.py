@@ -248,7 +248,7 @@ def test_logprobs_of_a_sequence_become_dicts(llm):
     request_id = llm.add_request([65, 66], params, stream=True)
     request = llm._requests[request_id]
     seq = request.completions[0].seq
-    seq.prompt_logprobs = [TokenLogprobs(66, -3.0, 9, [70, 71, 72], [-0.5, -1.5, -2.5])]
+    request.scored.logprobs += [TokenLogprobs(66, -3.0, 9, [70, 71, 72], [-0.5, -1.5, -2.5])]
     seq.token_ids, seq.logprobs = [65, 66, 67], [TokenLogprobs(67, -4.0, 11, [70, 71, 72], [-0.5, -1.5, -2.5])]
     first = request.take_output()
     seq.token_ids, seq.logprobs = [65, 66, 67, 71], [*seq.logprobs, TokenLogprobs(71, -1.5, 1, [70, 71], [-1.5, -1.5])]

@@ -53,7 +53,7 @@ class BlockManager:
         blocks would be left free.
         """
         assert not seq.block_table, seq
-        hits = self._lookup(seq) if seq.reads_prefix_cache else []
+        hits = self._lookup(seq)
         # Hits that another sequence owns cost nothing; hits among the free blocks leave the free pool.
         num_owned = sum(self._ref_counts[block] > 0 for block in hits)
         num_blocks = -(-len(seq.token_ids) // self.block_size)
@@ -143,8 +143,7 @@ class BlockManager:
         hits: list[int] = []
         if not self.enable_prefix_caching:
             return hits
-        # The last token is always computed, cached or not: its logits give the next one.
-        for digest in self._hash_blocks(seq, (len(seq.token_ids) - 1) // self.block_size):
+        for digest in self._hash_blocks(seq, seq.first_needed // self.block_size):
             block = self._published.get(digest)
             if block is None:
                 break

@@ -3,11 +3,12 @@
 import logging
 import random
 from collections import deque
+from collections.abc import Callable
 from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass, replace
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from nanovllm_jax.checkpoints.generation_config import default_sampling_params
 from nanovllm_jax.checkpoints.load import find_checkpoint
@@ -16,15 +17,18 @@ from nanovllm_jax.config import EngineConfig, ModelConfig
 from nanovllm_jax.engine.batch import BatchPacker, adjusts_logits
 from nanovllm_jax.engine.metrics import EngineMetrics, now
 from nanovllm_jax.engine.model_runner import ModelRunner
-from nanovllm_jax.engine.prompts import Prompt, check_params, check_token_ids, read_prompt
+from nanovllm_jax.engine.prompts import Prompt, check_params, check_token_ids, encode, read_prompt
 from nanovllm_jax.engine.requests import Completion, Request
 from nanovllm_jax.engine.scheduler import Schedule, Scheduler
-from nanovllm_jax.engine.sequence import Sequence
+from nanovllm_jax.engine.sequence import Scored, Sequence
 from nanovllm_jax.engine.tables import token_tables
 from nanovllm_jax.outputs import EngineStats, RequestMetrics, RequestOutput
 from nanovllm_jax.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
+
+# A request that is run for the log probabilities of its own tokens.
+SCORING = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False)
 
 
 @dataclass(slots=True)
@@ -34,8 +38,10 @@ class DispatchedStep:
     schedule: Schedule
     decode_rows: int
     output: Any
-    prompts: list[tuple[Sequence, int, Any]]
-    """Chunks whose request asks for the prompt's log probabilities: the index of the first, and their arrays."""
+    scored: list[tuple[Scored, int, list[int]]]
+    """What its chunks give of that: the position of the first token, and the tokens."""
+    scores: Any
+    """The log probabilities of these."""
 
 
 class LLMEngine:
@@ -78,6 +84,7 @@ class LLMEngine:
         self._streaming: list[Request] = []  # those of them whose outputs tell what came in a step,
         self._stopping: list[Completion] = []  # and the texts in which stop strings are looked for
         self._in_flight: deque[DispatchedStep] = deque()
+        self._ready: list[RequestOutput] = []  # for the next `step` to return
         self._request_numbers = count()
         self._seq_ids = count()
         self._seeds = random.Random(config.seed)
@@ -112,20 +119,39 @@ class LLMEngine:
                 f"{self.max_model_len}. Shorten it, or raise max_model_len"
             )
         tokenizer = self.tokenizer if params.detokenize else None
-        return Request(request_id, text, tokens, params, tokenizer, metrics, stream)
+        request = Request(request_id, text, tokens, params, tokenizer, metrics, stream)
+        if params.prompt_logprobs is not None:
+            request.scored = Scored(1, tokens[1:], params.prompt_logprobs)
+        return request
+
+    def check_score(self, prompt: Prompt, completion: str | Sequence_[int]) -> Request:
+        """A request whose `scored` will hold the log probabilities of the completion's tokens; raises the same way."""
+        request = self.check_request(prompt, SCORING)
+        tokens = completion
+        if isinstance(completion, str):
+            tokens = encode(self.tokenizer, completion, add_special_tokens=False)
+        elif not isinstance(completion, (list, tuple)):
+            raise TypeError(f"a completion is a string or a list of token ids, not {completion!r}")
+        tokens = check_token_ids(list(tokens), self.model_config.vocab_size) if tokens else []
+        length = len(request.prompt_token_ids)
+        if length + len(tokens) > self.max_model_len:
+            raise ValueError(
+                f"prompt and completion have {length} + {len(tokens)} tokens, which must fit in max_model_len="
+                f"{self.max_model_len}. Shorten them, or raise max_model_len"
+            )
+        request.scored = Scored(length, tokens, num_top=0)
+        request.prompt_token_ids = request.prompt_token_ids + tokens[:-1]  # nothing is wanted of what follows the last
+        return request
 
     def check_requests(
         self, prompts: Sequence_[Prompt], params: Sequence_[SamplingParams | None], stream: bool = False
     ) -> list[Request]:
         """`check_request` for each; an exception also says which prompt it is about."""
-        requests = []
-        for prompt, param in zip(prompts, params, strict=True):
-            try:
-                requests.append(self.check_request(prompt, param, stream=stream))
-            except (TypeError, ValueError) as error:
-                error.add_note(f"This is prompt {len(requests)} of {len(prompts)}, counted from 0; none was started.")
-                raise
-        return requests
+        return _check_each(lambda prompt, param: self.check_request(prompt, param, stream=stream), prompts, params)
+
+    def check_scores(self, prompts: Sequence_[Prompt], completions: Sequence_[str | Sequence_[int]]) -> list[Request]:
+        """`check_score` for each; an exception also says which prompt it is about."""
+        return _check_each(self.check_score, prompts, completions)
 
     def add_request(
         self,
@@ -153,8 +179,6 @@ class LLMEngine:
         self._requests[request.request_id] = request
         for i in range(request.params.n):
             request.add(self._start_sequence(request, (seed + i) % 2**63))
-        # The first of the n computes all of the prompt, if its log probabilities are wanted.
-        request.completions[0].seq.reads_prefix_cache = request.params.prompt_logprobs is None
         if request.stream:
             self._streaming.append(request)
         if request.params.stop:
@@ -169,10 +193,11 @@ class LLMEngine:
             request.num_unfinished = 0
             for completion in request.completions:
                 self.scheduler.abort(completion.seq)
+        self._ready = [output for output in self._ready if output.request_id != request_id]
 
     def has_unfinished_requests(self) -> bool:
         """Whether `step` has anything left to do."""
-        return bool(self._requests or self._in_flight)
+        return bool(self._requests or self._in_flight or self._ready)
 
     def stats(self) -> EngineStats:
         """What runs and waits, what the caches hold, totals and rates: from the thread that calls `step`."""
@@ -203,6 +228,43 @@ class LLMEngine:
         Returns the outputs of requests that finished, and of those that stream what the step brought. If the device
         fails, every request is aborted, the exception is raised, and the engine is empty again.
         """
+        outputs = self._step()
+        outputs, self._ready = self._ready + outputs, []
+        return outputs
+
+    def update_weights(
+        self, weights: Any, in_flight: Literal["finish", "recompute"] | None = None, donate: bool = False
+    ) -> None:
+        """Go on with other weights, from the next step on; nothing is compiled anew, and cached prefixes are dropped.
+
+        `weights`: a Qwen3ForCausalLM, or a dict of all its arrays by path (models/parameters.py), of any float dtype
+        and on any devices. An array with the engine's own dtype and sharding is shared, not copied: the engine fails if
+        a jitted function donates it later, unless other weights have come in meanwhile. Others are cast and moved one
+        by one. `donate`: the engine may take the memory of `weights`, which are of no use to the caller afterwards.
+
+        `in_flight` says what becomes of unfinished requests. "finish": they are run to their end on the old weights,
+        and the next `step` returns their outputs. "recompute": they keep their tokens, and go on from them with the
+        new weights, by which all their keys and values are computed again.
+
+        Raises TypeError or ValueError, naming the array, for weights that do not fit, and RuntimeError with unfinished
+        requests and no `in_flight`: the engine is then as it was.
+        """
+        if in_flight not in (None, "finish", "recompute"):
+            raise ValueError(f"in_flight must be None, 'finish' or 'recompute', not {in_flight!r}")
+        arrays = self.runner.check_weights(weights)
+        if self._requests and in_flight is None:
+            raise RuntimeError(
+                f"{len(self._requests)} requests are unfinished: say what becomes of them, by in_flight='finish' (they "
+                "are run to their end on the old weights) or in_flight='recompute' (they go on with the new ones)"
+            )
+        while self._requests and in_flight == "finish":
+            self._ready += self._step()
+        self.scheduler.preempt_all()  # what dispatched steps have drawn will still be read
+        for request in self._requests.values():
+            request.score_again()
+        self.runner.update_weights(arrays, donate)
+
+    def _step(self) -> list[RequestOutput]:
         self.metrics.before_step()
         try:
             schedule = self.scheduler.schedule()
@@ -228,29 +290,38 @@ class LLMEngine:
                 self.runner.write_tables(seq.slot, *token_tables(seq, self.model_config.vocab_size))
         shape, buffer = self.packer.pack(schedule)
         output = self.runner.dispatch(shape, buffer)
-        prompts = self._score_prompts(schedule, output)
-        self._in_flight.append(DispatchedStep(schedule, shape.decode_rows, output, prompts))
+        scored, wanted = self._scored(schedule)
+        scores = self.runner.prompt_logprobs(output, wanted)
+        self._in_flight.append(DispatchedStep(schedule, shape.decode_rows, output, scored, scores))
 
-    def _score_prompts(self, schedule: Schedule, output: Any) -> list[tuple[Sequence, int, Any]]:
-        """Start on the log probabilities of the prompt tokens that the step's chunks predict."""
-        scored, row = [], 0
+    def _scored(self, schedule: Schedule) -> tuple[list[tuple[Scored, int, list[int]]], list[tuple[int, int, int]]]:
+        """What a step's chunks give of `Sequence.scored`: sequence by sequence, and as rows for the runner."""
+        parts, wanted, row = [], [], 0
         for chunk in schedule.prefills:
-            seq, first = chunk.seq, chunk.seq.num_computed - chunk.num_tokens
-            if not seq.reads_prefix_cache:
-                tokens = seq.token_ids[first + 1 : min(seq.num_computed + 1, seq.num_prompt_tokens)]
-                num_top = seq.params.prompt_logprobs
-                scored.append((seq, first, self.runner.prompt_logprobs(output.hidden, row, tokens, num_top)))
+            seq, scored = chunk.seq, chunk.seq.scored
+            if scored is not None:
+                # The chunk's token at position p predicts the one at p + 1.
+                predicted = seq.num_computed - chunk.num_tokens + 1
+                start, stop = max(predicted, scored.next), seq.num_computed + 1
+                tokens = scored.token_ids[start - scored.first : max(start, stop) - scored.first]
+                parts.append((scored, start, tokens))
+                wanted += [(row + start - predicted + i, token, scored.num_top) for i, token in enumerate(tokens)]
             row += chunk.num_tokens
-        return scored
+        return parts, wanted
+
+    def _collect_scores(self, step: DispatchedStep) -> None:
+        tokens = [token for _, _, part in step.scored for token in part]
+        entries = iter(self.runner.collect_prompt_logprobs(tokens, step.scores)) if tokens else iter(())
+        for scored, start, part in step.scored:
+            own = list(islice(entries, len(part)))
+            scored.logprobs += own[scored.next - start :]  # some came twice, if it was preempted meanwhile
 
     def _collect(self) -> list[Sequence]:
         """Read the oldest dispatched step; returns the sequences that finished with it."""
         step = self._in_flight.popleft()
         schedule, finished = step.schedule, []
-        for seq, first, parts in step.prompts:
-            if first == len(seq.prompt_logprobs):  # else it was preempted meanwhile, and they were computed twice
-                seq.prompt_logprobs += self.runner.collect_prompt_logprobs(parts)
-                seq.reads_prefix_cache = len(seq.prompt_logprobs) == seq.num_prompt_tokens - 1
+        if step.scored:
+            self._collect_scores(step)
         rows = [*enumerate(schedule.decodes)]
         rows += [(step.decode_rows + i, chunk.seq) for i, chunk in enumerate(schedule.prefills) if chunk.samples]
         wanting = {row: seq for row, seq in rows if seq.params.logprobs is not None}
@@ -296,3 +367,14 @@ class LLMEngine:
                 outputs.append(request.take_output())
         self._streaming = [request for request in self._streaming if request.num_unfinished]
         return outputs + [request.take_output() for request in self._streaming if request.has_news]
+
+
+def _check_each(check: Callable[..., Request], prompts: Sequence_[Prompt], others: Sequence_[Any]) -> list[Request]:
+    requests = []
+    for prompt, other in zip(prompts, others, strict=True):
+        try:
+            requests.append(check(prompt, other))
+        except (TypeError, ValueError) as error:
+            error.add_note(f"This is prompt {len(requests)} of {len(prompts)}, counted from 0; none was started.")
+            raise
+    return requests

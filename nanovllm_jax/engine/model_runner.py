@@ -4,11 +4,12 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +23,10 @@ from nanovllm_jax.engine.batch import BatchShape, Buckets
 from nanovllm_jax.engine.logprobs import TokenLogprobs
 from nanovllm_jax.engine.memory import GIB, RESERVE, MemoryPlan, decide_num_blocks, estimate_workspace
 from nanovllm_jax.layers.attention import KVCache
-from nanovllm_jax.models.draw import DeviceState
+from nanovllm_jax.models.draw import DeviceState, LogprobArrays
+from nanovllm_jax.models.parameters import ParameterPath, check_parameters, check_same_model, parameters_of
 from nanovllm_jax.models.programs import ProgramStore
+from nanovllm_jax.models.qwen3 import Qwen3ForCausalLM
 from nanovllm_jax.models.step import StepOutput, engine_step, prompt_logprobs
 from nanovllm_jax.parallel.sharding import MODEL_AXIS, make_mesh, replicated
 
@@ -52,6 +55,8 @@ class ModelRunner:
         loading = dict(load_format=config.load_format, seed=config.seed)
         loader = ModelLoader(directory, model_config, dtype=self.dtype, mesh=self.mesh, **loading)
         self.leaves, self.treedef = jax.tree.flatten(loader.model)  # shapes, so far
+        paths = {id(target): path for path, target in loader.targets.items()}
+        self.targets = {paths[id(leaf)]: leaf for leaf in self.leaves}  # by path, in the order of the leaves
         self.weight_bytes = loader.device_bytes
         self.bytes_in_use = self._bytes_in_use()
         workspace = self._estimate_workspace()
@@ -77,20 +82,17 @@ class ModelRunner:
         """Set a slot's lines [V] int32 and float32 of the device's state, for the steps dispatched from now on."""
         self.state = _write_tables(self.state, slot, token_counts, logit_bias)
 
-    def prompt_logprobs(self, hidden: jax.Array, first: int, tokens: list[int], num_top: int) -> list[tuple]:
-        """Log probabilities of prompt tokens, predicted by rows first, first + 1, ... of a step's hidden states.
+    def prompt_logprobs(self, output: StepOutput, wanted: list[tuple[int, int, int]]) -> list[LogprobArrays]:
+        """Log probabilities that a step's prefill tokens give: of each its row, the token it predicts, and num_top.
 
         Like `dispatch`, it does not wait for the device. Returns the parts for `collect_prompt_logprobs`.
         """
-        chunk, parts = min(PROMPT_CHUNK, hidden.shape[1]), []
-        for start in range(0, len(tokens), chunk):
-            part = tokens[start : start + chunk]
-            # The device moves a slice that would reach beyond the end, and so the tokens are moved with it.
-            row = min(first + start, hidden.shape[1] - chunk)
-            at = slice(first + start - row, first + start - row + len(part))
-            wanted, tops = np.zeros(chunk, np.int32), np.full(chunk, -1, np.int32)
-            wanted[at], tops[at] = part, num_top
-            parts.append((part, at, self.score(self.leaves, hidden, row, wanted, tops)))
+        size, parts = max(1, min(PROMPT_CHUNK, output.hidden.shape[1])), []
+        for start in range(0, len(wanted), size):
+            part = np.array(wanted[start : start + size], np.int32)
+            columns = np.full((3, size), [[0], [0], [-1]], np.int32)
+            columns[:, : len(part)] = part.T
+            parts.append(self.score(self.leaves, output.hidden, *columns))
         return parts
 
     def collect(self, output: StepOutput) -> list[list[int]]:
@@ -105,13 +107,10 @@ class ModelRunner:
             for step in range(len(tokens))
         ]
 
-    def collect_prompt_logprobs(self, parts: list[tuple]) -> list[TokenLogprobs]:
+    def collect_prompt_logprobs(self, tokens: list[int], parts: list[LogprobArrays]) -> list[TokenLogprobs]:
         """The log probabilities of `prompt_logprobs`, token by token."""
-        return [
-            entry
-            for tokens, at, logprobs in parts
-            for entry in _entries(np.array(tokens), (np.asarray(array)[at] for array in logprobs))
-        ]
+        arrays = (np.concatenate(list(map(np.asarray, arrays)))[: len(tokens)] for arrays in zip(*parts))
+        return _entries(np.array(tokens), arrays)
 
     def reset(self) -> None:
         """Make the device's state anew: a step that failed, or was interrupted, may have taken the old one with it."""
@@ -160,6 +159,31 @@ class ModelRunner:
             time.perf_counter() - start,
         )
         return leaves
+
+    def check_weights(self, weights: Qwen3ForCausalLM | Mapping[ParameterPath, Any]) -> Mapping[ParameterPath, Any]:
+        """Arrays by path from what `update_weights` of the engine may be given; raises as it says."""
+        if isinstance(weights, Qwen3ForCausalLM):
+            check_same_model(weights.config, self.model_config)
+            weights = {path: param[...] for path, param in parameters_of(weights).items()}
+        if not isinstance(weights, Mapping):
+            raise TypeError(f"weights must be a Qwen3ForCausalLM or a dict of arrays by path, not {type(weights)}")
+        check_parameters(weights, self.targets)
+        return weights
+
+    def update_weights(self, arrays: Mapping[ParameterPath, Any], donate: bool) -> None:
+        """Run the steps dispatched from now on with these arrays, which `check_weights` has passed.
+
+        They take their places one by one, so that the device needs room for the old weights and one array.
+        """
+        for i, (path, target) in enumerate(self.targets.items()):
+            # A jax.Array that lies where it should is shared. NumPy arrays are copied: they may change.
+            given = arrays[path] if isinstance(arrays[path], jax.Array) else np.array(arrays[path])
+            array = jax.device_put(given, target.sharding, donate=donate)
+            if array.dtype != target.dtype:
+                array = _cast(array, target.dtype)
+                if donate and isinstance(given, jax.Array):
+                    given.delete()
+            self.leaves[i] = array
 
     # ------------------------------------------------------------ cache
 
@@ -318,6 +342,11 @@ class ModelRunner:
 def _entries(tokens: np.ndarray, logprobs: Iterable[np.ndarray]) -> list[TokenLogprobs]:
     """Arrays over tokens as one TokenLogprobs a token."""
     return [TokenLogprobs(*values) for values in zip(tokens.tolist(), *(array.tolist() for array in logprobs))]
+
+
+@partial(jax.jit, static_argnums=1)
+def _cast(array: jax.Array, dtype: np.dtype) -> jax.Array:
+    return array.astype(dtype)
 
 
 @partial(jax.jit, donate_argnums=0)

@@ -1,11 +1,11 @@
 """A request while it runs: its sequences, their texts, and what its outputs have told."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nanovllm_jax.engine.detokenizer import Detokenizer
 from nanovllm_jax.engine.logprobs import TokenLogprobs, readable_logprobs
-from nanovllm_jax.engine.sequence import Sequence
+from nanovllm_jax.engine.sequence import Scored, Sequence
 from nanovllm_jax.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from nanovllm_jax.sampling_params import SamplingParams
 
@@ -106,6 +106,8 @@ class Request:
     metrics: RequestMetrics
     stream: bool = False
     """Whether outputs tell what came since the one before, and not all of it at the end."""
+    scored: Scored | None = None
+    """The tokens whose log probabilities are wanted beside those of the generated ones: the first sequence has them."""
     completions: list[Completion] = field(default_factory=list)
     """All n, once the request has started."""
     num_unfinished: int = 0
@@ -113,8 +115,16 @@ class Request:
 
     def add(self, seq: Sequence) -> None:
         """The next of the n texts comes from this sequence."""
+        if not self.completions:
+            seq.scored = self.scored
         self.completions.append(Completion(len(self.completions), seq, self.tokenizer))
         self.num_unfinished += 1
+
+    def score_again(self) -> None:
+        """Forget the log probabilities of a prompt that is not computed to its end, those to be read included."""
+        seq, scored = self.completions[0].seq, self.scored
+        if scored and not scored.is_complete and not seq.num_pending:
+            seq.scored = self.scored = replace(scored, logprobs=[])
 
     @property
     def has_news(self) -> bool:
@@ -130,7 +140,7 @@ class Request:
         """What has come since the last call: everything, where it is called once, at the end."""
         seq, num_top, prompt_logprobs = self.completions[0].seq, self.params.prompt_logprobs, None
         if num_top is not None and not any(c.num_given or c.has_told_end for c in self.completions):
-            prompt_logprobs = [None, *readable_logprobs(seq.prompt_logprobs, num_top, self.tokenizer)]
+            prompt_logprobs = [None, *readable_logprobs(self.scored.logprobs, num_top, self.tokenizer)]
         return RequestOutput(
             request_id=self.request_id,
             prompt=self.prompt,

@@ -114,6 +114,12 @@ class Scheduler:
             self.finish(seq, "abort")
         self.block_manager.reset_prefix_cache()
 
+    def preempt_all(self) -> None:
+        """Put every admitted sequence back to the queue and forget cached prefixes: all is computed again."""
+        while self.running:
+            self._preempt(self.running[next(reversed(self.running))])
+        self.block_manager.reset_prefix_cache()
+
     def finish(self, seq: Sequence, reason: str) -> None:
         """End a sequence in any state, unless it has ended. Tokens that dispatched steps deliver later are ignored."""
         if seq.status is FINISHED:
@@ -274,7 +280,7 @@ class Scheduler:
         if samples:
             seq.status = DECODE
             seq.num_pending += 1
-        if samples and stop - start == 1:
+        if samples and stop - start == 1 and seq.scored is None:  # of decode rows no hidden states come back
             schedule.decodes.append(seq)
         else:
             schedule.prefills.append(PrefillChunk(seq, stop - start, samples))

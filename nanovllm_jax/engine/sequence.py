@@ -1,5 +1,6 @@
 """One sequence: its tokens, its phase, and where its keys and values lie."""
 
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -11,6 +12,29 @@ class Status(Enum):
     PREFILL = "prefill"  # admitted, some known tokens are not computed yet
     DECODE = "decode"  # admitted, every known token is computed: each step samples one more
     FINISHED = "finished"
+
+
+@dataclass(slots=True)
+class Scored:
+    """Tokens of which the log probability is wanted, each from the computation of the prompt token before it."""
+
+    first: int
+    """The position of the first; the others follow."""
+    token_ids: list[int]
+    num_top: int
+    """How many most likely tokens to name beside each."""
+    logprobs: list = field(default_factory=list)
+    """engine.logprobs.TokenLogprobs, as far as they have been read."""
+
+    @property
+    def next(self) -> int:
+        """The position of the first one that has not been read."""
+        return self.first + len(self.logprobs)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all have been read."""
+        return len(self.logprobs) == len(self.token_ids)
 
 
 class Sequence:
@@ -34,9 +58,8 @@ class Sequence:
         "num_preemptions",
         "num_prompt_tokens",
         "params",
-        "prompt_logprobs",
-        "reads_prefix_cache",
         "request_id",
+        "scored",
         "seq_id",
         "slot",
         "status",
@@ -74,13 +97,18 @@ class Sequence:
         self.num_cached_tokens = 0  # prompt tokens found in the prefix cache at the first admission
         self.num_preemptions = 0
         self.logprobs: list = []  # engine.logprobs.TokenLogprobs of each output token, where its request asks for them
-        self.prompt_logprobs: list = []  # and of each prompt token but the first
-        self.reads_prefix_cache = True  # False: every token must be computed
+        self.scored: Scored | None = None  # what is wanted of the prompt's own tokens
 
     @property
     def num_tokens(self) -> int:
         """Known tokens: prompt and read outputs, without pending ones."""
         return len(self.token_ids)
+
+    @property
+    def first_needed(self) -> int:
+        """The first position that is computed, cached or not: for the next token's logits, or for a log probability."""
+        last = len(self.token_ids) - 1
+        return last if self.scored is None or self.scored.is_complete else min(last, self.scored.next - 1)
 
     @property
     def num_completion_tokens(self) -> int:

@@ -1,11 +1,18 @@
 """A model's parameters by path: the one way in which weights enter and leave the modules."""
 
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
+from nanovllm_jax.config import ModelConfig
 from nanovllm_jax.parallel.sharding import ShardingRules
 
 ParameterPath = tuple[str | int, ...]
+FLOATS = ("bfloat16", "float16", "float32", "float64")
 
 
 def parameters_of(model: nnx.Module) -> dict[ParameterPath, nnx.Param]:
@@ -27,3 +34,37 @@ def set_parameters(model: nnx.Module, arrays: dict[ParameterPath, jax.Array]) ->
     """Put arrays in place of a model's parameters."""
     params = parameters_of(model)
     nnx.update(model, nnx.from_flat_state([(path, params[path].replace(array)) for path, array in arrays.items()]))
+
+
+def check_parameters(arrays: Mapping[ParameterPath, Any], targets: dict[ParameterPath, jax.ShapeDtypeStruct]) -> None:
+    """Raise ValueError naming the arrays that are missing, unexpected, of another shape, no fractions or deleted."""
+    problems = [f"{name_of(path)} is missing" for path in targets if path not in arrays]
+    for path, array in arrays.items():
+        name, target = name_of(path), targets.get(path)
+        if target is None:
+            problems.append(f"{name} is unexpected")
+        elif not hasattr(array, "shape") or not hasattr(array, "dtype"):
+            problems.append(f"{name} must be an array, not {array!r}")
+        elif tuple(array.shape) != target.shape:
+            problems.append(f"{name} has shape {tuple(array.shape)}, not {target.shape}")
+        elif jnp.dtype(array.dtype).name not in FLOATS:
+            problems.append(f"{name} has dtype {array.dtype}, not one of {', '.join(FLOATS)}")
+        elif isinstance(array, jax.Array) and array.is_deleted():
+            problems.append(f"{name} has been deleted: it was donated to a jitted function")
+    if problems:
+        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise ValueError(f"these weights do not fit the model: {'; '.join(problems[:8])}{more}")
+
+
+def check_same_model(found: ModelConfig, expected: ModelConfig) -> None:
+    """Raise ValueError naming the settings in which one model is another than the one expected."""
+    wanted = asdict(expected)
+    different = {name: value for name, value in asdict(found).items() if value != wanted[name] and name != "dtype"}
+    if different:
+        settings = ", ".join(f"{name}={value!r} (here {wanted[name]!r})" for name, value in different.items())
+        raise ValueError(f"these weights are another model's: {settings}")
+
+
+def name_of(path: ParameterPath) -> str:
+    """layers.0.mlp.down_proj.weight."""
+    return ".".join(map(str, path)) if isinstance(path, tuple) else repr(path)

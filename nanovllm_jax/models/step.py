@@ -60,13 +60,13 @@ def engine_step(
 
 
 def prompt_logprobs(
-    model: Qwen3ForCausalLM, hidden: jax.Array, first: jax.Array, tokens: jax.Array, num_top: jax.Array
+    model: Qwen3ForCausalLM, hidden: jax.Array, rows: jax.Array, tokens: jax.Array, num_top: jax.Array
 ) -> LogprobArrays:
-    """Log probabilities of tokens [C] int32, predicted by rows first to first + C of a step's hidden [1, T, D].
+    """Log probabilities of tokens [C] int32, predicted by these rows [C] int32 of a step's hidden [1, T, D].
 
     num_top [C] int32: how many most likely tokens to name beside each, -1 for padding.
     """
-    logits = model.logits(jax.lax.dynamic_slice_in_dim(hidden[0], first, len(tokens)))
+    logits = model.logits(hidden[0, rows])
     return LogprobArrays(*token_logprobs(logits, logits, jnp.zeros_like(tokens), tokens, num_top))
 
 

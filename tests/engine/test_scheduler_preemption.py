@@ -1,5 +1,6 @@
 """Preemption when blocks run out. Numbers in docstrings are issues of nano-vllm that a test stands for."""
 
+import pytest
 from simulated_device import SIZE, Simulation, chunks, prompt, simulate
 
 from nanovllm_jax.engine.sequence import Sequence, Status
@@ -130,3 +131,27 @@ def test_alone_a_sequence_may_fill_the_pool():
     simulation.add(prompt(1, 400), max_tokens=1)
     simulation.drain()
     assert simulation.scheduler.num_preemptions == 0
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_all_are_preempted_at_once(depth):
+    """As for an update of the weights, at any time: in the middle of prompts, and with tokens still to be read."""
+    simulation = simulate(num_blocks=30, max_num_batched_tokens=9, num_steps=3, multi_step_rows=2)
+    scheduler = simulation.scheduler
+    for i in range(6):
+        simulation.add([5] * 9 + [i] * i, max_tokens=4 * i + 1)
+    while scheduler.has_unfinished:
+        running, preempted = list(scheduler.running), scheduler.num_preemptions
+        scheduler.preempt_all()
+        simulation.check()
+        assert scheduler.num_preemptions == preempted + len(running)
+        assert list(scheduler.waiting)[: len(running)] == running
+        assert not scheduler.running
+        assert scheduler.block_manager.num_cached_blocks == scheduler.block_manager.num_used_blocks == 0
+        while scheduler.waiting and not scheduler.running:  # until what was in flight has been read
+            simulation.step(depth)
+        for _ in range(5):
+            if scheduler.has_unfinished:
+                simulation.step(depth)
+    simulation.drain(depth)
+    assert scheduler.num_preemptions > 6
