@@ -1,5 +1,7 @@
 """Time each kernel alone on a GPU, beside the limit of the card, and for prefill beside cuDNN.
 
+Those of sampling have a script of their own, bench_sampling.py.
+
     python scripts/bench_kernels.py                         # every kernel as it is, checked on the oracle
     python scripts/bench_kernels.py --sweep                 # the tile settings listed below against the default ones
     python scripts/bench_kernels.py --sweep --only decode

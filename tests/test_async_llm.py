@@ -251,6 +251,33 @@ def test_shutdown(engine):
     asyncio.run(asyncio.wait_for(main(), 120))
 
 
+def test_a_request_that_comes_in_the_middle_of_a_shutdown(engine, monkeypatch):
+    async def main(llm):
+        check = llm._check_usable
+
+        def then_another_thread_is_quicker():
+            check()
+            llm._is_shut_down = True
+            llm._thread.submit(llm._finish)
+
+        monkeypatch.setattr(llm, "_check_usable", then_another_thread_is_quicker)
+        with pytest.raises(RuntimeError, match="was shut down"):
+            await complete(llm, [1], GREEDY)
+
+    run(engine, main, seconds=20)
+
+
+def test_arrival_is_when_the_caller_comes(engine):
+    """Not when the engine's thread has time for it."""
+
+    async def main(llm):
+        llm._thread.submit(time.sleep, 0.3)
+        output, _ = await complete(llm, [1], GREEDY)
+        return output.metrics
+
+    assert run(engine, main).time_in_queue > 0.25
+
+
 def test_an_exception_in_its_block_ends_it(engine):
     async def main(llm):
         await started(llm.generate([1], LONG))
