@@ -1,7 +1,7 @@
 """How a request's tokens are chosen and when they end."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any
@@ -115,7 +115,10 @@ def _number(name: str, value: Any, least: float, most: float, words: str) -> flo
         raise TypeError(f"{name} must be a number, not {value!r}")
     if not least <= value <= most:  # false for NaN
         raise ValueError(f"{name} must be {words}, not {value}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:  # an integer beyond all floats
+        return math.inf if value > 0 else -math.inf
 
 
 def _integer(name: str, value: Any, least: int, most: float, words: str) -> int | None:
@@ -143,14 +146,16 @@ def _strings(stop: Any) -> tuple[str, ...]:
 
 
 def _token_ids(ids: Any) -> tuple[int, ...]:
-    ids = () if ids is None else ids
-    if isinstance(ids, (str, bytes, Mapping)) or not isinstance(ids, Iterable):
+    try:
+        listed = () if ids is None else tuple(ids)
+    except TypeError:
+        listed = None
+    if listed is None or isinstance(ids, (str, bytes, Mapping)):
         raise TypeError(f"stop_token_ids must be a list of token ids or None, not {ids!r}")
-    ids = tuple(ids)
-    for token in ids:
+    for token in listed:
         if not _is_integer(token):
             raise TypeError(f"stop_token_ids must be integers, not {token!r}")
-    return tuple(map(int, ids))
+    return tuple(map(int, listed))
 
 
 def _biases(biases: Any) -> dict[int, float] | None:
