@@ -9,12 +9,14 @@ from nanovllm_jax.sampling_params import SamplingParams
 if TYPE_CHECKING:
     from nanovllm_jax.async_llm import AsyncLLM
     from nanovllm_jax.llm import LLM
+    from nanovllm_jax.probe import Probe
 
 __all__ = [
     "LLM",
     "AsyncLLM",
     "CompletionOutput",
     "EngineStats",
+    "Probe",
     "RequestMetrics",
     "RequestOutput",
     "SamplingParams",
@@ -33,4 +35,8 @@ def __getattr__(name: str):
         from nanovllm_jax.async_llm import AsyncLLM
 
         return AsyncLLM
+    if name == "Probe":
+        from nanovllm_jax.probe import Probe
+
+        return Probe
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nanovllm_jax.layers.rope import RopeConfig
+from nanovllm_jax.probe import Probe
 
 DTYPES = {
     "float32": "float32",
@@ -230,6 +231,8 @@ class EngineConfig:
     """auto: read the checkpoint; dummy: random weights, only config.json is needed."""
     compilation_cache_dir: str | Path | None = "~/.cache/nanovllm_jax"
     """Where compiled programs are kept between runs; None keeps none."""
+    probe: Probe | None = None
+    """What to take out of the compiled step, and what to change in it."""
 
     @classmethod
     def from_options(cls, **options: Any) -> "EngineConfig":
@@ -280,5 +283,7 @@ class EngineConfig:
             raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}, not {self.dtype!r}")
         if self.load_format not in ("auto", "dummy"):
             raise ValueError(f"load_format must be 'auto' or 'dummy', not {self.load_format!r}")
+        if not (self.probe is None or isinstance(self.probe, Probe)):
+            raise TypeError(f"probe must be a Probe or None, not {self.probe!r}")
         if not isinstance(self.compilation_cache_dir, (str, Path, type(None))):
             raise TypeError(f"compilation_cache_dir must be a directory or None, not {self.compilation_cache_dir!r}")

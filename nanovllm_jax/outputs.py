@@ -1,6 +1,7 @@
 """What a request returns, and what the engine says of itself."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(slots=True)
@@ -33,6 +34,10 @@ class CompletionOutput:
     (the model's logits were NaN or infinite)."""
     stop_reason: int | str | None = None
     """The stop string or the one of stop_token_ids that ended the text."""
+    activations: dict[str, Any] | None = field(default=None, compare=False)
+    """With capture=True, and the text's last output: what the engine's probe took out, by place. Row p of a NumPy array
+    belongs to position p of prompt and text (the last token of all is never computed), row i of "logits" to the text's
+    token i, which was drawn from them."""
 
     def add(self, later: "CompletionOutput") -> None:
         """Take in the text's next increment."""
@@ -42,6 +47,7 @@ class CompletionOutput:
             self.logprobs += later.logprobs
         self.cumulative_logprob = later.cumulative_logprob
         self.finish_reason, self.stop_reason = later.finish_reason, later.stop_reason
+        self.activations = later.activations
 
 
 @dataclass(slots=True)

@@ -30,7 +30,7 @@ INTEGERS = {
     "seed": (-1, 2**63 - 1, "from 0 to 2**63 - 1, or None or -1 (which are none)"),
 }
 OPTIONAL = ("max_tokens", "logprobs", "prompt_logprobs", "seed")  # may be None
-SWITCHES = ("ignore_eos", "include_stop_str_in_output", "detokenize", "skip_special_tokens")
+SWITCHES = ("ignore_eos", "include_stop_str_in_output", "detokenize", "skip_special_tokens", "capture")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +78,10 @@ class SamplingParams:
     """Give the text; False: token ids alone."""
     skip_special_tokens: bool = True
     """Leave special tokens out of the text."""
+    capture: bool = False
+    """Give the activations that the engine's probe takes out."""
+    steering: float | list[float] | tuple[float, ...] | None = None
+    """What the engine's probe edits the residual stream by: its steering_size numbers. Kept as a tuple; None: zeros."""
 
     def __post_init__(self):
         """Raise TypeError or ValueError for a value that cannot be, or that contradicts another."""
@@ -91,6 +95,7 @@ class SamplingParams:
         self._set("stop", _strings(self.stop))
         self._set("stop_token_ids", _token_ids(self.stop_token_ids))
         self._set("logit_bias", _biases(self.logit_bias))
+        self._set("steering", _steering(self.steering))
         self._set("top_k", max(self.top_k, 0))
         self._set("seed", None if self.seed == -1 else self.seed)
         if 0 < self.temperature < 1e-2:
@@ -170,3 +175,12 @@ def _biases(biases: Any) -> dict[int, float] | None:
         bias = _number(f"logit_bias[{token}]", bias, -math.inf, math.inf, "a number")
         clamped[int(token)] = min(100.0, max(-100.0, bias))
     return clamped
+
+
+def _steering(numbers: Any) -> tuple[float, ...] | None:
+    if numbers is None:
+        return None
+    if isinstance(numbers, (str, bytes, Mapping)):
+        raise TypeError(f"steering must be a number, a list of numbers or None, not {numbers!r}")
+    numbers = tuple(numbers) if isinstance(numbers, Iterable) else (numbers,)
+    return tuple(_number("steering", number, -FLOAT32_MAX, FLOAT32_MAX, "finite") for number in numbers)

@@ -46,7 +46,7 @@ def test_the_package_needs_no_torch(tmp_path):
 
 
 def test_public_names():
-    outputs = ["CompletionOutput", "EngineStats", "RequestMetrics", "RequestOutput"]
+    outputs = ["CompletionOutput", "EngineStats", "Probe", "RequestMetrics", "RequestOutput"]
     assert nanovllm_jax.__all__ == ["LLM", "AsyncLLM", *outputs, "SamplingParams"]
     assert all(hasattr(nanovllm_jax, name) for name in nanovllm_jax.__all__)
     with pytest.raises(AttributeError, match="'nanovllm_jax' has no attribute 'LLMM'"):

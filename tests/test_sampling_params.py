@@ -34,7 +34,7 @@ def test_vllms_defaults():
         prompt_logprobs=None,
         detokenize=True,
         skip_special_tokens=True,
-    )
+    ) | dict(capture=False, steering=None)  # for a probe: this engine's own
 
 
 TEMPERATURE = r"temperature must be 0 \(greedy\) or a positive number, not "

@@ -19,7 +19,7 @@ from nanovllm_jax import LLM, SamplingParams
 from nanovllm_jax.checkpoints.load import TINY_MODEL
 from nanovllm_jax.tiny.conversations import SMALL_TALK, chat_segments, training_conversation
 from nanovllm_jax.tiny.data import batches_ahead, encode, make_batches
-from nanovllm_jax.tiny.tasks import ROOM_TO_GROW, TASKS, Turn, draw, held_out_problems, is_held_out
+from nanovllm_jax.tiny.tasks import ROOM_TO_GROW, TASKS, UNSEEN, Turn, draw, held_out_problems, is_held_out
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "train_tiny.py"
 QUESTIONS = 100
@@ -100,7 +100,7 @@ def test_held_out_sums_are_never_trained_on():
     assert not any(map(is_held_out, keys))
 
 
-@pytest.mark.parametrize("task", [*TASKS, *ROOM_TO_GROW])
+@pytest.mark.parametrize("task", [*TASKS, *ROOM_TO_GROW, *UNSEEN])
 def test_problems(task):
     problems = held_out_problems(task, QUESTIONS)
     assert len({problem.key for problem in problems}) == QUESTIONS

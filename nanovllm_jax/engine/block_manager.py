@@ -154,7 +154,7 @@ class BlockManager:
         """Hashes of the first `count` blocks, each of its tokens and all before them; every block is hashed once."""
         hashes, size = seq.block_hashes, self.block_size
         for i in range(len(hashes), count):
-            parent = hashes[-1] if hashes else b""
+            parent = hashes[-1] if hashes else seq.prefix_salt
             hashes.append(xxh3_128_digest(parent + array("i", seq.token_ids[i * size : (i + 1) * size]).tobytes()))
         return hashes[:count]
 

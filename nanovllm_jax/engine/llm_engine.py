@@ -10,14 +10,17 @@ from itertools import count, islice
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from nanovllm_jax.checkpoints.generation_config import default_sampling_params
 from nanovllm_jax.checkpoints.load import find_checkpoint
 from nanovllm_jax.checkpoints.tokenizer import load_tokenizer, stop_token_ids
 from nanovllm_jax.config import EngineConfig, ModelConfig
+from nanovllm_jax.engine.activations import Activations, CapturedRows, captured_rows
 from nanovllm_jax.engine.batch import BatchPacker, adjusts_logits
 from nanovllm_jax.engine.metrics import EngineMetrics, now
 from nanovllm_jax.engine.model_runner import ModelRunner
-from nanovllm_jax.engine.prompts import Prompt, check_params, check_token_ids, encode, read_prompt
+from nanovllm_jax.engine.prompts import Prompt, check_params, check_probing, check_token_ids, encode, read_prompt
 from nanovllm_jax.engine.requests import Completion, Request
 from nanovllm_jax.engine.scheduler import Schedule, Scheduler
 from nanovllm_jax.engine.sequence import Scored, Sequence
@@ -42,6 +45,7 @@ class DispatchedStep:
     """What its chunks give of that: the position of the first token, and the tokens."""
     scores: Any
     """The log probabilities of these."""
+    captured: list[CapturedRows]
 
 
 class LLMEngine:
@@ -105,6 +109,7 @@ class LLMEngine:
         metrics = RequestMetrics(arrival_time=now())
         params = self.default_sampling_params if params is None else params
         check_params(params, self.model_config.vocab_size, self.tokenizer, self.eos_token_ids)
+        check_probing(params, self.runner.config.probe)
         if request_id is not None and not isinstance(request_id, str):
             raise TypeError(f"request_id must be a string or None, not {request_id!r}")
         if request_id in self._requests:
@@ -217,6 +222,10 @@ class LLMEngine:
             min_len=min(length + params.min_tokens, max_len),
             max_len=max_len,
         )
+        if params.capture:
+            seq.activations = Activations()
+        if params.steering is not None:
+            seq.prefix_salt = np.array(params.steering).tobytes()
         self.scheduler.add(seq)
         return seq
 
@@ -288,11 +297,14 @@ class LLMEngine:
             self.metrics.admitted(self._requests[seq.request_id])
             if adjusts_logits(seq.params):
                 self.runner.write_tables(seq.slot, *token_tables(seq, self.model_config.vocab_size))
+            if self.runner.config.probe:
+                self.runner.write_steering(seq.slot, seq.params.steering)
         shape, buffer = self.packer.pack(schedule)
         output = self.runner.dispatch(shape, buffer)
         scored, wanted = self._scored(schedule)
         scores = self.runner.prompt_logprobs(output, wanted)
-        self._in_flight.append(DispatchedStep(schedule, shape.decode_rows, output, scored, scores))
+        captured = captured_rows(schedule, shape.decode_rows) if self.runner.config.probe else []
+        self._in_flight.append(DispatchedStep(schedule, shape.decode_rows, output, scored, scores, captured))
 
     def _scored(self, schedule: Schedule) -> tuple[list[tuple[Scored, int, list[int]]], list[tuple[int, int, int]]]:
         """What a step's chunks give of `Sequence.scored`: sequence by sequence, and as rows for the runner."""
@@ -326,11 +338,15 @@ class LLMEngine:
         rows += [(step.decode_rows + i, chunk.seq) for i, chunk in enumerate(schedule.prefills) if chunk.samples]
         wanting = {row: seq for row, seq in rows if seq.params.logprobs is not None}
         logprobs = self.runner.collect_logprobs(step.output, list(wanting)) if wanting else None
+        activations = self.runner.collect_activations(step.output) if step.captured else {}
         decodes, prefills = len(schedule.decodes), len(schedule.prefills)
         for number, tokens in enumerate(self.runner.collect(step.output)):
             for row, seq in wanting.items():
                 if not seq.is_finished:
                     seq.logprobs.append(logprobs[number][row])
+            for part in step.captured:
+                if not part.seq.is_finished:
+                    part.seq.activations.take(part, number, activations)
             prefill_tokens = tokens[step.decode_rows : step.decode_rows + prefills]
             finished += self.scheduler.update(schedule, tokens[:decodes], prefill_tokens)
             finished += self._end_at_stop_strings()

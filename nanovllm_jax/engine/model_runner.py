@@ -54,6 +54,8 @@ class ModelRunner:
         self.max_num_batched_tokens = config.max_num_batched_tokens or (16384 if self.on_gpu else 1024)
         loading = dict(load_format=config.load_format, seed=config.seed)
         loader = ModelLoader(directory, model_config, dtype=self.dtype, mesh=self.mesh, **loading)
+        if config.probe:
+            config.probe.check(loader.model, self.dtype)
         self.leaves, self.treedef = jax.tree.flatten(loader.model)  # shapes, so far
         paths = {id(target): path for path, target in loader.targets.items()}
         self.targets = {paths[id(leaf)]: leaf for leaf in self.leaves}  # by path, in the order of the leaves
@@ -82,6 +84,12 @@ class ModelRunner:
         """Set a slot's lines [V] int32 and float32 of the device's state, for the steps dispatched from now on."""
         self.state = _write_tables(self.state, slot, token_counts, logit_bias)
 
+    def write_steering(self, slot: int, steering: tuple[float, ...] | None) -> None:
+        """Set what a slot's sequence brings for the probe, for the steps dispatched from now on; None: zeros."""
+        size = self.config.probe.steering_size
+        numbers = np.zeros(size, np.float32) if steering is None else np.array(steering, np.float32)
+        self.state = _write_steering(self.state, slot, numbers)
+
     def prompt_logprobs(self, output: StepOutput, wanted: list[tuple[int, int, int]]) -> list[LogprobArrays]:
         """Log probabilities that a step's prefill tokens give: of each its row, the token it predicts, and num_top.
 
@@ -107,6 +115,10 @@ class ModelRunner:
             for step in range(len(tokens))
         ]
 
+    def collect_activations(self, output: StepOutput) -> dict[str, np.ndarray]:
+        """What the probe took out of a dispatched step, by place."""
+        return jax.tree.map(np.asarray, output.activations)
+
     def collect_prompt_logprobs(self, tokens: list[int], parts: list[LogprobArrays]) -> list[TokenLogprobs]:
         """The log probabilities of `prompt_logprobs`, token by token."""
         arrays = (np.concatenate(list(map(np.asarray, arrays)))[: len(tokens)] for arrays in zip(*parts))
@@ -121,7 +133,7 @@ class ModelRunner:
         # A module is a pytree; passed flat, it costs no Python at a call.
         model = jax.tree.unflatten(self.treedef, leaves)
         mesh = self.mesh if self.mesh.size > 1 else None
-        static = dict(shape=shape, block_size=self.config.block_size, mesh=mesh)
+        static = dict(shape=shape, block_size=self.config.block_size, mesh=mesh, probe=self.config.probe)
         return engine_step(model, caches, state, buffer, **static)
 
     def _eager_step(self, shape: BatchShape, leaves, caches, state, buffer):
@@ -235,7 +247,8 @@ class ModelRunner:
         return max(device.memory_stats()["bytes_in_use"] for device in self.mesh.devices.flat)
 
     def _state_bytes(self) -> int:
-        return (self.max_num_seqs + 1) * self.model_config.vocab_size * 8
+        steering = 4 * self.config.probe.steering_size if self.config.probe else 0
+        return (self.max_num_seqs + 1) * (self.model_config.vocab_size * 8 + steering)
 
     def _resolve_max_model_len(self) -> int:
         own, pool = self.model_config.max_context, self.num_blocks * self.config.block_size
@@ -253,13 +266,14 @@ class ModelRunner:
 
     def _layout(self) -> tuple[list[KVCache], DeviceState]:
         """Shapes and shardings of the caches and of the device's state."""
-        c, slots, whole = self.model_config, self.max_num_seqs + 1, replicated(self.mesh)
+        c, slots, whole, probe = self.model_config, self.max_num_seqs + 1, replicated(self.mesh), self.config.probe
         shape = (self.num_blocks, c.num_key_value_heads, self.config.block_size, c.head_dim)
         pages = jax.ShapeDtypeStruct(shape, self.dtype, sharding=NamedSharding(self.mesh, Spec(None, MODEL_AXIS)))
         state = DeviceState(
             last_tokens=jax.ShapeDtypeStruct((slots,), jnp.int32, sharding=whole),
             token_counts=jax.ShapeDtypeStruct((slots, c.vocab_size), jnp.int32, sharding=whole),
             logit_bias=jax.ShapeDtypeStruct((slots, c.vocab_size), jnp.float32, sharding=whole),
+            steering=probe and jax.ShapeDtypeStruct((slots, probe.steering_size), jnp.float32, sharding=whole),
         )
         return [KVCache(pages, pages)] * c.num_hidden_layers, state
 
@@ -304,7 +318,8 @@ class ModelRunner:
 
     def _program_store(self) -> ProgramStore:
         # A CPU's larger programs cannot be loaded again (jaxlib 0.11: "Function ... not found").
-        kept = self.on_gpu and self.config.compilation_cache_dir
+        # And what a probe's functions do cannot be told from their names.
+        kept = self.on_gpu and self.config.compilation_cache_dir and not self.config.probe
         directory = jax.config.jax_compilation_cache_dir if kept else None
         return ProgramStore(
             Path(directory) / "programs" if directory else None,
@@ -355,6 +370,11 @@ def _write_tables(state: DeviceState, slot, token_counts, logit_bias) -> DeviceS
         token_counts=state.token_counts.at[slot].set(token_counts),
         logit_bias=state.logit_bias.at[slot].set(logit_bias),
     )
+
+
+@partial(jax.jit, donate_argnums=0)
+def _write_steering(state: DeviceState, slot, steering) -> DeviceState:
+    return state._replace(steering=state.steering.at[slot].set(steering))
 
 
 def _prepare_backend(config: EngineConfig) -> None:

@@ -80,3 +80,12 @@ def check_params(params: SamplingParams, vocab_size: int, tokenizer: Any | None,
             )
     if params.stop and tokenizer is None:
         raise ValueError(f"stop={list(params.stop)} needs a tokenizer, which the checkpoint lacks: use stop_token_ids")
+
+
+def check_probing(params: SamplingParams, probe: Any | None) -> None:
+    """Raise ValueError for a capture or steering that the engine's probe, or its lack, makes impossible."""
+    if params.capture and not (probe and probe.capture):
+        raise ValueError("capture=True needs an engine that takes something out: LLM(model, probe=Probe(capture=...))")
+    size = probe.steering_size if probe else 0
+    if params.steering is not None and len(params.steering) != size:
+        raise ValueError(f"steering brings {len(params.steering)} numbers, and the engine's probe takes {size}")

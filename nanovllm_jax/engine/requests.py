@@ -82,6 +82,7 @@ class Completion:
             token_ids=tokens,
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
+            activations=seq.activations.whole() if params.capture and seq.is_finished else None,
         )
         if params.logprobs is not None:
             entries: list[TokenLogprobs] = seq.logprobs[self.num_given : self.num_given + len(tokens)]

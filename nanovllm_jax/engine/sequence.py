@@ -46,6 +46,7 @@ class Sequence:
     """
 
     __slots__ = (
+        "activations",
         "block_hashes",
         "block_table",
         "finish_reason",
@@ -58,6 +59,7 @@ class Sequence:
         "num_preemptions",
         "num_prompt_tokens",
         "params",
+        "prefix_salt",
         "request_id",
         "scored",
         "seq_id",
@@ -98,6 +100,8 @@ class Sequence:
         self.num_preemptions = 0
         self.logprobs: list = []  # engine.logprobs.TokenLogprobs of each output token, where its request asks for them
         self.scored: Scored | None = None  # what is wanted of the prompt's own tokens
+        self.prefix_salt = b""  # sequences of another salt have other keys and values for the same tokens
+        self.activations: Any = None  # engine.activations.Activations, where its request captures
 
     @property
     def num_tokens(self) -> int:
@@ -106,9 +110,11 @@ class Sequence:
 
     @property
     def first_needed(self) -> int:
-        """The first position that is computed, cached or not: for the next token's logits, or for a log probability."""
-        last = len(self.token_ids) - 1
-        return last if self.scored is None or self.scored.is_complete else min(last, self.scored.next - 1)
+        """The first position that is computed, cached or not: for logits, log probabilities or activations."""
+        first = len(self.token_ids) - 1
+        if self.scored is not None and not self.scored.is_complete:
+            first = min(first, self.scored.next - 1)
+        return first if self.activations is None else min(first, self.activations.num_positions)
 
     @property
     def num_completion_tokens(self) -> int:

@@ -24,6 +24,8 @@ class DeviceState(NamedTuple):
     """[S, V] int32: how often a token was generated, and the flags of kernels.PROMPT and kernels.ENDS."""
     logit_bias: jax.Array
     """[S, V] float32. A line of these two holds something only where the sequence's params ask for it."""
+    steering: jax.Array | None = None
+    """[S, K] float32: what the requests bring for a probe to edit by; None without a probe."""
 
 
 class LogprobArrays(NamedTuple):

@@ -13,8 +13,10 @@ from nanovllm_jax.engine.batch import BatchShape, BatchView
 from nanovllm_jax.kernels import token_logprobs
 from nanovllm_jax.layers.attention import KVCache, PagedAttention
 from nanovllm_jax.models.draw import DeviceState, LogprobArrays, draw
-from nanovllm_jax.models.qwen3 import Qwen3ForCausalLM
+from nanovllm_jax.models.qwen3 import Qwen3ForCausalLM, run_layer
+from nanovllm_jax.models.watch import Watch
 from nanovllm_jax.parallel.sharding import replicated
+from nanovllm_jax.probe import Probe
 
 
 class StepOutput(NamedTuple):
@@ -26,6 +28,8 @@ class StepOutput(NamedTuple):
     """Of the tokens, each [steps, R, ...]."""
     hidden: jax.Array
     """[steps, T, D]: the prefill tokens' hidden states, for `prompt_logprobs`."""
+    activations: dict[str, jax.Array]
+    """What a probe takes out, by place: each [steps, B + T, ...], or [steps, R, ...] of logits."""
 
 
 def engine_step(
@@ -37,6 +41,7 @@ def engine_step(
     shape: BatchShape,
     block_size: int,
     mesh: Mesh | None,
+    probe: Probe | None = None,
 ) -> tuple[StepOutput, list[KVCache], DeviceState]:
     """Compute one batch and sample, once or several times over.
 
@@ -50,7 +55,8 @@ def engine_step(
         if shape.num_steps > 1:
             lens = jnp.where(lens > 0, lens + number, 0)
             tokens = jnp.where(number == 0, tokens, -1)
-        return _one_step(model, *carry, batch._replace(context_lens=lens, decode_tokens=tokens), block_size, mesh)
+        one = batch._replace(context_lens=lens, decode_tokens=tokens)
+        return _one_step(model, *carry, one, block_size, mesh, probe)
 
     if shape.num_steps == 1:
         (caches, state), output = step((caches, state), 0)
@@ -70,7 +76,7 @@ def prompt_logprobs(
     return LogprobArrays(*token_logprobs(logits, logits, jnp.zeros_like(tokens), tokens, num_top))
 
 
-def _one_step(model, caches, state: DeviceState, batch: BatchView, block_size: int, mesh: Mesh | None):
+def _one_step(model, caches, state: DeviceState, batch: BatchView, block_size: int, mesh: Mesh | None, probe):
     """Compute the batch's tokens and sample: ((caches, state), output)."""
     rows, slots = batch.decode_tokens.shape[0], batch.slots
     decode_tokens = jnp.where(batch.decode_tokens >= 0, batch.decode_tokens, state.last_tokens[slots[:rows]])
@@ -85,16 +91,20 @@ def _one_step(model, caches, state: DeviceState, batch: BatchView, block_size: i
         query_starts=batch.query_starts,
         mesh=mesh,
     )
-    hidden, caches = model(tokens, jnp.maximum(positions, 0), caches, attend)  # (B + T, D)
+    watch = probe and Watch(probe, model, state.steering[slots[table_rows]])
+    run = watch.run_layer if watch else run_layer
+    hidden, caches = model(tokens, jnp.maximum(positions, 0), caches, attend, run)  # (B + T, D)
     last_of_prefill = jnp.maximum(batch.query_starts[1:] - 1, 0) + rows
     sampled = jnp.concatenate((jnp.arange(rows), last_of_prefill)) if len(last_of_prefill) else jnp.arange(rows)
     with jax.named_scope("head"):
         logits = model.logits(hidden[sampled])  # (R, V)
         if mesh is not None:  # each device samples from whole rows
             logits = jax.lax.with_sharding_constraint(logits, replicated(mesh))
+    if watch:
+        watch.take("logits", logits)
     with jax.named_scope("sample"):
         new_tokens, logprobs, state = draw(logits, batch.sampling, slots, batch.context_lens, state)
-    return (caches, state), StepOutput(new_tokens, logprobs, hidden[rows:])
+    return (caches, state), StepOutput(new_tokens, logprobs, hidden[rows:], watch.captured if watch else {})
 
 
 def _token_positions(batch: BatchView, rows: int) -> tuple[jax.Array, jax.Array]:

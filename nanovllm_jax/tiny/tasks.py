@@ -143,6 +143,10 @@ def _multiplication(rng: Random) -> Problem:
     return _arithmetic(rng, rng.randrange(10, 200), "*", rng.randint(2, 9))
 
 
+def _swapped_multiplication(rng: Random) -> Problem:
+    return _arithmetic(rng, rng.randint(2, 9), "*", rng.randrange(10, 200))
+
+
 def _three_terms(rng: Random) -> Problem:
     return _sum_of_three(rng, ("What is {}?", "{}", "{} =", "Calculate {}."), " + ")
 
@@ -281,5 +285,8 @@ ROOM_TO_GROW = {
 
 ALL_TASKS = TASKS | ROOM_TO_GROW
 
-UNSEEN = {"unspaced": Task(_three_terms_unspaced, 0)}
-"""What it has never seen: sums of three numbers, typed as it knows sums of two."""
+UNSEEN = {
+    "unspaced": Task(_three_terms_unspaced, 0),  # sums of three numbers, typed as it knows sums of two
+    "swapped": Task(_swapped_multiplication, 0),  # 7 * 38, where it knows a little of 38 * 7
+}
+"""What it has never seen in this form: harder to teach."""
