@@ -134,6 +134,7 @@ class AsyncLLM:
     # ------------------------------------------------------------ in the event loop
 
     def _check_usable(self) -> None:
+        self._engine.check_process()
         loop = asyncio.get_running_loop()
         self._loop = self._loop or loop
         if self._is_shut_down:

@@ -1,6 +1,7 @@
 """The loop: requests in, steps through the scheduler and the device, finished outputs out."""
 
 import logging
+import os
 import random
 from collections import deque
 from collections.abc import Callable
@@ -92,6 +93,8 @@ class LLMEngine:
         self._request_numbers = count()
         self._seq_ids = count()
         self._seeds = random.Random(config.seed)
+        self._process = os.getpid()
+        self._is_broken = False  # a failure has not been cleared away yet
 
     # ------------------------------------------------------------ requests
 
@@ -173,7 +176,18 @@ class LLMEngine:
         return self.start_request(self.check_request(prompt, params, request_id, stream))
 
     def start_request(self, request: Request) -> str:
-        """Queue a request from `check_request` and return its id."""
+        """Queue a request from `check_request` and return its id.
+
+        Raises RuntimeError in a forked process, and where the device's memory cannot be had back after a failure.
+        """
+        self._check_usable()
+        try:
+            return self._start(request)
+        except BaseException:  # Ctrl-C
+            self._give_up()
+            raise
+
+    def _start(self, request: Request) -> str:
         number = next(self._request_numbers)
         request.request_id = str(number) if request.request_id is None else request.request_id
         # Drawn for every request, so that one with a seed of its own does not change the others' draws.
@@ -192,13 +206,19 @@ class LLMEngine:
 
     def abort_request(self, request_id: str) -> None:
         """End a request in any state; its blocks are free at once. Unknown and finished ids are ignored."""
-        request = self._requests.pop(request_id, None)
-        if request is not None:
-            self.metrics.aborted(request)
-            request.num_unfinished = 0
+        self._ready = [output for output in self._ready if output.request_id != request_id]
+        request = self._requests.get(request_id)
+        if request is None:
+            return
+        try:
             for completion in request.completions:
                 self.scheduler.abort(completion.seq)
-        self._ready = [output for output in self._ready if output.request_id != request_id]
+            request.num_unfinished = 0
+            self.metrics.aborted(request)
+            del self._requests[request_id]
+        except BaseException:  # Ctrl-C
+            self._give_up()
+            raise
 
     def has_unfinished_requests(self) -> bool:
         """Whether `step` has anything left to do."""
@@ -207,6 +227,33 @@ class LLMEngine:
     def stats(self) -> EngineStats:
         """What runs and waits, what the caches hold, totals and rates: from the thread that calls `step`."""
         return self.metrics.stats(self.scheduler, list(self._requests.values()))
+
+    def check_process(self) -> None:
+        """Raise RuntimeError in a process that was forked from the engine's own, where anything might wait forever."""
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                f"this engine belongs to process {self._process}, and this process {os.getpid()} was forked from it, "
+                "which JAX does not survive. Start processes by multiprocessing's 'spawn' method, and make an LLM there"
+            )
+
+    def _check_usable(self) -> None:
+        self.check_process()
+        if self._is_broken:
+            self._give_up()
+        self.runner.restore()
+
+    def _give_up(self) -> None:
+        """After a failure: end every request, and begin anew. Where a second Ctrl-C comes in here, it is done later."""
+        self._is_broken = True
+        self._in_flight.clear()
+        for request in self._requests.values():
+            self.metrics.aborted(request)
+            request.num_unfinished = 0
+        for part in (self._requests, self._streaming, self._stopping):
+            part.clear()
+        self.scheduler.abort_all()
+        self.runner.reset()
+        self._is_broken = False
 
     def _start_sequence(self, request: Request, seed: int) -> Sequence:
         params, length = request.params, len(request.prompt_token_ids)
@@ -274,6 +321,7 @@ class LLMEngine:
         self.runner.update_weights(arrays, donate)
 
     def _step(self) -> list[RequestOutput]:
+        self._check_usable()
         self.metrics.before_step()
         try:
             schedule = self.scheduler.schedule()
@@ -283,13 +331,7 @@ class LLMEngine:
             finished = self._collect() if len(self._in_flight) > bool(schedule) else []
             return self._outputs(finished)
         except BaseException:
-            self._in_flight.clear()
-            for request_id in list(self._requests):
-                self.abort_request(request_id)
-            self._streaming.clear()
-            self._stopping.clear()
-            self.scheduler.abort_all()
-            self.runner.reset()
+            self._give_up()
             raise
 
     def _dispatch(self, schedule: Schedule) -> None:

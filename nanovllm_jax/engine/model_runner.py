@@ -125,9 +125,16 @@ class ModelRunner:
         return _entries(np.array(tokens), arrays)
 
     def reset(self) -> None:
-        """Make the device's state anew: a step that failed, or was interrupted, may have taken the old one with it."""
+        """Drop the device's state, until `restore`: a step that failed, or was interrupted, may have taken it along."""
         self.caches = self.state = None
-        self._allocate()
+
+    def restore(self) -> None:
+        """Make the device's state anew after `reset`. Raises RuntimeError while the device has no memory for it."""
+        if self.caches is None or self.state is None:
+            try:
+                self._allocate()
+            except Exception as error:
+                raise RuntimeError(f"the device failed, and its memory cannot be had back yet: {error}") from error
 
     def _step(self, shape: BatchShape, leaves, caches, state, buffer):
         # A module is a pytree; passed flat, it costs no Python at a call.

@@ -77,6 +77,7 @@ class Scheduler:
         assert max_num_seqs > 0, max_num_seqs
         assert max_num_batched_tokens > 0, max_num_batched_tokens
         self.block_manager = BlockManager(num_blocks, block_size, enable_prefix_caching)
+        self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
@@ -87,7 +88,6 @@ class Scheduler:
         self.num_preemptions = 0
         self.num_prefix_query_tokens = 0  # prompt tokens of admitted sequences,
         self.num_prefix_hit_tokens = 0  # and those of them found in the prefix cache
-        self._free_slots = list(range(max_num_seqs - 1, -1, -1))
         self._last_added = -1  # the latest arrival's seq_id
 
     @property
@@ -109,10 +109,17 @@ class Scheduler:
         self.finish(seq, "abort")
 
     def abort_all(self) -> None:
-        """End every sequence and forget cached prefixes: after a failed step, published blocks may hold garbage."""
+        """End every sequence and begin anew: a failure or Ctrl-C may have come half way through anything here.
+
+        Cached prefixes are forgotten: blocks published for a step that failed may hold garbage.
+        """
         for seq in [*self.running.values(), *self.waiting.values()]:
-            self.finish(seq, "abort")
-        self.block_manager.reset_prefix_cache()
+            seq.status, seq.finish_reason, seq.block_table, seq.slot = FINISHED, "abort", [], -1
+        self.running.clear()
+        self.waiting.clear()
+        manager = self.block_manager
+        self.block_manager = BlockManager(manager.num_blocks, manager.block_size, manager.enable_prefix_caching)
+        self._free_slots = list(range(self.max_num_seqs - 1, -1, -1))
 
     def preempt_all(self) -> None:
         """Put every admitted sequence back to the queue and forget cached prefixes: all is computed again."""

@@ -1,11 +1,15 @@
 """What a long run must not do: compile, and grow."""
 
+import ctypes
 import gc
 import os
 from pathlib import Path
 
 import jax
 import numpy as np
+
+# The C library keeps what was freed, in pieces, and these pile up for a long while: that is no leak.
+_trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda keep: None)
 
 _compiled: list[str] = []
 jax.monitoring.register_event_duration_secs_listener(
@@ -26,6 +30,7 @@ class Memory:
 
     def sample(self, requests: int) -> None:
         gc.collect()
+        _trim(0)
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         self.samples.append((requests, pages * os.sysconf("SC_PAGE_SIZE")))
 

@@ -72,7 +72,9 @@ POLICY_FAULTS = {
     "a finished sequence keeps its blocks": ("_release", "self.block_manager.free(seq)", "pass"),
     "a finished sequence keeps its slot": ("_release", "self._free_slots.append(seq.slot)", "pass"),
     "an aborted sequence stays in line": ("finish", "del self.waiting[seq.seq_id]", "pass"),
-    "a failure leaves the cache": ("abort_all", "self.block_manager.reset_prefix_cache()", "pass"),
+    "a failure leaves the cache": ("abort_all", "BlockManager(manager", "manager if True else (manager"),
+    "a failure leaves the slots taken": ("abort_all", "list(range(self.max_num_seqs - 1, -1, -1))", "self._free_slots"),
+    "a failure leaves sequences in line": ("abort_all", "self.waiting.clear()", "pass"),
 }
 MUTANTS = [
     pytest.param(owner, *fault, id=name)

@@ -157,6 +157,8 @@ def run_random_workload(seed: int, num_steps: int) -> dict[str, int]:
             simulation.fail()
         simulation.step(depth)
     simulation.drain(depth)
+    scheduler.block_manager.reset_prefix_cache()
+    simulation.check()
     return {
         "steps": simulation.num_steps,
         "steps ahead": simulation.num_steps_ahead,
