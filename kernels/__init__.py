@@ -3,7 +3,7 @@
 On an NVIDIA GPU each runs its Pallas kernel, anywhere else its plain-jnp oracle (in the files called reference, same
 signature). Which one is settled when a program is lowered, so a compiled step holds one of the two. Each sits in a jit
 of its own: the layers of a model share one trace and one lowering. Of the functions for sampling, a row that asks for
-nothing takes next to no time.
+nothing takes next to no time. With `fixed`, a row's result is the same to the last bit whatever else is in the call.
 
 Shapes: T tokens, B sequences with one new token each, P sequences in prefill, N query heads, K kv heads, H head_dim,
 W blocks in a row of a block table, D hidden, R rows to sample, V vocabulary, S slots of running sequences.
@@ -13,7 +13,7 @@ import functools
 
 import jax
 
-from . import adjust, decode, logprobs, norm, prefill, reference, reference_sampling, store, threshold
+from . import adjust, decode, logprobs, matmul, norm, prefill, reference, reference_sampling, store, threshold
 from .common import kernel
 from .reference_sampling import ENDS, MAX_LOGPROBS, PROMPT
 
@@ -23,6 +23,7 @@ __all__ = [
     "PROMPT",
     "add_norm",
     "adjust_logits",
+    "fixed_matmul",
     "norm_rope_store",
     "paged_decode_attention",
     "paged_prefill_attention",
@@ -31,7 +32,7 @@ __all__ = [
 ]
 
 
-@functools.partial(kernel, static_argnames="eps")
+@functools.partial(kernel, static_argnames=("eps", "fixed"))
 def norm_rope_store(
     qkv: jax.Array,
     q_gain: jax.Array,
@@ -43,6 +44,7 @@ def norm_rope_store(
     v_cache: jax.Array,
     *,
     eps: float,
+    fixed: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Normalise and rotate queries and keys, and write keys and values into the paged cache.
 
@@ -54,8 +56,8 @@ def norm_rope_store(
     """
     return jax.lax.platform_dependent(
         *(qkv, q_gain, k_gain, cos, sin, slot_mapping, k_cache, v_cache),
-        cuda=functools.partial(store.norm_rope_store, eps=eps),
-        default=functools.partial(reference.norm_rope_store, eps=eps),
+        cuda=functools.partial(store.norm_rope_store, eps=eps, fixed=fixed),
+        default=functools.partial(reference.norm_rope_store, eps=eps, fixed=fixed),
     )
 
 
@@ -87,7 +89,7 @@ def paged_decode_attention(
     )
 
 
-@functools.partial(kernel, static_argnames="scale")
+@functools.partial(kernel, static_argnames=("scale", "fixed"))
 def paged_prefill_attention(
     q: jax.Array,
     k_cache: jax.Array,
@@ -98,6 +100,7 @@ def paged_prefill_attention(
     out: jax.Array | None = None,
     *,
     scale: float,
+    fixed: bool = False,
 ) -> jax.Array:
     """Causal attention of each sequence's newest tokens over all its cached tokens, the new ones among them.
 
@@ -110,8 +113,21 @@ def paged_prefill_attention(
     """
     return jax.lax.platform_dependent(
         *(q, k_cache, v_cache, block_tables, query_starts, context_lens, out),
-        cuda=functools.partial(prefill.paged_prefill_attention, scale=scale),
+        cuda=functools.partial(prefill.paged_prefill_attention, scale=scale, fixed=fixed),
         default=functools.partial(reference.paged_prefill_attention, scale=scale),
+    )
+
+
+@functools.partial(kernel, static_argnames="dtype")
+def fixed_matmul(x: jax.Array, weight: jax.Array, *, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """x [T, D] @ weight [F, D].T in float32, rounded to dtype: [T, F].
+
+    A row's result is the same to the last bit whatever T is, and whatever is in the other rows.
+    """
+    return jax.lax.platform_dependent(
+        *(x, weight),
+        cuda=functools.partial(matmul.fixed_matmul, dtype=dtype),
+        default=functools.partial(reference.fixed_matmul, dtype=dtype),
     )
 
 
@@ -167,9 +183,15 @@ def adjust_logits(
     )
 
 
-@kernel
+@functools.partial(kernel, static_argnames="fixed")
 def sampling_threshold(
-    logits: jax.Array, temperature: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.Array
+    logits: jax.Array,
+    temperature: jax.Array,
+    top_k: jax.Array,
+    top_p: jax.Array,
+    min_p: jax.Array,
+    *,
+    fixed: bool = False,
 ) -> jax.Array:
     """From which logit on a row is to be sampled, so that what min_p, top_k and top_p leave out is below it.
 
@@ -182,7 +204,7 @@ def sampling_threshold(
     """
     return jax.lax.platform_dependent(
         *(logits, temperature, top_k, top_p, min_p),
-        cuda=threshold.sampling_threshold,
+        cuda=functools.partial(threshold.sampling_threshold, fixed=fixed),
         default=reference_sampling.sampling_threshold,
     )
 

@@ -122,7 +122,8 @@ def softmax_step(state, scores: jax.Array, v: jax.Array, *, scale: float, fused_
     to_exponent = scale * LOG2E
     shift = m_new * -to_exponent
     p = exp2_of_line(scores, to_exponent, shift[:, None], fused_exp2)
-    alpha = exp2_of_line(m, to_exponent, shift, fused_exp2)
+    # Exactly 1 where m stays: then a tile in which a query sees no key leaves its result as it is, to the last bit.
+    alpha = exp2_of_line(m - m_new, to_exponent, jnp.zeros_like(m), fused_exp2)
     return acc * alpha[:, None] + dot(p.astype(v.dtype), v), m_new, l * alpha + p.sum(axis=1)
 
 

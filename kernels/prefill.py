@@ -48,7 +48,7 @@ def default_tiles(tokens: int, heads: int, group: int, head_dim: int, dtype: jnp
     return Tiles(rows=max(128, at_least), block_k=128 if head_dim <= 128 else 32, num_warps=8, num_stages=3)
 
 
-def _prefill_kernel(*refs, block_size: int, block_k: int, rows: int, scale: float, fused_exp2: bool):
+def _prefill_kernel(*refs, block_size: int, block_k: int, rows: int, scale: float, fused_exp2: bool, mask_all: bool):
     q_ref, k_ref, v_ref, table_ref, tile_ref, *_, o_ref = refs
     tiles, heads, head_dim = tile_ref.shape[0], q_ref.shape[1], q_ref.shape[2]
     group = heads // k_ref.shape[1]
@@ -80,7 +80,7 @@ def _prefill_kernel(*refs, block_size: int, block_k: int, rows: int, scale: floa
             return take_in(state, scores, load_tile(v_ref, blocks, head, offsets, key < end))
 
         # Tiles of keys that the first query sees whole need no mask.
-        whole = lax.div(jnp.maximum(position + 1, 0), jnp.int32(block_k))
+        whole = jnp.int32(0) if mask_all else lax.div(jnp.maximum(position + 1, 0), jnp.int32(block_k))
         last = lax.div(end + (block_k - 1), jnp.int32(block_k))
         state = lax.fori_loop(0, whole, functools.partial(step, diagonal=False), softmax_start(rows, head_dim))
         state = lax.fori_loop(whole, last, functools.partial(step, diagonal=True), state)
@@ -97,6 +97,7 @@ def paged_prefill_attention(
     out: jax.Array | None = None,
     *,
     scale: float,
+    fixed: bool = False,
     tiles: Tiles | None = None,
     interpret: bool = False,
 ) -> jax.Array:
@@ -104,7 +105,7 @@ def paged_prefill_attention(
     tokens, heads, head_dim = q.shape
     kv_heads, block_size = k_cache.shape[1:3]
     group = heads // kv_heads
-    tiles = tiles or default_tiles(tokens, heads, group, head_dim, q.dtype)
+    tiles = tiles or default_tiles(1 if fixed else tokens, heads, group, head_dim, q.dtype)
     tile_table = jnp.stack(prefill_tiles(query_starts, context_lens, tokens, tiles.rows // group), axis=1)
     args = q, k_cache, v_cache, block_tables, tile_table
     [out] = pallas_call(
@@ -121,5 +122,6 @@ def paged_prefill_attention(
         rows=tiles.rows,
         scale=scale,
         fused_exp2=not interpret,
+        mask_all=fixed,  # which tiles need a mask depends on the chunk: so all go through the same code
     )
     return out

@@ -3,19 +3,26 @@
 Shapes: T tokens, B sequences, N query heads, K kv heads, G = N / K, H head_dim, S tokens of a block.
 """
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
 from .common import NEG_INF, prefill_tiles
 
+ROWS_PER_TILE = 32  # where a row's result must not depend on how many there are
 QUERIES_PER_TILE = 64  # prefill goes through its tokens in tiles, so that its memory stays small
 
 
-def norm_rope_store(qkv, q_gain, k_gain, cos, sin, slot_mapping, k_cache, v_cache, *, eps):
+def norm_rope_store(qkv, q_gain, k_gain, cos, sin, slot_mapping, k_cache, v_cache, *, eps, fixed=False):
     """See nanovllm_jax.kernels.norm_rope_store."""
-    q, k, v = qkv[:, :, :-2], qkv[:, :, -2], qkv[:, :, -1]
-    q = q.reshape(len(q), -1, q.shape[-1])
-    q, k = (_rope(_rms_norm(x, gain, eps), cos[:, None], sin[:, None]) for x, gain in ((q, q_gain), (k, k_gain)))
+
+    def norm_rope(qkv, cos, sin):
+        q, k = qkv[:, :, :-2], qkv[:, :, -2]
+        q = q.reshape(len(q), -1, q.shape[-1])
+        return [_rope(_rms_norm(x, gain, eps), cos[:, None], sin[:, None]) for x, gain in ((q, q_gain), (k, k_gain))]
+
+    q, k = _in_tiles(norm_rope, qkv, cos, sin) if fixed else norm_rope(qkv, cos, sin)
+    v = qkv[:, :, -1]
     return q, *(_store(*pair, slot_mapping) for pair in ((k, k_cache), (v, v_cache)))
 
 
@@ -23,6 +30,27 @@ def add_norm(x, delta, gain, *, eps):
     """See nanovllm_jax.kernels.add_norm."""
     total = _rounded(x + delta, x.dtype)
     return total, _rms_norm(total, gain, eps)
+
+
+def fixed_matmul(x, weight, *, dtype):
+    """See nanovllm_jax.kernels.fixed_matmul."""
+
+    def product(tile):
+        return jnp.matmul(tile, weight.T, precision="highest", preferred_element_type=jnp.float32)
+
+    return _in_tiles(product, x).astype(dtype)
+
+
+def _in_tiles(function, *arrays):
+    """function of arrays, row by row, in tiles that all have one shape and so are computed alike."""
+    rows = len(arrays[0])
+
+    def cut(x):
+        padded = jnp.pad(x, ((0, -rows % ROWS_PER_TILE), *((0, 0),) * (x.ndim - 1)))
+        return padded.reshape(-1, ROWS_PER_TILE, *x.shape[1:])
+
+    tiles = lax.map(lambda tile: function(*tile), tuple(map(cut, arrays)))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:rows], tiles)
 
 
 def _rms_norm(x, gain, eps):

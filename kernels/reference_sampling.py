@@ -73,7 +73,7 @@ def token_logprobs(logits, raw, use_raw, tokens, num_top):
 
     def compute():
         x = jnp.where(use_raw[:, None] > 0, raw, logits)
-        logprobs = log_softmax(x, axis=1)
+        logprobs = lax.map(log_softmax, x)  # one by one: a sum's order must not depend on the other rows
         own = jnp.take_along_axis(x, tokens[:, None], axis=1)
         _, ids = lax.top_k(x, most)  # of equal ones the lower id first
         wide = [(0, 0), (0, MAX_LOGPROBS - most)]

@@ -76,13 +76,14 @@ def norm_rope_store(
     v_cache: jax.Array,
     *,
     eps: float,
+    fixed: bool = False,
     tiles: Tiles | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """nanovllm_jax.kernels.norm_rope_store as one kernel, with the caches aliased to its results."""
     tokens, kv_heads, parts, head_dim = qkv.shape
     group = parts - 2
-    tiles = tiles or default_tiles(tokens)
+    tiles = tiles or default_tiles(1 if fixed else tokens)
     q = jax.ShapeDtypeStruct((tokens, kv_heads * group, head_dim), qkv.dtype)
     q, k_cache, v_cache = pallas_call(
         _norm_rope_store_kernel,

@@ -172,12 +172,13 @@ def sampling_threshold(
     top_p: jax.Array,
     min_p: jax.Array,
     *,
+    fixed: bool = False,
     tiles: Tiles | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """nanovllm_jax.kernels.sampling_threshold as two kernels."""
     rows, vocab = logits.shape
-    tiles = tiles or default_tiles(rows, vocab)
+    tiles = tiles or default_tiles(1 if fixed else rows, vocab)
     settings = temperature, top_k, top_p, min_p
     groups = groups_of(vocab)
     [maxima] = pallas_call(

@@ -227,6 +227,8 @@ class EngineConfig:
     """auto (the checkpoint's own; on a CPU float32 in place of 16 bits), float32, bfloat16 or float16."""
     seed: int = 0
     """Seeds the requests that bring no seed of their own."""
+    deterministic: bool = False
+    """A request's logits are the same to the last bit whatever the batch and the chunks: slower, and on one device."""
     load_format: str = "auto"
     """auto: read the checkpoint; dummy: random weights, only config.json is needed."""
     compilation_cache_dir: str | Path | None = "~/.cache/nanovllm_jax"
@@ -269,9 +271,14 @@ class EngineConfig:
                 raise ValueError(f"{name} must be at least {least}, not {value}")
         if not -(2**63) <= self.seed < 2**64:
             raise ValueError(f"seed must fit in 64 bits, not {self.seed}")
-        for name in ("enforce_eager", "enable_prefix_caching"):
+        for name in ("enforce_eager", "enable_prefix_caching", "deterministic"):
             if type(getattr(self, name)) is not bool:
                 raise TypeError(f"{name} must be True or False, not {getattr(self, name)!r}")
+        if self.deterministic and self.tensor_parallel_size > 1:
+            raise ValueError(
+                f"deterministic=True runs on one device, not on tensor_parallel_size={self.tensor_parallel_size}: sums "
+                "over devices are added up in an order that depends on the batch"
+            )
         if self.block_size not in (16, 32, 64, 128, 256):
             raise ValueError(f"block_size must be 16, 32, 64, 128 or 256, not {self.block_size}")
         utilization = self.gpu_memory_utilization

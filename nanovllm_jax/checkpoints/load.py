@@ -59,6 +59,7 @@ class ModelLoader:
         mesh: Mesh,
         load_format: str = "auto",
         seed: int = 0,
+        deterministic: bool = False,
     ):
         """Weights come from the checkpoint, or (`load_format="dummy"`) are random.
 
@@ -71,7 +72,8 @@ class ModelLoader:
             self.files.check(config)
         else:
             _check_room(directory, config, dtype, mesh)
-        self.model = nnx.eval_shape(lambda: Qwen3ForCausalLM(config, dtype=dtype, rngs=nnx.Rngs(0)))
+        options = dict(dtype=dtype, deterministic=deterministic)
+        self.model = nnx.eval_shape(lambda: Qwen3ForCausalLM(config, rngs=nnx.Rngs(0), **options))
         self.targets = parameter_targets(self.model, mesh, ShardingRules())
         set_parameters(self.model, self.targets)  # shapes with their shardings, until `load`
 

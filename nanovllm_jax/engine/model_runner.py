@@ -52,7 +52,7 @@ class ModelRunner:
         self._check_shards()
         self.max_num_seqs = config.max_num_seqs or (512 if self.on_gpu else 32)
         self.max_num_batched_tokens = config.max_num_batched_tokens or (16384 if self.on_gpu else 1024)
-        loading = dict(load_format=config.load_format, seed=config.seed)
+        loading = dict(load_format=config.load_format, seed=config.seed, deterministic=config.deterministic)
         loader = ModelLoader(directory, model_config, dtype=self.dtype, mesh=self.mesh, **loading)
         if config.probe:
             config.probe.check(loader.model, self.dtype)

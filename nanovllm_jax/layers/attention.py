@@ -11,6 +11,7 @@ from functools import partial
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as Spec
 
@@ -37,7 +38,7 @@ class KVCache(NamedTuple):
         "prefill_context_lens",
         "query_starts",
     ],
-    meta_fields=["mesh"],
+    meta_fields=["mesh", "deterministic"],
 )
 @dataclass(frozen=True)
 class PagedAttention:
@@ -57,6 +58,8 @@ class PagedAttention:
     """[P + 1] int32: sequence p's new tokens are query_starts[p] to query_starts[p + 1] of the T."""
     mesh: Mesh | None = field(default=None)
     """Set when heads are sharded: each device then attends with its own heads."""
+    deterministic: bool = False
+    """A token's output is then the same to the last bit in whatever batch and chunk: all go through one kernel."""
 
     def __call__(self, qkv, q_norm: RMSNorm, k_norm: RMSNorm, cos, sin, cache: KVCache) -> tuple[jax.Array, KVCache]:
         """qkv [B + T, K, G + 2, H] -> output [B + T, N, H] and the cache with the new keys and values stored."""
@@ -75,8 +78,15 @@ class PagedAttention:
 
     def _attend(self, qkv, q_norm, k_norm, cos, sin, cache):
         gains, angles = (q_norm.weight[...], k_norm.weight[...]), (cos[:, 0], sin[:, 0])
-        q, *cache = norm_rope_store(qkv, *gains, *angles, self.slot_mapping, *cache, eps=q_norm.eps)
+        placing = dict(eps=q_norm.eps, fixed=self.deterministic)
+        q, *cache = norm_rope_store(qkv, *gains, *angles, self.slot_mapping, *cache, **placing)
         rows, scale, out = self.decode_tables.shape[0], q.shape[-1] ** -0.5, None
+        if self.deterministic:  # a decode row is a chunk of one token
+            tables = jnp.concatenate((self.decode_tables, self.prefill_tables))
+            starts = jnp.concatenate((jnp.arange(rows), self.query_starts + rows))
+            lens = jnp.concatenate((self.decode_context_lens, self.prefill_context_lens))
+            out = paged_prefill_attention(q, *cache, tables, starts, lens, scale=scale, fixed=True)
+            return out, KVCache(*cache)
         if rows:
             out = paged_decode_attention(q, *cache, self.decode_tables, self.decode_context_lens, scale=scale)
         if q.shape[0] > rows:  # the two share q and out: cutting and joining would copy them

@@ -1,9 +1,13 @@
 """The one linear layer: weights stored [out..., in], as in Hugging Face checkpoints."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+
+from nanovllm_jax import kernels
 
 
 def param(value: jax.Array, *axes: str | None) -> nnx.Param:
@@ -21,6 +25,16 @@ def matmul(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype | None = None) 
     return lax.dot_general(x, weight, contract, precision=precision, preferred_element_type=out_dtype or x.dtype)
 
 
+MatMul = Callable  # matmul or fixed_matmul
+
+
+def fixed_matmul(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
+    """`matmul` in which a row's result is the same to the last bit whatever the other rows, and however many."""
+    rows, features = x.reshape(-1, x.shape[-1]), weight.reshape(-1, weight.shape[-1])
+    y = kernels.fixed_matmul(rows, features, dtype=jnp.dtype(out_dtype or x.dtype))
+    return y.reshape(*x.shape[:-1], *weight.shape[:-1])
+
+
 class Linear(nnx.Module):
     """y = x @ weight.T (+ bias). One output may be several dimensions: [..., in] -> [..., *out]."""
 
@@ -34,13 +48,15 @@ class Linear(nnx.Module):
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
         stddev: float = 0.02,
+        matmul: MatMul = matmul,
     ):
         """`axes` names the output dimensions' logical axes, then the input's."""
+        self.matmul = matmul
         shape = (*out_features, in_features)
         self.weight = param(stddev * jax.random.normal(rngs.params(), shape, dtype), *axes)
         self.bias = param(jnp.zeros(out_features, dtype), *axes[:-1]) if use_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., in] -> [..., *out]."""
-        y = matmul(x, self.weight[...])
+        y = self.matmul(x, self.weight[...])
         return y if self.bias is None else y + self.bias[...]

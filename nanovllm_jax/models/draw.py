@@ -42,7 +42,13 @@ class LogprobArrays(NamedTuple):
 
 
 def draw(
-    logits: jax.Array, sampling: jax.Array, slots: jax.Array, context_lens: jax.Array, state: DeviceState
+    logits: jax.Array,
+    sampling: jax.Array,
+    slots: jax.Array,
+    context_lens: jax.Array,
+    state: DeviceState,
+    *,
+    fixed: bool = False,
 ) -> tuple[jax.Array, LogprobArrays, DeviceState]:
     """Draw each row's next token, which goes to position context_lens [R] of its sequence.
 
@@ -57,7 +63,7 @@ def draw(
     logits, raw = adjust_logits(
         logits, slots, rows.adjusts, ends_too_early, *penalties, state.token_counts, state.logit_bias
     )
-    threshold = sampling_threshold(logits, rows.temperature, rows.top_k, rows.top_p, rows.min_p)
+    threshold = sampling_threshold(logits, rows.temperature, rows.top_k, rows.top_p, rows.min_p, fixed=fixed)
     tokens = sample(logits, rows.temperature, seeds, context_lens, threshold)
     logprobs = LogprobArrays(*token_logprobs(logits, raw, rows.adjusts, tokens, rows.num_top))
     state = state._replace(

@@ -12,7 +12,7 @@ from flax import nnx
 
 from nanovllm_jax.config import ModelConfig
 from nanovllm_jax.layers.embedding import Embedding
-from nanovllm_jax.layers.linear import Linear
+from nanovllm_jax.layers.linear import Linear, MatMul, fixed_matmul, matmul
 from nanovllm_jax.layers.norm import RMSNorm
 from nanovllm_jax.layers.rope import rope_angles
 
@@ -22,9 +22,9 @@ Attend = Callable  # attend(qkv, q_norm, k_norm, cos, sin, cache) -> (output, ca
 class Attention(nnx.Module):
     """Grouped-query attention with normalised queries and keys."""
 
-    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs, matmul: MatMul):
         c, group = config, config.num_attention_heads // config.num_key_value_heads
-        options = dict(use_bias=c.attention_bias, dtype=dtype, rngs=rngs)
+        options = dict(use_bias=c.attention_bias, dtype=dtype, rngs=rngs, matmul=matmul)
         # Each kv head's queries, key and value lie together, so that a shard of kv heads is one slice.
         self.qkv_proj = Linear(
             c.hidden_size,
@@ -47,10 +47,10 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        d, f = config.hidden_size, config.intermediate_size
-        self.gate_up_proj = Linear(d, (2, f), axes=(None, "mlp", "embed"), dtype=dtype, rngs=rngs)
-        self.down_proj = Linear(f, (d,), axes=("embed", "mlp"), dtype=dtype, rngs=rngs)
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs, matmul: MatMul):
+        d, f, options = config.hidden_size, config.intermediate_size, dict(dtype=dtype, rngs=rngs, matmul=matmul)
+        self.gate_up_proj = Linear(d, (2, f), axes=(None, "mlp", "embed"), **options)
+        self.down_proj = Linear(f, (d,), axes=("embed", "mlp"), **options)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [T, D] -> [T, D]."""
@@ -61,11 +61,11 @@ class MLP(nnx.Module):
 class DecoderLayer(nnx.Module):
     """Attention and MLP, each behind a norm and around a residual."""
 
-    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs, matmul: MatMul):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
-        self.self_attn = Attention(config, dtype=dtype, rngs=rngs)
+        self.self_attn = Attention(config, dtype=dtype, rngs=rngs, matmul=matmul)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
-        self.mlp = MLP(config, dtype=dtype, rngs=rngs)
+        self.mlp = MLP(config, dtype=dtype, rngs=rngs, matmul=matmul)
 
     def __call__(self, residual: jax.Array, x: jax.Array, cos: jax.Array, sin: jax.Array, cache, attend: Attend):
         """residual and x [T, D], whose sum is the residual stream -> the same two after this layer, and the cache."""
@@ -97,13 +97,17 @@ def run_layer(number: int, layer: DecoderLayer, residual: jax.Array, x: jax.Arra
 class Qwen3ForCausalLM(nnx.Module):
     """The whole model. Serving and training run the same modules; `attend` is what differs."""
 
-    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
-        self.config = config
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
-        self.layers = nnx.List([DecoderLayer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_hidden_layers)])
+    def __init__(
+        self, config: ModelConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs, deterministic: bool = False
+    ):
+        """`deterministic`: a token's numbers do not depend, to the last bit, on what else is computed with it."""
+        self.config, self.deterministic = config, deterministic
+        options = dict(dtype=dtype, rngs=rngs, matmul=fixed_matmul if deterministic else matmul)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, **options)
+        self.layers = nnx.List([DecoderLayer(config, **options) for _ in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
         tied = config.tie_word_embeddings
-        self.lm_head = None if tied else Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
+        self.lm_head = None if tied else Embedding(config.vocab_size, config.hidden_size, **options)
 
     def __call__(
         self,

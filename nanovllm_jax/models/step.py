@@ -90,6 +90,7 @@ def _one_step(model, caches, state: DeviceState, batch: BatchView, block_size: i
         prefill_context_lens=batch.context_lens[rows:],
         query_starts=batch.query_starts,
         mesh=mesh,
+        deterministic=model.deterministic,
     )
     watch = probe and Watch(probe, model, state.steering[slots[table_rows]])
     run = watch.run_layer if watch else run_layer
@@ -103,7 +104,8 @@ def _one_step(model, caches, state: DeviceState, batch: BatchView, block_size: i
     if watch:
         watch.take("logits", logits)
     with jax.named_scope("sample"):
-        new_tokens, logprobs, state = draw(logits, batch.sampling, slots, batch.context_lens, state)
+        settings = batch.sampling, slots, batch.context_lens
+        new_tokens, logprobs, state = draw(logits, *settings, state, fixed=model.deterministic)
     return (caches, state), StepOutput(new_tokens, logprobs, hidden[rows:], watch.captured if watch else {})
 
 

@@ -7,7 +7,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
-from nanovllm_jax.kernels import add_norm, norm_rope_store, paged_decode_attention, paged_prefill_attention
+from nanovllm_jax.kernels import (
+    add_norm,
+    fixed_matmul,
+    norm_rope_store,
+    paged_decode_attention,
+    paged_prefill_attention,
+)
 
 KV_HEADS = 8  # of every published Qwen3; the group sizes of 0.6B and 1.7B, 4B and 8B, 14B, 32B
 GROUPS = [2, 4, 5, 8]
@@ -47,6 +53,11 @@ def norm_case(tokens, features, dtype=jnp.bfloat16):
     return functools.partial(add_norm, eps=1e-6), (x, x, jax.ShapeDtypeStruct((features,), dtype))
 
 
+def matmul_case(rows, features, depth, dtype=jnp.bfloat16):
+    arrays = (jax.ShapeDtypeStruct((n, depth), dtype) for n in (rows, features))
+    return functools.partial(fixed_matmul, dtype=dtype), tuple(arrays)
+
+
 def decode_case(batch, group, pool):
     q = jax.ShapeDtypeStruct((batch, pool.shape[1] * group, pool.shape[3]), pool.dtype)
     f = functools.partial(paged_decode_attention, scale=0.1)
@@ -83,6 +94,13 @@ def test_norm_lowers_to_one_kernel(features):
         assert custom_calls(lowered_for_cuda(f, *args)) == [PALLAS]
 
 
+@pytest.mark.parametrize(("features", "depth"), [(4096, 1024), (6144, 2560), (1024, 3072), (151936, 1024), (40, 48)])
+def test_fixed_matmul_lowers_to_one_kernel(features, depth):
+    for rows, dtype in ((1, jnp.bfloat16), (300, jnp.float32), (16384, jnp.float16)):
+        f, args = matmul_case(rows, features, depth, dtype)
+        assert custom_calls(lowered_for_cuda(f, *args)) == [PALLAS]
+
+
 @pytest.mark.parametrize(("group", "pool"), SHAPES, ids=str)
 def test_decode_lowers_to_its_kernels(group, pool):
     for batch in (1, 2048):
@@ -113,10 +131,11 @@ def test_layers_share_one_lowering():
     [
         lambda: store_case(4, 2, cache()),
         lambda: norm_case(4, 64),
+        lambda: matmul_case(4, 64, 32),
         lambda: decode_case(4, 2, cache()),
         lambda: prefill_case(64, 2, 2, cache()),
     ],
-    ids=["store", "norm", "decode", "prefill"],
+    ids=["store", "norm", "matmul", "decode", "prefill"],
 )
 def test_a_cpu_gets_the_oracle_alone(make):
     f, args = make()
