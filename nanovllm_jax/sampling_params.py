@@ -180,7 +180,10 @@ def _biases(biases: Any) -> dict[int, float] | None:
 def _steering(numbers: Any) -> tuple[float, ...] | None:
     if numbers is None:
         return None
-    if isinstance(numbers, (str, bytes, Mapping)):
+    try:
+        listed = (numbers,) if isinstance(numbers, Real) else tuple(numbers)
+    except TypeError:
+        listed = None
+    if listed is None or isinstance(numbers, (str, bytes, Mapping)):
         raise TypeError(f"steering must be a number, a list of numbers or None, not {numbers!r}")
-    numbers = tuple(numbers) if isinstance(numbers, Iterable) else (numbers,)
-    return tuple(_number("steering", number, -FLOAT32_MAX, FLOAT32_MAX, "finite") for number in numbers)
+    return tuple(_number("steering", number, -FLOAT32_MAX, FLOAT32_MAX, "finite") for number in listed)
