@@ -1,7 +1,7 @@
 """How a request's tokens are chosen and when they end."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any
