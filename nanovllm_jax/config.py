@@ -1,6 +1,7 @@
 """Settings: what the model is (from its config.json) and how the engine runs it (from the user)."""
 
 import difflib
+import re
 from collections import Counter
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -48,6 +49,8 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     dtype: str = "float32"
+    kv_copies: int = 1
+    """How often each kv head is there: more than once where more devices share a model than it has kv heads."""
 
     def __post_init__(self):
         """Raise ValueError where no model can have this shape."""
@@ -97,7 +100,7 @@ class ModelConfig:
         _refuse_unsupported(raw)
         # transformers knows the other defaults. It is not given the file: it would act on more of it than is checked.
         defaults = Qwen3Config()
-        names = {f.name for f in fields(cls)} - {"rope", "dtype"}
+        names = {f.name for f in fields(cls)} - {"rope", "dtype", "kv_copies"}
         values = {name: raw.get(name, getattr(defaults, name)) for name in names}
         dtype = raw.get("dtype") or raw.get("torch_dtype") or "float32"
         config = cls(**values, dtype=str(dtype).removeprefix("torch."))
@@ -110,6 +113,11 @@ class ModelConfig:
         return int((base or self.max_position_embeddings) * self.rope.factor)
 
     @property
+    def kv_heads(self) -> int:
+        """Kv heads as the modules and the cache have them: with their copies."""
+        return self.num_key_value_heads * self.kv_copies
+
+    @property
     def num_parameters(self) -> int:
         """Number of weights, the tied head not counted twice."""
         attention = self.hidden_size * self.head_dim * 2 * (self.num_attention_heads + self.num_key_value_heads)
@@ -120,8 +128,8 @@ class ModelConfig:
         return tables + self.num_hidden_layers * layer + self.hidden_size
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
-        """Bytes of keys and values that one token takes in all layers."""
-        return self.num_hidden_layers * 2 * self.num_key_value_heads * self.head_dim * itemsize
+        """Bytes of keys and values that one token takes in all layers, copies included."""
+        return self.num_hidden_layers * 2 * self.kv_heads * self.head_dim * itemsize
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -215,6 +223,16 @@ class EngineConfig:
     """Tokens that one program decodes for each of a few sequences when nobody waits. None: 4 on a GPU, 1 on a CPU."""
     tensor_parallel_size: int = 1
     """Number of devices that the model is spread over."""
+    data_parallel_size: int = 1
+    """Number of such groups of devices, each with sequences and a cache of its own."""
+    distributed: bool = False
+    """This script runs in several processes, which share the model: JAX finds them, as under SLURM, or what follows."""
+    coordinator_address: str | None = None
+    """host:port of process 0, on a port that is free there."""
+    num_processes: int | None = None
+    """How many run this script."""
+    process_id: int | None = None
+    """Which of them this one is, counted from 0."""
     enforce_eager: bool = False
     """Run the step un-jitted: slow, but prints and a debugger work inside the model."""
     block_size: int = 256
@@ -259,19 +277,21 @@ class EngineConfig:
             "max_num_batched_tokens",
             "num_kvcache_blocks",
             "num_scheduler_steps",
+            "num_processes",
+            "process_id",
         )
-        for name in (*optional, "tensor_parallel_size", "block_size", "seed"):
+        for name in (*optional, "tensor_parallel_size", "data_parallel_size", "block_size", "seed"):
             value = getattr(self, name)
             if value is None and name in optional:
                 continue
             if type(value) is not int:
                 raise TypeError(f"{name} must be an integer, not {value!r}")
-            least = 2 if name == "max_model_len" else 1  # one token of the prompt, one generated
+            least = {"max_model_len": 2, "process_id": 0}.get(name, 1)  # one token of the prompt, one generated
             if value < least and name != "seed":
                 raise ValueError(f"{name} must be at least {least}, not {value}")
         if not -(2**63) <= self.seed < 2**64:
             raise ValueError(f"seed must fit in 64 bits, not {self.seed}")
-        for name in ("enforce_eager", "enable_prefix_caching", "deterministic"):
+        for name in ("enforce_eager", "enable_prefix_caching", "deterministic", "distributed"):
             if type(getattr(self, name)) is not bool:
                 raise TypeError(f"{name} must be True or False, not {getattr(self, name)!r}")
         if self.deterministic and self.tensor_parallel_size > 1:
@@ -292,5 +312,24 @@ class EngineConfig:
             raise ValueError(f"load_format must be 'auto' or 'dummy', not {self.load_format!r}")
         if not (self.probe is None or isinstance(self.probe, Probe)):
             raise TypeError(f"probe must be a Probe or None, not {self.probe!r}")
+        if self.probe and (self.tensor_parallel_size, self.data_parallel_size) != (1, 1):
+            raise ValueError(
+                "a probe needs the whole model on one device: tensor_parallel_size=1, data_parallel_size=1"
+            )
+        self._check_processes()
         if not isinstance(self.compilation_cache_dir, (str, Path, type(None))):
             raise TypeError(f"compilation_cache_dir must be a directory or None, not {self.compilation_cache_dir!r}")
+
+    def _check_processes(self) -> None:
+        address, count, number = self.coordinator_address, self.num_processes, self.process_id
+        if (address, count, number) == (None, None, None):
+            return
+        if None in (address, count, number):
+            raise ValueError(
+                "coordinator_address, num_processes and process_id go together; without them, distributed=True leaves "
+                f"it to JAX to find the processes. Given were {address!r}, {count!r} and {number!r}"
+            )
+        if not isinstance(address, str) or not re.fullmatch(r"\S+:\d+", address):
+            raise ValueError(f"coordinator_address must be of the form 'host:port', not {address!r}")
+        if number >= count:
+            raise ValueError(f"process_id={number} must be below num_processes={count}: they count from 0")

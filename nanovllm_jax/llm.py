@@ -146,6 +146,7 @@ class LLM(LLMEngine):
 
     def _run(self, requests: list[Request], description: str, use_tqdm: bool) -> list[RequestOutput]:
         outputs: dict[str, RequestOutput] = {}
+        use_tqdm = use_tqdm and self.runner.is_first_process
         bar = tqdm(total=len(requests), desc=description, dynamic_ncols=True, disable=not use_tqdm)
         try:
             request_ids = [self.start_request(request) for request in requests]

@@ -9,7 +9,7 @@ from nanovllm_jax.layers.sampler import gumbel, sample
 
 DRAWS = 20_000
 LOGITS = np.array([2.0, 1.0, 0.0, -1.0, 0.5, -np.inf, 1.5, -3.0], np.float32)
-draw = jax.jit(sample)
+draw = jax.jit(lambda *args: sample(*args)[0])
 
 
 def rows(count, logits=LOGITS, temperature=1.0, seeds=None, positions=None):

@@ -43,8 +43,11 @@ def _copied(name: str, shape: tuple[int, ...]) -> Source:
 
 
 def _fused_qkv(names: list[str], config: ModelConfig, width: int | None) -> Source:
-    """q, k and v [heads * H, D] (or biases [heads * H]) as one [K, G + 2, H, D]: each kv head's parts together."""
-    kv_heads, h = config.num_key_value_heads, config.head_dim
+    """q, k and v [heads * H, D] (or biases [heads * H]) as one [K, G + 2, H, D]: each kv head's parts together.
+
+    K counts copies of kv heads, each with its share of the queries; the checkpoint has one.
+    """
+    kv_heads, copies, h = config.kv_heads, config.kv_copies, config.head_dim
     group = config.num_attention_heads // kv_heads
     heads_of = (group, 1, 1)  # how many heads of q, k and v belong to one kv head
     tail = () if width is None else (width,)
@@ -53,16 +56,20 @@ def _fused_qkv(names: list[str], config: ModelConfig, width: int | None) -> Sour
         first, last, _ = index[0].indices(kv_heads)
         rest = index[3:]
         parts = []
-        for name, heads in zip(names, heads_of):
-            rows = read(name, (slice(first * heads * h, last * heads * h), *rest))
-            parts.append(rows.reshape(last - first, heads, h, *rows.shape[1:]))
+        for name, heads, repeats in zip(names, heads_of, (1, copies, copies)):
+            start, stop = first // repeats, -(-last // repeats)  # of what the file has
+            rows = read(name, (slice(start * heads * h, stop * heads * h), *rest))
+            rows = rows.reshape(stop - start, heads, h, *rows.shape[1:])
+            parts.append(rows if repeats == 1 else rows[np.arange(first, last) // repeats - start])
         return np.concatenate(parts, axis=1)
 
     def split(array: np.ndarray) -> list[np.ndarray]:
         parts = np.split(array, [group, group + 1], axis=1)
+        parts[1:] = [part[::copies] for part in parts[1:]]
         return [np.ascontiguousarray(part).reshape(-1, *tail) for part in parts]
 
-    shapes = {name: (kv_heads * heads * h, *tail) for name, heads in zip(names, heads_of)}
+    heads_stored = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+    shapes = {name: (heads * h, *tail) for name, heads in zip(names, heads_stored)}
     return Source(shapes, join, split)
 
 

@@ -209,13 +209,13 @@ class BatchPacker:
         self.table_lens = [0] * seqs
         self.sampling = np.zeros((seqs, len(SamplingRows._fields)), np.int32)
 
-    def pack(self, schedule: Schedule) -> tuple[BatchShape, np.ndarray]:
-        """The batch's shape and its flat int32 array, to be called right after schedule()."""
+    def pack(self, schedule: Schedule, shape: BatchShape | None = None) -> tuple[BatchShape, np.ndarray]:
+        """The batch's shape (the smallest, where none is given) and its flat int32 array, right after schedule()."""
         for seq in schedule.admitted:
             self._admit(seq)
         decodes, prefills = schedule.decodes, schedule.prefills
         tokens, steps = sum(chunk.num_tokens for chunk in prefills), schedule.num_steps
-        shape = self.buckets.shape_for(len(decodes), len(prefills), tokens, steps)
+        shape = shape or self.buckets.shape_for(len(decodes), len(prefills), tokens, steps)
         buffer = np.zeros(shape.size, np.int32)
         view = shape.views(buffer)
         view.slots[:] = self.buckets.max_num_seqs
@@ -235,6 +235,11 @@ class BatchPacker:
                     view.sampling[shape.decode_rows + i, [ADJUSTS, NUM_TOP]] = 0, -1
             view.query_starts[len(prefills) + 1 :] = end
         return shape, buffer
+
+    def rows(self, schedule: Schedule, shape: BatchShape) -> tuple[range, range]:
+        """In which rows of the step's output the schedule's decodes are, and its prefills."""
+        first = shape.decode_rows
+        return range(len(schedule.decodes)), range(first, first + len(schedule.prefills))
 
     def _admit(self, seq: Sequence) -> None:
         slot, table = seq.slot, seq.block_table

@@ -66,6 +66,10 @@ class BlockManager:
         seq.block_table = hits + [self._take() for _ in range(num_blocks - len(hits))]
         return len(hits) * self.block_size
 
+    def num_cached_tokens(self, seq: Sequence) -> int:
+        """How many of the sequence's tokens `allocate` would find in the prefix cache."""
+        return len(self._lookup(seq)) * self.block_size
+
     def append_block(self, seq: Sequence) -> bool:
         """Add one fresh block to the sequence's table; False, with nothing changed, where none is free."""
         if not self.num_free_blocks:

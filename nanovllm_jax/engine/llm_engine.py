@@ -3,15 +3,17 @@
 import logging
 import os
 import random
-from collections import deque
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count, islice
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from xxhash import xxh3_128_digest
 
 from nanovllm_jax.checkpoints.generation_config import default_sampling_params
 from nanovllm_jax.checkpoints.load import find_checkpoint
@@ -19,6 +21,7 @@ from nanovllm_jax.checkpoints.tokenizer import load_tokenizer, stop_token_ids
 from nanovllm_jax.config import EngineConfig, ModelConfig
 from nanovllm_jax.engine.activations import Activations, CapturedRows, captured_rows
 from nanovllm_jax.engine.batch import BatchPacker, adjusts_logits
+from nanovllm_jax.engine.data_groups import DataGroups, GroupPacker
 from nanovllm_jax.engine.metrics import EngineMetrics, now
 from nanovllm_jax.engine.model_runner import ModelRunner
 from nanovllm_jax.engine.prompts import Prompt, check_params, check_probing, check_token_ids, encode, read_prompt
@@ -40,7 +43,8 @@ class DispatchedStep:
     """A step that the device runs or has run, and whose results were not read yet."""
 
     schedule: Schedule
-    decode_rows: int
+    rows: tuple[Iterable[int], Iterable[int]]
+    """Where in the output the schedule's decodes and prefills are."""
     output: Any
     scored: list[tuple[Scored, int, list[int]]]
     """What its chunks give of that: the position of the first token, and the tokens."""
@@ -73,7 +77,8 @@ class LLMEngine:
         self.default_sampling_params = default_sampling_params(directory)
         self.runner = runner = ModelRunner(directory, self.model_config, config)
         self.max_model_len = runner.max_model_len
-        self.scheduler = Scheduler(
+        make_scheduler = partial(
+            Scheduler,
             num_blocks=runner.num_blocks,
             block_size=config.block_size,
             max_num_seqs=runner.max_num_seqs,
@@ -83,7 +88,9 @@ class LLMEngine:
             num_steps=runner.buckets.num_steps,
             multi_step_rows=runner.buckets.multi_step_rows,
         )
-        self.packer = BatchPacker(runner.buckets)
+        groups = config.data_parallel_size
+        self.scheduler = make_scheduler() if groups == 1 else DataGroups(groups, make_scheduler)
+        self.packer = BatchPacker(runner.buckets) if groups == 1 else GroupPacker(groups, runner.buckets)
         self.metrics = EngineMetrics()
         self._requests: dict[str, Request] = {}  # the unfinished ones,
         self._streaming: list[Request] = []  # those of them whose outputs tell what came in a step,
@@ -93,6 +100,7 @@ class LLMEngine:
         self._request_numbers = count()
         self._seq_ids = count()
         self._seeds = random.Random(config.seed)
+        self._calls: list[tuple] = []  # in several processes: what was asked since the last step
         self._process = os.getpid()
         self._is_broken = False  # a failure has not been cleared away yet
 
@@ -196,6 +204,8 @@ class LLMEngine:
             request.request_id = f"{number}-{drawn:08x}"
         seed = drawn if request.params.seed is None else request.params.seed
         self._requests[request.request_id] = request
+        if self.runner.num_processes > 1:
+            self._calls.append((request.request_id, seed, request.prompt_token_ids, request.params))
         for i in range(request.params.n):
             request.add(self._start_sequence(request, (seed + i) % 2**63))
         if request.stream:
@@ -210,6 +220,8 @@ class LLMEngine:
         request = self._requests.get(request_id)
         if request is None:
             return
+        if self.runner.num_processes > 1:
+            self._calls.append(("abort", request_id))
         try:
             for completion in request.completions:
                 self.scheduler.abort(completion.seq)
@@ -249,7 +261,7 @@ class LLMEngine:
         for request in self._requests.values():
             self.metrics.aborted(request)
             request.num_unfinished = 0
-        for part in (self._requests, self._streaming, self._stopping):
+        for part in (self._requests, self._streaming, self._stopping, self._calls):
             part.clear()
         self.scheduler.abort_all()
         self.runner.reset()
@@ -324,13 +336,18 @@ class LLMEngine:
         self._check_usable()
         self.metrics.before_step()
         try:
+            if self._calls:
+                self.runner.check_agreement(xxh3_128_digest(repr(self._calls).encode()))
+                self._calls.clear()
             schedule = self.scheduler.schedule()
             if schedule:
                 self._dispatch(schedule)
             # While the device runs the step just dispatched, the host reads the one before.
             finished = self._collect() if len(self._in_flight) > bool(schedule) else []
             return self._outputs(finished)
-        except BaseException:
+        except BaseException as error:
+            if self.runner.num_processes > 1:
+                error.add_note("Several processes run this engine: another one may have ended, which its output shows.")
             self._give_up()
             raise
 
@@ -338,21 +355,28 @@ class LLMEngine:
         for seq in schedule.admitted:
             self.metrics.admitted(self._requests[seq.request_id])
             if adjusts_logits(seq.params):
-                self.runner.write_tables(seq.slot, *token_tables(seq, self.model_config.vocab_size))
+                self.runner.write_tables(seq.group, seq.slot, *token_tables(seq, self.model_config.vocab_size))
             if self.runner.config.probe:
                 self.runner.write_steering(seq.slot, seq.params.steering)
         shape, buffer = self.packer.pack(schedule)
         output = self.runner.dispatch(shape, buffer)
-        scored, wanted = self._scored(schedule)
+        scored, wanted = self._scored(schedule, shape.prefill_tokens)
         scores = self.runner.prompt_logprobs(output, wanted)
         captured = captured_rows(schedule, shape.decode_rows) if self.runner.config.probe else []
-        self._in_flight.append(DispatchedStep(schedule, shape.decode_rows, output, scored, scores, captured))
+        rows = self.packer.rows(schedule, shape)
+        self._in_flight.append(DispatchedStep(schedule, rows, output, scored, scores, captured))
 
-    def _scored(self, schedule: Schedule) -> tuple[list[tuple[Scored, int, list[int]]], list[tuple[int, int, int]]]:
-        """What a step's chunks give of `Sequence.scored`: sequence by sequence, and as rows for the runner."""
-        parts, wanted, row = [], [], 0
+    def _scored(
+        self, schedule: Schedule, rows: int
+    ) -> tuple[list[tuple[Scored, int, list[int]]], list[tuple[int, int, int]]]:
+        """What a step's chunks give of `Sequence.scored`: sequence by sequence, and as rows for the runner.
+
+        `rows`: of each data group, the prefill tokens of the step with padding.
+        """
+        parts, wanted, taken = [], [], Counter()
         for chunk in schedule.prefills:
             seq, scored = chunk.seq, chunk.seq.scored
+            row = seq.group * rows + taken[seq.group]
             if scored is not None:
                 # The chunk's token at position p predicts the one at p + 1.
                 predicted = seq.num_computed - chunk.num_tokens + 1
@@ -360,7 +384,7 @@ class LLMEngine:
                 tokens = scored.token_ids[start - scored.first : max(start, stop) - scored.first]
                 parts.append((scored, start, tokens))
                 wanted += [(row + start - predicted + i, token, scored.num_top) for i, token in enumerate(tokens)]
-            row += chunk.num_tokens
+            taken[seq.group] += chunk.num_tokens
         return parts, wanted
 
     def _collect_scores(self, step: DispatchedStep) -> None:
@@ -376,12 +400,12 @@ class LLMEngine:
         schedule, finished = step.schedule, []
         if step.scored:
             self._collect_scores(step)
-        rows = [*enumerate(schedule.decodes)]
-        rows += [(step.decode_rows + i, chunk.seq) for i, chunk in enumerate(schedule.prefills) if chunk.samples]
+        decode_rows, prefill_rows = step.rows
+        rows = [*zip(decode_rows, schedule.decodes)]
+        rows += [(row, chunk.seq) for row, chunk in zip(prefill_rows, schedule.prefills) if chunk.samples]
         wanting = {row: seq for row, seq in rows if seq.params.logprobs is not None}
         logprobs = self.runner.collect_logprobs(step.output, list(wanting)) if wanting else None
         activations = self.runner.collect_activations(step.output) if step.captured else {}
-        decodes, prefills = len(schedule.decodes), len(schedule.prefills)
         for number, tokens in enumerate(self.runner.collect(step.output)):
             for row, seq in wanting.items():
                 if not seq.is_finished:
@@ -389,11 +413,11 @@ class LLMEngine:
             for part in step.captured:
                 if not part.seq.is_finished:
                     part.seq.activations.take(part, number, activations)
-            prefill_tokens = tokens[step.decode_rows : step.decode_rows + prefills]
-            finished += self.scheduler.update(schedule, tokens[:decodes], prefill_tokens)
+            drawn = ([tokens[row] for row in rows] for rows in step.rows)
+            finished += self.scheduler.update(schedule, *drawn)
             finished += self._end_at_stop_strings()
-        self.metrics.num_prefill_tokens += schedule.num_tokens - decodes
-        self.metrics.num_decode_tokens += decodes * schedule.num_steps
+        self.metrics.num_prefill_tokens += schedule.num_tokens - len(schedule.decodes)
+        self.metrics.num_decode_tokens += len(schedule.decodes) * schedule.num_steps
         self.metrics.after_step()
         return finished
 

@@ -32,11 +32,9 @@ class MemoryPlan:
 
 def estimate_workspace(model: ModelConfig, itemsize: int, tokens: int, rows: int, shards: int) -> int:
     """An upper estimate of a step's temporary memory, needed before the programs can be compiled; checked after."""
-    widest = (
-        2 * model.intermediate_size + (2 * model.num_attention_heads + 2 * model.num_key_value_heads) * model.head_dim
-    )
+    widest = 2 * model.intermediate_size + (2 * model.num_attention_heads + 2 * model.kv_heads) * model.head_dim
     activations = tokens * (4 * model.hidden_size + widest // shards) * itemsize
-    logits = 3 * rows * model.vocab_size * 4
+    logits = 3 * rows * model.vocab_size * 4 // shards
     return activations + logits
 
 

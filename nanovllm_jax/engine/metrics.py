@@ -74,13 +74,13 @@ class EngineMetrics:
 
     def stats(self, scheduler: Scheduler, unfinished: list[Request]) -> EngineStats:
         """Where the engine stands."""
-        queried, manager = scheduler.num_prefix_query_tokens, scheduler.block_manager
+        queried = scheduler.num_prefix_query_tokens
         prefill, decode = self._rates()
         return EngineStats(
-            num_running=len(scheduler.running),
-            num_waiting=len(scheduler.waiting),
-            num_free_blocks=manager.num_free_blocks,
-            num_blocks=manager.num_blocks,
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            num_free_blocks=scheduler.num_free_blocks,
+            num_blocks=scheduler.num_blocks,
             prefix_cache_hit_rate=scheduler.num_prefix_hit_tokens / queried if queried else 0.0,
             num_preemptions=scheduler.num_preemptions,
             num_finished_requests=self.num_finished_requests,

@@ -1,7 +1,6 @@
 """The device: weights, KV cache, compiled programs, dispatch and collect. The only file of the engine with jax."""
 
 import logging
-import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -23,18 +22,21 @@ from nanovllm_jax.engine.batch import BatchShape, Buckets
 from nanovllm_jax.engine.logprobs import TokenLogprobs
 from nanovllm_jax.engine.memory import GIB, RESERVE, MemoryPlan, decide_num_blocks, estimate_workspace
 from nanovllm_jax.layers.attention import KVCache
-from nanovllm_jax.models.draw import DeviceState, LogprobArrays
+from nanovllm_jax.models.draw import DeviceState, LogprobArrays, write_tables
 from nanovllm_jax.models.parameters import ParameterPath, check_parameters, check_same_model, parameters_of
 from nanovllm_jax.models.programs import ProgramStore
 from nanovllm_jax.models.qwen3 import Qwen3ForCausalLM
 from nanovllm_jax.models.step import StepOutput, engine_step, prompt_logprobs
-from nanovllm_jax.parallel.sharding import MODEL_AXIS, make_mesh, replicated
+from nanovllm_jax.parallel.processes import connect, largest, same_everywhere
+from nanovllm_jax.parallel.sharding import DATA_AXIS, MODEL_AXIS, gather_groups, make_mesh, per_device, specs_of
+from nanovllm_jax.parallel.sizes import split_config
 
 logger = logging.getLogger(__name__)
 
 # Up to this many rows, a step takes the GPU less time than the host needs to dispatch it: so several go in one program.
 MULTI_STEP_ROWS = 8
 GPU_STEPS = 4
+COMMAND_BUFFERS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION"
 PROMPT_CHUNK = 256  # positions whose logits are made at a time where a prompt's log probabilities are asked for
 
 
@@ -44,12 +46,15 @@ class ModelRunner:
     def __init__(self, directory: Path, model_config: ModelConfig, config: EngineConfig):
         """Load weights, size the cache, compile. Raises ValueError for what does not fit together or in memory."""
         _prepare_backend(config)
-        self.model_config, self.config = model_config, config
-        self.mesh = make_mesh(config.tensor_parallel_size)
-        self.device = self.mesh.devices.flat[0]
+        self.config = config
+        self.model_config = model_config = split_config(model_config, config.tensor_parallel_size)
+        self.mesh = make_mesh(config.tensor_parallel_size, config.data_parallel_size)
+        self.num_groups, self.num_shards = self.mesh.devices.shape
+        self.by_group = NamedSharding(self.mesh, Spec(DATA_AXIS))
+        self.device = self.mesh.local_devices[0]
+        self.num_processes, self.is_first_process = jax.process_count(), jax.process_index() == 0
         self.on_gpu = self.device.platform == "gpu"
         self.dtype = self._resolve_dtype()
-        self._check_shards()
         self.max_num_seqs = config.max_num_seqs or (512 if self.on_gpu else 32)
         self.max_num_batched_tokens = config.max_num_batched_tokens or (16384 if self.on_gpu else 1024)
         loading = dict(load_format=config.load_format, seed=config.seed, deterministic=config.deterministic)
@@ -65,7 +70,7 @@ class ModelRunner:
         self._size_cache(workspace)
         with ThreadPoolExecutor(1) as thread:  # while programs compile
             weights = thread.submit(self._load, directory, loader)
-            compiled_workspace = self._compile()
+            compiled_workspace = largest(self._compile())
             if self.on_gpu and compiled_workspace > workspace:
                 self._size_cache(compiled_workspace)
                 self._compile()
@@ -76,13 +81,15 @@ class ModelRunner:
 
     def dispatch(self, shape: BatchShape, buffer: np.ndarray) -> StepOutput:
         """Start one step; returns its output without waiting for the device."""
+        buffer = self._on_devices(buffer)
         output, self.caches, self.state = self.programs[shape](self.leaves, self.caches, self.state, buffer)
         output.tokens.copy_to_host_async()
         return output
 
-    def write_tables(self, slot: int, token_counts: np.ndarray, logit_bias: np.ndarray) -> None:
-        """Set a slot's lines [V] int32 and float32 of the device's state, for the steps dispatched from now on."""
-        self.state = _write_tables(self.state, slot, token_counts, logit_bias)
+    def write_tables(self, group: int, slot: int, token_counts: np.ndarray, logit_bias: np.ndarray) -> None:
+        """Set a slot's lines [V] int32 and float32 of a group's state, for the steps dispatched from now on."""
+        line = group * (self.max_num_seqs + 1) + slot
+        self.state = self.table_writer(self.state, line, token_counts, logit_bias)
 
     def write_steering(self, slot: int, steering: tuple[float, ...] | None) -> None:
         """Set what a slot's sequence brings for the probe, for the steps dispatched from now on; None: zeros."""
@@ -124,6 +131,14 @@ class ModelRunner:
         arrays = (np.concatenate(list(map(np.asarray, arrays)))[: len(tokens)] for arrays in zip(*parts))
         return _entries(np.array(tokens), arrays)
 
+    def check_agreement(self, digest: bytes) -> None:
+        """Raise RuntimeError where other processes have another digest of what was asked of them."""
+        if not same_everywhere(digest):
+            raise RuntimeError(
+                f"the {jax.process_count()} processes were given different requests, or not in the same order: each "
+                "must run the same script on the same input"
+            )
+
     def reset(self) -> None:
         """Drop the device's state, until `restore`: a step that failed, or was interrupted, may have taken it along."""
         self.caches = self.state = None
@@ -139,13 +154,20 @@ class ModelRunner:
     def _step(self, shape: BatchShape, leaves, caches, state, buffer):
         # A module is a pytree; passed flat, it costs no Python at a call.
         model = jax.tree.unflatten(self.treedef, leaves)
-        mesh = self.mesh if self.mesh.size > 1 else None
-        static = dict(shape=shape, block_size=self.config.block_size, mesh=mesh, probe=self.config.probe)
-        return engine_step(model, caches, state, buffer, **static)
+        static = dict(shape=shape, block_size=self.config.block_size, probe=self.config.probe)
+        output, caches, state = engine_step(model, caches, state, buffer, **static)
+        tokens, logprobs = jax.tree.map(partial(gather_groups, axis=1), (output.tokens, output.logprobs))
+        return output._replace(tokens=tokens, logprobs=logprobs), caches, state
 
-    def _eager_step(self, shape: BatchShape, leaves, caches, state, buffer):
+    def _eager_step(self, shape: BatchShape, *args):
         with jax.disable_jit():
-            return self._step(shape, leaves, caches, state, jnp.asarray(buffer))
+            return self._program(shape)(*args[:-1], jnp.asarray(args[-1]))
+
+    def _on_devices(self, buffer: np.ndarray) -> np.ndarray | jax.Array:
+        """Numbers of all data groups, one group's after another's, where those groups' devices read them."""
+        if self.mesh.size == 1:
+            return buffer
+        return jax.make_array_from_callback(buffer.shape, self.by_group, buffer.__getitem__)
 
     # ------------------------------------------------------------ weights
 
@@ -154,16 +176,6 @@ class ModelRunner:
             return jnp.dtype(DTYPES[self.config.dtype])
         # CPUs compute in float32 whatever the weights' type: 16 bits would only round more.
         return jnp.dtype(DTYPES[self.model_config.dtype] if self.on_gpu else "float32")
-
-    def _check_shards(self) -> None:
-        c, shards = self.model_config, self.mesh.size
-        common = math.gcd(c.num_key_value_heads, c.intermediate_size, c.vocab_size)
-        if common % shards:
-            raise ValueError(
-                f"tensor_parallel_size={shards} must divide num_key_value_heads={c.num_key_value_heads}, "
-                f"intermediate_size={c.intermediate_size} and vocab_size={c.vocab_size}: use one of "
-                f"{[n for n in range(1, common + 1) if common % n == 0]}"
-            )
 
     def _load(self, directory: Path, loader: ModelLoader) -> list[jax.Array]:
         start = time.perf_counter()
@@ -209,17 +221,17 @@ class ModelRunner:
     def _estimate_workspace(self) -> int:
         tokens = self.max_num_batched_tokens + self.max_num_seqs
         rows = 2 * self.max_num_seqs
-        return estimate_workspace(self.model_config, self.dtype.itemsize, tokens, rows, self.mesh.size)
+        return estimate_workspace(self.model_config, self.dtype.itemsize, tokens, rows, self.num_shards)
 
     def _size_cache(self, workspace: int) -> None:
         """Decide the pool's size and, with it, max_model_len and the batch shapes."""
         config, model = self.config, self.model_config
-        block = model.kv_bytes_per_token(self.dtype.itemsize) * config.block_size // self.mesh.size
+        block = model.kv_bytes_per_token(self.dtype.itemsize) * config.block_size // self.num_shards
         # Un-jitted steps copy a layer's cache when they store, for nothing is donated.
         copies = 1 + 4 / model.num_hidden_layers if config.enforce_eager else 1
         plan = MemoryPlan(
-            budget=self.device.memory_stats()["bytes_limit"] if self.on_gpu else None,
-            weights=self.bytes_in_use + self.weight_bytes,
+            budget=-largest(-self.device.memory_stats()["bytes_limit"]) if self.on_gpu else None,
+            weights=largest(self.bytes_in_use) + self.weight_bytes,
             workspace=workspace + self._state_bytes() + RESERVE,
             block=int(block * copies),
         )
@@ -251,11 +263,11 @@ class ModelRunner:
         """What others hold of a GPU: another LLM of this process."""
         if not self.on_gpu:
             return 0
-        return max(device.memory_stats()["bytes_in_use"] for device in self.mesh.devices.flat)
+        return max(device.memory_stats()["bytes_in_use"] for device in self.mesh.local_devices)
 
     def _state_bytes(self) -> int:
         steering = 4 * self.config.probe.steering_size if self.config.probe else 0
-        return (self.max_num_seqs + 1) * (self.model_config.vocab_size * 8 + steering)
+        return (self.max_num_seqs + 1) * (self.model_config.vocab_size * 8 // self.num_shards + steering)
 
     def _resolve_max_model_len(self) -> int:
         own, pool = self.model_config.max_context, self.num_blocks * self.config.block_size
@@ -273,14 +285,16 @@ class ModelRunner:
 
     def _layout(self) -> tuple[list[KVCache], DeviceState]:
         """Shapes and shardings of the caches and of the device's state."""
-        c, slots, whole, probe = self.model_config, self.max_num_seqs + 1, replicated(self.mesh), self.config.probe
-        shape = (self.num_blocks, c.num_key_value_heads, self.config.block_size, c.head_dim)
-        pages = jax.ShapeDtypeStruct(shape, self.dtype, sharding=NamedSharding(self.mesh, Spec(None, MODEL_AXIS)))
+        c, groups, probe = self.model_config, self.num_groups, self.config.probe
+        slots = groups * (self.max_num_seqs + 1)
+        split = NamedSharding(self.mesh, Spec(DATA_AXIS, MODEL_AXIS))
+        shape = (groups * self.num_blocks, c.kv_heads, self.config.block_size, c.head_dim)
+        pages = jax.ShapeDtypeStruct(shape, self.dtype, sharding=split)
         state = DeviceState(
-            last_tokens=jax.ShapeDtypeStruct((slots,), jnp.int32, sharding=whole),
-            token_counts=jax.ShapeDtypeStruct((slots, c.vocab_size), jnp.int32, sharding=whole),
-            logit_bias=jax.ShapeDtypeStruct((slots, c.vocab_size), jnp.float32, sharding=whole),
-            steering=probe and jax.ShapeDtypeStruct((slots, probe.steering_size), jnp.float32, sharding=whole),
+            last_tokens=jax.ShapeDtypeStruct((slots,), jnp.int32, sharding=self.by_group),
+            token_counts=jax.ShapeDtypeStruct((slots, c.vocab_size), jnp.int32, sharding=split),
+            logit_bias=jax.ShapeDtypeStruct((slots, c.vocab_size), jnp.float32, sharding=split),
+            steering=probe and jax.ShapeDtypeStruct((slots, probe.steering_size), jnp.float32, sharding=self.by_group),
         )
         return [KVCache(pages, pages)] * c.num_hidden_layers, state
 
@@ -324,9 +338,9 @@ class ModelRunner:
         return workspace
 
     def _program_store(self) -> ProgramStore:
-        # A CPU's larger programs cannot be loaded again (jaxlib 0.11: "Function ... not found").
-        # And what a probe's functions do cannot be told from their names.
-        kept = self.on_gpu and self.config.compilation_cache_dir and not self.config.probe
+        # A CPU's larger programs cannot be loaded again (jaxlib 0.11: "Function ... not found"), what a probe's
+        # functions do cannot be told from their names, and of a program over several processes each would have a part.
+        kept = self.on_gpu and self.config.compilation_cache_dir and not self.config.probe and self.num_processes == 1
         directory = jax.config.jax_compilation_cache_dir if kept else None
         return ProgramStore(
             Path(directory) / "programs" if directory else None,
@@ -334,22 +348,30 @@ class ModelRunner:
             repr((replace(self.config, seed=0), self.model_config, self.dtype, self.leaves, self._layout())),
         )
 
-    def _compiler_options(self, shape: BatchShape) -> dict[str, bool]:
+    def _compiler_options(self, shape: BatchShape) -> dict[str, bool | str]:
         """XLA flags for one program: measured on an H200, see docs/performance.md."""
-        if not self.on_gpu or shape.decode_rows + shape.prefill_tokens <= 32:
-            return {}  # XLA's own kernels are the faster ones for a few rows
-        return {"xla_gpu_enable_triton_gemm": False, "xla_gpu_enable_cublaslt": True}
+        options: dict[str, bool | str] = {}
+        if self.on_gpu and shape.decode_rows + shape.prefill_tokens > 32:  # for fewer rows XLA's own kernels are faster
+            options |= {"xla_gpu_enable_triton_gemm": False, "xla_gpu_enable_cublaslt": True}
+        if self.on_gpu and self.mesh.size > 1:
+            # What XLA may put in CUDA graphs: collectives have hung there. Each process tunes for itself: exchanging
+            # results would need all of them to compile in the same order.
+            options |= {"xla_gpu_enable_command_buffer": COMMAND_BUFFERS, "xla_gpu_shard_autotuning": False}
+        return options
 
     def _lower(self, shape: BatchShape):
-        caches, state = self._layout()
-        whole = replicated(self.mesh)
-        step = jax.jit(
-            partial(self._step, shape),
-            donate_argnums=(1, 2),
-            out_shardings=(whole, *jax.tree.map(lambda array: array.sharding, (caches, state))),
-        )
-        buffer = jax.ShapeDtypeStruct((shape.size,), jnp.int32, sharding=whole)
-        return step.lower(self.leaves, caches, state, buffer)
+        buffer = jax.ShapeDtypeStruct((self.num_groups * shape.size,), jnp.int32, sharding=self.by_group)
+        state = self._layout()
+        out_shardings = (None, *jax.tree.map(lambda array: array.sharding, state))
+        step = jax.jit(self._program(shape), donate_argnums=(1, 2), out_shardings=out_shardings)
+        return step.lower(self.leaves, *state, buffer)
+
+    def _program(self, shape: BatchShape) -> Callable:
+        """The step of all devices, as a function of whole arrays."""
+        donated = specs_of(self._layout())
+        output = StepOutput(tokens=Spec(), logprobs=Spec(), hidden=Spec(None, DATA_AXIS), activations=Spec())
+        in_specs = (specs_of(self.leaves), *donated, Spec(DATA_AXIS))
+        return per_device(partial(self._step, shape), self.mesh, in_specs, (output, *donated))
 
     @cached_property
     def score(self) -> Callable:
@@ -358,7 +380,15 @@ class ModelRunner:
         def score(leaves, *args):
             return prompt_logprobs(jax.tree.unflatten(self.treedef, leaves), *args)
 
-        return jax.jit(score)
+        in_specs = (specs_of(self.leaves), Spec(None, DATA_AXIS), Spec(), Spec(), Spec())
+        return jax.jit(per_device(score, self.mesh, in_specs, Spec()))
+
+    @cached_property
+    def table_writer(self) -> Callable:
+        """models/draw.py's `write_tables`, compiled."""
+        state = specs_of(self._layout()[1])
+        in_specs = (state, Spec(), Spec(), Spec())
+        return jax.jit(per_device(write_tables, self.mesh, in_specs, state), donate_argnums=0)
 
 
 def _entries(tokens: np.ndarray, logprobs: Iterable[np.ndarray]) -> list[TokenLogprobs]:
@@ -372,14 +402,6 @@ def _cast(array: jax.Array, dtype: np.dtype) -> jax.Array:
 
 
 @partial(jax.jit, donate_argnums=0)
-def _write_tables(state: DeviceState, slot, token_counts, logit_bias) -> DeviceState:
-    return state._replace(
-        token_counts=state.token_counts.at[slot].set(token_counts),
-        logit_bias=state.logit_bias.at[slot].set(logit_bias),
-    )
-
-
-@partial(jax.jit, donate_argnums=0)
 def _write_steering(state: DeviceState, slot, steering) -> DeviceState:
     return state._replace(steering=state.steering.at[slot].set(steering))
 
@@ -387,6 +409,8 @@ def _write_steering(state: DeviceState, slot, steering) -> DeviceState:
 def _prepare_backend(config: EngineConfig) -> None:
     """Settings that must be there before JAX starts a GPU, and the compilation cache."""
     os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", str(config.gpu_memory_utilization))
+    if config.distributed or config.coordinator_address:
+        connect(config.coordinator_address, config.num_processes, config.process_id)
     if config.compilation_cache_dir and jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(Path(config.compilation_cache_dir).expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

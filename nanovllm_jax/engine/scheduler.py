@@ -85,6 +85,7 @@ class Scheduler:
         self.multi_step_rows = multi_step_rows
         self.waiting: OrderedDict[int, Sequence] = OrderedDict()  # by seq_id, in arrival order
         self.running: dict[int, Sequence] = {}  # the admitted ones, by seq_id, in arrival order
+        self.num_unfinished_prompt_tokens = 0  # of all waiting and running sequences
         self.num_preemptions = 0
         self.num_prefix_query_tokens = 0  # prompt tokens of admitted sequences,
         self.num_prefix_hit_tokens = 0  # and those of them found in the prefix cache
@@ -95,6 +96,26 @@ class Scheduler:
         """Whether any sequence is waiting or running."""
         return bool(self.running or self.waiting)
 
+    @property
+    def num_running(self) -> int:
+        """Admitted sequences."""
+        return len(self.running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences without blocks: new, or preempted."""
+        return len(self.waiting)
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks in the pool."""
+        return self.block_manager.num_blocks
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks that no sequence owns."""
+        return self.block_manager.num_free_blocks
+
     def add(self, seq: Sequence) -> None:
         """Queue a new sequence. The caller has refused what can never run, and numbers sequences as they come."""
         num_slots = self.block_manager.num_blocks * self.block_manager.block_size
@@ -102,6 +123,7 @@ class Scheduler:
         assert seq.max_len - 1 <= num_slots, seq  # the last token is never computed, so it needs no place
         assert seq.seq_id > self._last_added, seq
         self._last_added = seq.seq_id
+        self.num_unfinished_prompt_tokens += seq.num_prompt_tokens
         self.waiting[seq.seq_id] = seq
 
     def abort(self, seq: Sequence) -> None:
@@ -117,6 +139,7 @@ class Scheduler:
             seq.status, seq.finish_reason, seq.block_table, seq.slot = FINISHED, "abort", [], -1
         self.running.clear()
         self.waiting.clear()
+        self.num_unfinished_prompt_tokens = 0
         manager = self.block_manager
         self.block_manager = BlockManager(manager.num_blocks, manager.block_size, manager.enable_prefix_caching)
         self._free_slots = list(range(self.max_num_seqs - 1, -1, -1))
@@ -135,22 +158,24 @@ class Scheduler:
             del self.waiting[seq.seq_id]
         else:
             self._release(seq)
+        self.num_unfinished_prompt_tokens -= seq.num_prompt_tokens
         seq.status = FINISHED
         seq.finish_reason = reason
 
-    def schedule(self) -> Schedule:
+    def can_run_ahead(self) -> bool:
+        """Whether the next step may compute several tokens of each sequence."""
+        decoding, prefilling = self._phases()
+        return not prefilling and not self.waiting and self._can_run_ahead(decoding)
+
+    def schedule(self, run_ahead: bool = True) -> Schedule:
         """Choose the next step, which the caller dispatches before it calls anything else here.
 
         May be empty: nothing is left to do, or nothing can be done before the tokens of dispatched steps are read.
+        `run_ahead`: whether it may compute several tokens of each sequence, where it can.
         """
-        decoding, prefilling = [], []
-        for seq in self.running.values():
-            if seq.status is PREFILL:
-                prefilling.append(seq)
-            elif seq.num_computed + 1 < seq.max_len:  # else the pending tokens complete it
-                decoding.append(seq)
+        decoding, prefilling = self._phases()
         schedule = Schedule()
-        if not prefilling and not self.waiting and self._can_run_ahead(decoding):
+        if run_ahead and not prefilling and not self.waiting and self._can_run_ahead(decoding):
             schedule.num_steps = self.num_steps
         self._schedule_decodes(schedule, decoding)
         # The budget is never short here. Whoever decodes had a token in the step before. So had the one sequence, at
@@ -199,8 +224,20 @@ class Scheduler:
                 assert seq.num_computed < known, seq
         slots = [seq.slot for seq in self.running.values()]
         assert sorted(self._free_slots + slots) == list(range(self.max_num_seqs)), "each slot is free or owned"
+        prompts = sum(seq.num_prompt_tokens for part in (self.running, self.waiting) for seq in part.values())
+        assert prompts == self.num_unfinished_prompt_tokens, "the load is miscounted"
         order = [*self.running, *self.waiting]
         assert order == sorted(order), "arrival order is lost"
+
+    def _phases(self) -> tuple[list[Sequence], list[Sequence]]:
+        """The running sequences that decode a next token, and those that prefill."""
+        decoding, prefilling = [], []
+        for seq in self.running.values():
+            if seq.status is PREFILL:
+                prefilling.append(seq)
+            elif seq.num_computed + 1 < seq.max_len:  # else the pending tokens complete it
+                decoding.append(seq)
+        return decoding, prefilling
 
     def _can_run_ahead(self, decoding: list[Sequence]) -> bool:
         """Whether each of these can compute `num_steps` tokens without preemption or reaching its end."""

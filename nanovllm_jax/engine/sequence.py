@@ -50,6 +50,7 @@ class Sequence:
         "block_hashes",
         "block_table",
         "finish_reason",
+        "group",
         "logprobs",
         "max_len",
         "min_len",
@@ -91,6 +92,7 @@ class Sequence:
         self.max_len = max_len
         self.status = Status.WAITING
         self.finish_reason: str | None = None  # "stop", "length", "abort" or "error"
+        self.group = 0  # the data group that runs it
         self.slot = -1  # a row of the device's per-sequence state while admitted, else -1
         self.block_table: list[int] = []  # position p lies in block block_table[p // block_size]
         self.block_hashes: list[bytes] = []  # chained hashes of the leading full blocks, as far as anyone asked

@@ -6,19 +6,16 @@ storing them is one kernel when serving. N query heads, K kv heads, G = N / K, H
 tokens, P prefill sequences, W table width.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as Spec
 
 from nanovllm_jax.kernels import norm_rope_store, paged_decode_attention, paged_prefill_attention
 from nanovllm_jax.layers.norm import RMSNorm
 from nanovllm_jax.layers.rope import apply_rope
-from nanovllm_jax.parallel.sharding import MODEL_AXIS
 
 
 class KVCache(NamedTuple):
@@ -38,7 +35,7 @@ class KVCache(NamedTuple):
         "prefill_context_lens",
         "query_starts",
     ],
-    meta_fields=["mesh", "deterministic"],
+    meta_fields=["deterministic"],
 )
 @dataclass(frozen=True)
 class PagedAttention:
@@ -56,27 +53,11 @@ class PagedAttention:
     """[P] int32 tokens in the cache with the new ones, 0 for padding."""
     query_starts: jax.Array
     """[P + 1] int32: sequence p's new tokens are query_starts[p] to query_starts[p + 1] of the T."""
-    mesh: Mesh | None = field(default=None)
-    """Set when heads are sharded: each device then attends with its own heads."""
     deterministic: bool = False
     """A token's output is then the same to the last bit in whatever batch and chunk: all go through one kernel."""
 
     def __call__(self, qkv, q_norm: RMSNorm, k_norm: RMSNorm, cos, sin, cache: KVCache) -> tuple[jax.Array, KVCache]:
         """qkv [B + T, K, G + 2, H] -> output [B + T, N, H] and the cache with the new keys and values stored."""
-        args = qkv, q_norm, k_norm, cos, sin, cache
-        if self.mesh is None:
-            return self._attend(*args)
-        heads, pages = Spec(None, MODEL_AXIS), KVCache(Spec(None, MODEL_AXIS), Spec(None, MODEL_AXIS))
-        sharded = jax.shard_map(
-            lambda plan, *args: plan._attend(*args),
-            mesh=self.mesh,
-            in_specs=(Spec(), heads, Spec(), Spec(), Spec(), Spec(), pages),
-            out_specs=(heads, pages),
-            check_vma=False,
-        )
-        return sharded(self, *args)
-
-    def _attend(self, qkv, q_norm, k_norm, cos, sin, cache):
         gains, angles = (q_norm.weight[...], k_norm.weight[...]), (cos[:, 0], sin[:, 0])
         placing = dict(eps=q_norm.eps, fixed=self.deterministic)
         q, *cache = norm_rope_store(qkv, *gains, *angles, self.slot_mapping, *cache, **placing)

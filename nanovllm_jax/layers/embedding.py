@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from nanovllm_jax.layers.linear import MatMul, matmul, param
+from nanovllm_jax.parallel.sharding import is_split, local_index, sum_over
 
 
 class Embedding(nnx.Module):
@@ -26,8 +27,12 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """tokens [...] int32 in [0, V) -> [..., D]."""
-        return jnp.take(self.weight[...], tokens, axis=0, mode="clip")
+        table = self.weight[...]
+        if not is_split():
+            return jnp.take(table, tokens, axis=0, mode="clip")
+        # Each device looks up its own tokens; the others' are zero.
+        return sum_over("vocab", jnp.take(table, local_index(tokens, len(table)), axis=0, mode="fill", fill_value=0))
 
     def attend(self, x: jax.Array) -> jax.Array:
-        """x [..., D] -> logits [..., V] float32."""
+        """x [..., D] -> logits [..., V] float32, or a device's part of V."""
         return self.matmul(x, self.weight[...], out_dtype=jnp.float32)

@@ -8,6 +8,7 @@ from flax import nnx
 from jax import lax
 
 from nanovllm_jax import kernels
+from nanovllm_jax.parallel.sharding import sum_over
 
 
 def param(value: jax.Array, *axes: str | None) -> nnx.Param:
@@ -53,10 +54,11 @@ class Linear(nnx.Module):
         """`axes` names the output dimensions' logical axes, then the input's."""
         self.matmul = matmul
         shape = (*out_features, in_features)
+        self.in_axis = axes[-1]
         self.weight = param(stddev * jax.random.normal(rngs.params(), shape, dtype), *axes)
         self.bias = param(jnp.zeros(out_features, dtype), *axes[:-1]) if use_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., in] -> [..., *out]."""
-        y = self.matmul(x, self.weight[...])
+        y = sum_over(self.in_axis, self.matmul(x, self.weight[...]))
         return y if self.bias is None else y + self.bias[...]

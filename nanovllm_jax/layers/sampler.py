@@ -7,6 +7,9 @@ is in the batch.
 import jax
 import jax.numpy as jnp
 
+from nanovllm_jax.parallel.sharding import first_of_shard
+from nanovllm_jax.parallel.vocabulary import best_of_shards
+
 
 def sample(
     logits: jax.Array,
@@ -14,11 +17,12 @@ def sample(
     seeds: jax.Array,
     positions: jax.Array,
     thresholds: jax.Array | None = None,
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
     """Draw one token a row from softmax(logits / temperature), by the Gumbel-max trick; temperature 0 is argmax.
 
-    logits [R, V] float32, temperatures [R] float32, seeds [R, 2] uint32, positions [R] int32 (of the drawn token);
-    thresholds [R] float32: entries below a row's are never drawn -> [R] int32.
+    logits [R, V] float32 (or a device's part of V), temperatures [R] float32, seeds [R, 2] uint32, positions [R] int32
+    (of the drawn token); thresholds [R] float32: entries below a row's are never drawn. Returns the tokens [R] int32
+    and their scores [R], which are logits where the temperature is 0.
     """
     if thresholds is not None:
         # Written so that NaN stays: argmax finds it, and `draw` sees it.
@@ -26,7 +30,10 @@ def sample(
     greedy = temperatures[:, None] == 0
     scaled = logits / jnp.where(greedy, 1, temperatures[:, None])
     noise = gumbel(seeds, positions, logits.shape[1])
-    return jnp.argmax(jnp.where(greedy, logits, scaled + noise), axis=-1).astype(jnp.int32)
+    scores = jnp.where(greedy, logits, scaled + noise)
+    best = jnp.argmax(scores, axis=-1).astype(jnp.int32)
+    score = jnp.take_along_axis(scores, best[:, None], axis=-1)[:, 0]
+    return best_of_shards(best + first_of_shard(scores.shape[-1]), score)
 
 
 def gumbel(seeds: jax.Array, positions: jax.Array, size: int) -> jax.Array:
@@ -36,7 +43,7 @@ def gumbel(seeds: jax.Array, positions: jax.Array, size: int) -> jax.Array:
     itself is a keyed hash of the entry's number: two rounds of a 32-bit mixer, a word of the key before each.
     """
     keys = jax.random.key_data(jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(seeds), positions))
-    entries = jnp.arange(size, dtype=jnp.uint32)
+    entries = jnp.arange(size, dtype=jnp.uint32) + jnp.uint32(first_of_shard(size))
     bits = _mix(_mix(entries ^ keys[:, :1]) ^ keys[:, 1:])
     # The small end of the exponential decides who wins, and log1p keeps all 32 bits there.
     uniform = (bits.astype(jnp.float32) + 0.5) * 2.0**-32

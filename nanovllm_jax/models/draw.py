@@ -11,8 +11,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from nanovllm_jax.engine.batch import FLOATS, SamplingRows
-from nanovllm_jax.kernels import adjust_logits, sampling_threshold, token_logprobs
+from nanovllm_jax.kernels import adjust_logits
 from nanovllm_jax.layers.sampler import sample
+from nanovllm_jax.parallel import vocabulary
+from nanovllm_jax.parallel.sharding import DATA_AXIS, first_of_shard, local_index
 
 
 class DeviceState(NamedTuple):
@@ -52,9 +54,9 @@ def draw(
 ) -> tuple[jax.Array, LogprobArrays, DeviceState]:
     """Draw each row's next token, which goes to position context_lens [R] of its sequence.
 
-    logits [R, V] float32; sampling [R, 12] int32: SamplingRows by column; slots [R] int32.
-    Returns tokens [R] int32, their log probabilities, and the state with the tokens taken in. A row whose best logit is
-    NaN or infinite has no token to draw: it returns -1, and the state has some token of the vocabulary.
+    logits [R, V] float32 (or a device's part of V); sampling [R, 12] int32: SamplingRows by column; slots [R]
+    int32. Returns tokens [R] int32, their log probabilities, and the state with the tokens taken in. A row whose best
+    logit is NaN or infinite has no token to draw: it returns -1, and the state has some token of the vocabulary.
     """
     rows = _columns(sampling)
     seeds = jnp.stack((rows.seed_low, rows.seed_high), axis=1).astype(jnp.uint32)
@@ -63,15 +65,26 @@ def draw(
     logits, raw = adjust_logits(
         logits, slots, rows.adjusts, ends_too_early, *penalties, state.token_counts, state.logit_bias
     )
-    threshold = sampling_threshold(logits, rows.temperature, rows.top_k, rows.top_p, rows.min_p, fixed=fixed)
-    tokens = sample(logits, rows.temperature, seeds, context_lens, threshold)
-    logprobs = LogprobArrays(*token_logprobs(logits, raw, rows.adjusts, tokens, rows.num_top))
+    threshold = vocabulary.threshold(logits, rows.temperature, rows.top_k, rows.top_p, rows.min_p, fixed=fixed)
+    tokens, scores = sample(logits, rows.temperature, seeds, context_lens, threshold)
+    logprobs = LogprobArrays(*vocabulary.logprobs(logits, raw, rows.adjusts, tokens, rows.num_top))
+    entries = local_index(tokens, logits.shape[1])
     state = state._replace(
         last_tokens=state.last_tokens.at[slots].set(tokens),
-        token_counts=state.token_counts.at[slots, tokens].add(rows.adjusts),
+        token_counts=state.token_counts.at[slots, entries].add(rows.adjusts, mode="drop"),
     )
-    best = jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0]  # NaN or infinite, where any of these is drawn
-    return jnp.where(jnp.isfinite(best), tokens, -1), logprobs, state
+    return jnp.where(jnp.isfinite(scores), tokens, -1), logprobs, state  # NaN and infinity are drawn, where they are
+
+
+def write_tables(state: DeviceState, line: jax.Array, token_counts: jax.Array, logit_bias: jax.Array) -> DeviceState:
+    """The state with one line [V] of each table set; lines are counted through all data groups."""
+    slots, size = state.token_counts.shape
+    slot, first = local_index(line, slots, DATA_AXIS), first_of_shard(size)
+    counts, bias = (lax.dynamic_slice_in_dim(x, first, size) for x in (token_counts, logit_bias))
+    return state._replace(
+        token_counts=state.token_counts.at[slot].set(counts, mode="drop"),
+        logit_bias=state.logit_bias.at[slot].set(bias, mode="drop"),
+    )
 
 
 def _columns(sampling: jax.Array) -> SamplingRows:

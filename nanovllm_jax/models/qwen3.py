@@ -1,6 +1,7 @@
 """Qwen3 (dense), true to transformers' Qwen3ForCausalLM.
 
-Shapes: T tokens (any leading dimensions), N query heads, K kv heads, G = N / K, H head_dim, D hidden, F mlp, V vocab.
+Shapes: T tokens (any leading dimensions), N query heads, K kv heads (their copies included), G = N / K, H head_dim,
+D hidden, F mlp, V vocab; on a device of several, its parts of N, K, F and V.
 Modules carry logical axis names only; `parallel.sharding` maps them to a mesh.
 """
 
@@ -23,12 +24,12 @@ class Attention(nnx.Module):
     """Grouped-query attention with normalised queries and keys."""
 
     def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs, matmul: MatMul):
-        c, group = config, config.num_attention_heads // config.num_key_value_heads
+        c, group = config, config.num_attention_heads // config.kv_heads
         options = dict(use_bias=c.attention_bias, dtype=dtype, rngs=rngs, matmul=matmul)
         # Each kv head's queries, key and value lie together, so that a shard of kv heads is one slice.
         self.qkv_proj = Linear(
             c.hidden_size,
-            (c.num_key_value_heads, group + 2, c.head_dim),
+            (c.kv_heads, group + 2, c.head_dim),
             axes=("kv_heads", None, None, "embed"),
             **options,
         )

@@ -3,19 +3,19 @@
 B decode rows, T prefill tokens, P prefill sequences, R = B + P, W table width, D hidden, V vocabulary.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from nanovllm_jax.engine.batch import BatchShape, BatchView
-from nanovllm_jax.kernels import token_logprobs
 from nanovllm_jax.layers.attention import KVCache, PagedAttention
 from nanovllm_jax.models.draw import DeviceState, LogprobArrays, draw
 from nanovllm_jax.models.qwen3 import Qwen3ForCausalLM, run_layer
 from nanovllm_jax.models.watch import Watch
-from nanovllm_jax.parallel.sharding import replicated
+from nanovllm_jax.parallel import vocabulary
+from nanovllm_jax.parallel.sharding import DATA_AXIS, from_group, local_index
 from nanovllm_jax.probe import Probe
 
 
@@ -40,7 +40,6 @@ def engine_step(
     *,
     shape: BatchShape,
     block_size: int,
-    mesh: Mesh | None,
     probe: Probe | None = None,
 ) -> tuple[StepOutput, list[KVCache], DeviceState]:
     """Compute one batch and sample, once or several times over.
@@ -56,7 +55,7 @@ def engine_step(
             lens = jnp.where(lens > 0, lens + number, 0)
             tokens = jnp.where(number == 0, tokens, -1)
         one = batch._replace(context_lens=lens, decode_tokens=tokens)
-        return _one_step(model, *carry, one, block_size, mesh, probe)
+        return _one_step(model, *carry, one, block_size, probe)
 
     if shape.num_steps == 1:
         (caches, state), output = step((caches, state), 0)
@@ -70,13 +69,19 @@ def prompt_logprobs(
 ) -> LogprobArrays:
     """Log probabilities of tokens [C] int32, predicted by these rows [C] int32 of a step's hidden [1, T, D].
 
+    Of several data groups, T counts the rows of all, of which each has its own.
+
     num_top [C] int32: how many most likely tokens to name beside each, -1 for padding.
     """
-    logits = model.logits(hidden[0, rows])
-    return LogprobArrays(*token_logprobs(logits, logits, jnp.zeros_like(tokens), tokens, num_top))
+    own = local_index(rows, hidden.shape[1], DATA_AXIS)
+    mine = own < hidden.shape[1]
+    logits = model.logits(hidden[0, jnp.where(mine, own, 0)])
+    asks = jnp.where(mine, num_top, -1)
+    logprobs = vocabulary.logprobs(logits, logits, jnp.zeros_like(tokens), tokens, asks)
+    return jax.tree.map(partial(from_group, mine), LogprobArrays(*logprobs))
 
 
-def _one_step(model, caches, state: DeviceState, batch: BatchView, block_size: int, mesh: Mesh | None, probe):
+def _one_step(model, caches, state: DeviceState, batch: BatchView, block_size: int, probe):
     """Compute the batch's tokens and sample: ((caches, state), output)."""
     rows, slots = batch.decode_tokens.shape[0], batch.slots
     decode_tokens = jnp.where(batch.decode_tokens >= 0, batch.decode_tokens, state.last_tokens[slots[:rows]])
@@ -89,7 +94,6 @@ def _one_step(model, caches, state: DeviceState, batch: BatchView, block_size: i
         prefill_tables=batch.tables[rows:],
         prefill_context_lens=batch.context_lens[rows:],
         query_starts=batch.query_starts,
-        mesh=mesh,
         deterministic=model.deterministic,
     )
     watch = probe and Watch(probe, model, state.steering[slots[table_rows]])
@@ -99,8 +103,6 @@ def _one_step(model, caches, state: DeviceState, batch: BatchView, block_size: i
     sampled = jnp.concatenate((jnp.arange(rows), last_of_prefill)) if len(last_of_prefill) else jnp.arange(rows)
     with jax.named_scope("head"):
         logits = model.logits(hidden[sampled])  # (R, V)
-        if mesh is not None:  # each device samples from whole rows
-            logits = jax.lax.with_sharding_constraint(logits, replicated(mesh))
     if watch:
         watch.take("logits", logits)
     with jax.named_scope("sample"):

@@ -33,7 +33,7 @@ POOL_FAULTS = {
     "a block's hash ignores its last token": ("_hash_blocks", "(i + 1) * size]", "(i + 1) * size - 1]"),
 }
 POLICY_FAULTS = {
-    "one token beyond the end": ("schedule", "seq.num_computed + 1 < seq.max_len", "seq.num_computed < seq.max_len"),
+    "one token beyond the end": ("_phases", "seq.num_computed + 1 < seq.max_len", "seq.num_computed < seq.max_len"),
     "decodes cost no budget": (
         "schedule",
         "self.max_num_batched_tokens - len(schedule.decodes)",

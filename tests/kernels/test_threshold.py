@@ -127,7 +127,7 @@ def test_draws_follow_the_distribution(setting):
     threshold = np.repeat(sampling_threshold(*rows), DRAWS)
     seeds = np.stack([np.arange(DRAWS), np.full(DRAWS, 11)], axis=1).astype(np.uint32)
     logits, temperature = np.tile(LOGITS, (DRAWS, 1)), np.repeat(rows.temperature, DRAWS)
-    tokens = jax.jit(sample)(logits, temperature, seeds, np.zeros(DRAWS, np.int32), threshold)
+    tokens, _ = jax.jit(sample)(logits, temperature, seeds, np.zeros(DRAWS, np.int32), threshold)
     counts, expected = np.bincount(tokens, minlength=LOGITS.size), DRAWS * distribution(*rows.one(0))
     assert counts[expected == 0].sum() == 0
     drawn = expected > 0
@@ -141,6 +141,6 @@ def test_draws_follow_the_distribution(setting):
 def test_thresholds_mask_each_row_by_its_own():
     logits = jnp.tile(jnp.arange(8.0), (3, 1))
     seeds, positions = jnp.zeros((3, 2), jnp.uint32), jnp.arange(3)
-    tokens = sample(logits, jnp.full(3, 1e6), seeds, positions, jnp.array([7.0, 6.5, -inf]))
+    tokens, _ = sample(logits, jnp.full(3, 1e6), seeds, positions, jnp.array([7.0, 6.5, -inf]))
     assert tokens[:2].tolist() == [7, 7]
-    np.testing.assert_array_equal(tokens[2], sample(logits, jnp.full(3, 1e6), seeds, positions)[2])
+    np.testing.assert_array_equal(tokens[2], sample(logits, jnp.full(3, 1e6), seeds, positions)[0][2])

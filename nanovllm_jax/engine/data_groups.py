@@ -1,0 +1,130 @@
+"""Data parallelism: several groups of devices with the same weights, each with its own sequences and blocks.
+
+To the engine, a `DataGroups` is a scheduler, and a `GroupPacker` a packer. Each group has a Scheduler of its own; their
+steps are dispatched as one program, which needs one shape: the largest that any of them asks for.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from nanovllm_jax.engine.batch import BatchPacker, BatchShape, Buckets
+from nanovllm_jax.engine.scheduler import Schedule, Scheduler
+from nanovllm_jax.engine.sequence import Sequence
+
+
+@dataclass(slots=True)
+class GroupSchedule(Schedule):
+    """What one step computes in all groups: the groups' schedules one after another, and joined."""
+
+    groups: list[Schedule] = field(default_factory=list)
+
+
+def _total(name: str) -> property:
+    return property(lambda self: sum(getattr(group, name) for group in self.groups))
+
+
+class DataGroups:
+    """Schedulers side by side, as one."""
+
+    num_running = _total("num_running")
+    num_waiting = _total("num_waiting")
+    num_blocks = _total("num_blocks")
+    num_free_blocks = _total("num_free_blocks")
+    num_preemptions = _total("num_preemptions")
+    num_prefix_query_tokens = _total("num_prefix_query_tokens")
+    num_prefix_hit_tokens = _total("num_prefix_hit_tokens")
+
+    def __init__(self, num_groups: int, make_scheduler: Callable[[], Scheduler]):
+        self.groups = [make_scheduler() for _ in range(num_groups)]
+        self._last_added: Sequence | None = None
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether any sequence is waiting or running."""
+        return any(group.has_unfinished for group in self.groups)
+
+    def add(self, seq: Sequence) -> None:
+        """Queue a new sequence in the group that will be done with it first; it stays there.
+
+        The n texts of a request come one after another and go to one group: they share its prompt.
+        """
+        last = self._last_added
+        seq.group = last.group if last and last.request_id == seq.request_id else self._place(seq)
+        self._last_added = seq
+        self.groups[seq.group].add(seq)
+
+    def _place(self, seq: Sequence) -> int:
+        """The group with the least to do: prompts of unfinished sequences, and of this one what is not cached there."""
+        costs = [
+            group.num_unfinished_prompt_tokens - group.block_manager.num_cached_tokens(seq) for group in self.groups
+        ]
+        return costs.index(min(costs))
+
+    def abort(self, seq: Sequence) -> None:
+        """End a sequence in any state; its blocks and slot are free at once."""
+        self.groups[seq.group].abort(seq)
+
+    def abort_all(self) -> None:
+        """End every sequence and forget cached prefixes."""
+        for group in self.groups:
+            group.abort_all()
+
+    def preempt_all(self) -> None:
+        """Put every admitted sequence back to its group's queue and forget cached prefixes."""
+        for group in self.groups:
+            group.preempt_all()
+
+    def finish(self, seq: Sequence, reason: str) -> None:
+        """End a sequence in any state, unless it has ended."""
+        self.groups[seq.group].finish(seq, reason)
+
+    def schedule(self) -> GroupSchedule:
+        """Choose every group's part of the next step; several tokens a row only where every busy group can."""
+        run_ahead = all(group.can_run_ahead() for group in self.groups if group.has_unfinished)
+        parts = [group.schedule(run_ahead) for group in self.groups]
+        return GroupSchedule(
+            decodes=[seq for part in parts for seq in part.decodes],
+            prefills=[chunk for part in parts for chunk in part.prefills],
+            admitted=[seq for part in parts for seq in part.admitted],
+            num_steps=max(part.num_steps for part in parts),
+            groups=parts,
+        )
+
+    def update(self, schedule: GroupSchedule, decode_tokens: list[int], prefill_tokens: list[int]) -> list[Sequence]:
+        """Take in the tokens of a dispatched step; returns the sequences that finished with them."""
+        decodes, prefills, finished = iter(decode_tokens), iter(prefill_tokens), []
+        for group, part in zip(self.groups, schedule.groups):
+            tokens = [next(decodes) for _ in part.decodes], [next(prefills) for _ in part.prefills]
+            finished += group.update(part, *tokens)
+        return finished
+
+    def check(self) -> None:
+        """Assert that sequences, slots and blocks agree. Costs the pools: for tests."""
+        for group in self.groups:
+            group.check()
+
+
+class GroupPacker:
+    """Packs the groups' schedules one after another, each padded to the same shape."""
+
+    def __init__(self, num_groups: int, buckets: Buckets):
+        self.packers = [BatchPacker(buckets) for _ in range(num_groups)]
+        self.buckets = buckets
+
+    def pack(self, schedule: GroupSchedule) -> tuple[BatchShape, np.ndarray]:
+        """The shape of each group's batch, and the flat int32 arrays of all, joined."""
+        parts = schedule.groups
+        sizes = [(len(p.decodes), len(p.prefills), sum(chunk.num_tokens for chunk in p.prefills)) for p in parts]
+        shape = self.buckets.shape_for(*map(max, zip(*sizes)), schedule.num_steps)
+        return shape, np.concatenate([packer.pack(part, shape)[1] for packer, part in zip(self.packers, parts)])
+
+    def rows(self, schedule: GroupSchedule, shape: BatchShape) -> tuple[list[int], list[int]]:
+        """In which rows of the step's output the schedule's decodes are, and its prefills."""
+        decodes, prefills = [], []
+        for number, (packer, part) in enumerate(zip(self.packers, schedule.groups)):
+            first = number * (shape.decode_rows + shape.prefill_rows)
+            for rows, own in zip((decodes, prefills), packer.rows(part, shape)):
+                rows += [first + row for row in own]
+        return decodes, prefills

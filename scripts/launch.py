@@ -1,0 +1,103 @@
+"""Start a script as several processes of this machine that share one model: to try out what a cluster does.
+
+python scripts/launch.py --processes 2 --devices 4 my_script.py its arguments
+
+The script needs no changes but LLM(..., tensor_parallel_size=8) or (..., tensor_parallel_size=4, data_parallel_size=2).
+Process 0 prints; what another one has to say is shown if it fails. On a CPU each process has `--devices` devices; on
+GPUs process i takes those from i * devices on.
+"""
+
+import argparse
+import runpy
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+GRACE_SECONDS = 90  # for the others to notice that one has ended
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--devices", type=int, default=1, help="of each process")
+    parser.add_argument("--member", nargs=2, help=argparse.SUPPRESS)  # coordinator address and number of a child
+    parser.add_argument("script", type=Path)
+    parser.add_argument("arguments", nargs=argparse.REMAINDER)
+    args = parser.parse_args()
+    if args.processes < 1 or args.devices < 1:
+        parser.error("--processes and --devices must be at least 1")
+    if not args.script.is_file():
+        parser.error(f"{args.script} is no file")
+    return launch(args) if args.member is None else run(args)
+
+
+def launch(args: argparse.Namespace) -> int:
+    """Start the processes and wait for them; the exit code of the first that fails."""
+    address = f"127.0.0.1:{free_port()}"
+    with tempfile.TemporaryDirectory() as folder:
+        logs = [Path(folder) / str(number) for number in range(args.processes)]
+        children = [start(args, address, number, logs[number]) for number in range(args.processes)]
+        try:
+            failed = wait(children)
+        finally:
+            for child in children:
+                child.kill()
+                child.wait()
+        if failed is None:
+            return 0
+        print(f"process {failed} of {args.processes} ended with {children[failed].returncode}", file=sys.stderr)
+        if failed:
+            print(logs[failed].read_text(errors="replace"), file=sys.stderr)
+        return abs(children[failed].returncode)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(args: argparse.Namespace, address: str, number: int, log: Path) -> subprocess.Popen:
+    command = [sys.executable, __file__, "--processes", args.processes, "--devices", args.devices]
+    command += ["--member", address, number, args.script, *args.arguments]
+    command = list(map(str, command))
+    if number == 0:
+        return subprocess.Popen(command)
+    with log.open("wb") as file:
+        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+
+
+def wait(children: list[subprocess.Popen]) -> int | None:
+    """Until all have ended, or GRACE_SECONDS after one failed; the number of the first that did."""
+    failed, deadline = None, None
+    while True:
+        codes = [child.poll() for child in children]
+        if failed is None and any(codes):
+            failed = next(number for number, code in enumerate(codes) if code)
+            deadline = time.monotonic() + GRACE_SECONDS
+        if None not in codes or (deadline and time.monotonic() > deadline):
+            return failed
+        time.sleep(0.05)
+
+
+def run(args: argparse.Namespace) -> int:
+    """In a child: join the others, then be the script."""
+    import jax
+
+    from nanovllm_jax.parallel.processes import connect
+
+    address, number = args.member[0], int(args.member[1])
+    jax.config.update("jax_num_cpu_devices", args.devices)  # of no effect on GPUs, which are numbered
+    first = number * args.devices
+    connect(address, args.processes, number, list(range(first, first + args.devices)))
+    sys.argv = [str(args.script), *args.arguments]
+    sys.path[0] = str(args.script.resolve().parent)
+    runpy.run_path(str(args.script), run_name="__main__")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,158 @@
+"""One model over several devices and processes: on a CPU, which JAX is told to take for several."""
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from parallel_job import CONFIGS
+from small_model import small_llm, write_checkpoint
+
+from nanovllm_jax import LLM
+from nanovllm_jax.parallel.sizes import split_config
+
+HERE = Path(__file__).parent
+JOB = str(HERE / "parallel_job.py")
+LAUNCH = [sys.executable, str(HERE.parent / "scripts" / "launch.py")]
+
+
+def run(*command):
+    done = subprocess.run(list(map(str, command)), cwd=HERE, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr[-5000:]
+
+
+def reports_of(directory, *meshes, processes=1, devices=8):
+    """What the job writes, as each of its processes sees it."""
+    result, arguments = directory / "report", (jax.config.jax_compilation_cache_dir, *meshes)
+    if processes == 1:
+        run(sys.executable, JOB, directory, result, *arguments)
+        return json.loads(result.read_text())
+    run(*LAUNCH, "--processes", processes, "--devices", devices, JOB, directory, result, *arguments)
+    first, *others = (json.loads(Path(f"{result}{number}").read_text()) for number in range(processes))
+    assert all(other == first for other in others), "generate() gives every process the same"
+    return first
+
+
+def assert_same(report, reference):
+    """Tokens are equal, and log probabilities equal but for the order of sums."""
+    assert report["tokens"] == reference["tokens"]
+    for ours, theirs in zip(report["logprobs"], reference["logprobs"], strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    config = replace(CONFIGS["group4"], num_hidden_layers=1)
+    return write_checkpoint(tmp_path_factory.mktemp("parallel") / "model", config)
+
+
+@pytest.fixture(scope="module")
+def reports(directory):
+    return reports_of(directory, "1x1", "1x4", "2x2")
+
+
+@pytest.mark.parametrize("mesh", ["1x4", "2x2"])
+def test_results_are_those_of_one_device(reports, mesh):
+    """Two kv heads, also over four devices; chunks, prefix hits, preemption, and every kind of sampling."""
+    assert_same(reports[mesh], reports["1x1"])
+    for name in ("1x1", "1x4"):
+        assert reports[name]["hits"] > 32, name
+        assert reports[name]["preemptions"] > 0, name
+
+
+def test_each_device_has_its_share(reports):
+    """Of every matrix and of the cache; norms are whole on each. Two kv heads become four: their rows are not fewer."""
+    assert reports["1x4"]["shares"] == {"matrices": [1 / 4], "norms": [1], "cache": [1 / 4]}
+    assert reports["2x2"]["shares"] == {"matrices": [1 / 2], "norms": [1], "cache": [1 / 4]}
+
+
+def check_collectives(report, data, model, layers):
+    """Of a decode step with 4 rows: two sums a layer and one for the embedding, and a gather of pairs."""
+    rows, hidden, vocab, top = 4, 48, 512, 20
+    always, branches = (report["collectives"][part] for part in ("always", "branches"))
+    sums = [size for kind, size in always if kind == "all-reduce"]
+    assert sums == [rows * hidden] * (2 * layers + 1)
+    pairs, *others = [size for kind, size in always if kind == "all-gather"]
+    assert pairs == model * rows * 2
+    # Data groups tell each other their tokens and log probabilities.
+    assert sorted(others) == ([] if data == 1 else [data * rows] * 3 + [data * rows * top] * 2)
+    assert len(always) == len(sums) + 1 + len(others)
+    # Where a row asks for top_p or log probabilities, each row's logits come together on one device; results go to all.
+    share = -(-rows // model)
+    assert [size for kind, size in branches if kind == "all-to-all"] == [share * vocab] * 2
+    assert all(size <= share * model * top for kind, size in branches if kind == "all-gather")
+    assert {kind for kind, _ in branches} == {"all-to-all", "all-gather"}
+
+
+@pytest.mark.parametrize("mesh", ["1x4", "2x2"])
+def test_collectives_of_a_step(reports, mesh):
+    check_collectives(reports[mesh], *map(int, mesh.split("x")), layers=1)
+
+
+def test_processes(directory, reports):
+    """Two processes with a device each, over loopback: a data group in each."""
+    assert_same(reports_of(directory, "2x1", processes=2, devices=1)["2x1"], reports["1x1"])
+
+
+# ------------------------------------------------------------ sizes that cannot be
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "sizes"),
+    [(8, 4, [1, 2, 4, 8]), (8, 2, [1, 2, 4, 8]), (40, 8, [1, 2, 4, 8]), (6, 3, [1, 3, 6])],
+)
+def test_sizes_that_a_model_can_be_split_into(heads, kv_heads, sizes):
+    config = replace(CONFIGS["group4"], num_attention_heads=heads, num_key_value_heads=kv_heads, vocab_size=480)
+    assert [size for size in sizes if split_config(config, size).kv_heads % size == 0] == sizes
+    with pytest.raises(ValueError, match=rf"tensor_parallel_size=7 .*use one of \[{str(sizes)[1:-1]}"):
+        split_config(config, 7)
+
+
+def test_a_size_that_does_not_fit(directory):
+    message = (
+        "tensor_parallel_size=3 must divide num_attention_heads=8, intermediate_size=96 and vocab_size=512, and divide "
+        "num_key_value_heads=2 or be a multiple of it: use one of [1, 2, 4, 8]"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        small_llm(directory, tensor_parallel_size=3)
+
+
+@pytest.mark.parametrize("sizes", [dict(tensor_parallel_size=2), dict(data_parallel_size=2)])
+def test_more_devices_than_there_are(directory, sizes):
+    with pytest.raises(ValueError, match=r"needs as many devices.*, but JAX sees 1: "):
+        LLM(directory, **sizes)
+
+
+# ------------------------------------------------------------ everything, with -m slow
+
+MESHES = ["1x1", "1x2", "1x4", "1x8", "2x2", "2x4"]
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def every_mesh(request, tmp_path_factory):
+    directory = write_checkpoint(tmp_path_factory.mktemp(request.param) / "model", CONFIGS[request.param])
+    return directory, reports_of(directory, *MESHES)
+
+
+@pytest.mark.slow
+def test_every_mesh(every_mesh):
+    _, reports = every_mesh
+    for mesh in MESHES[1:]:
+        assert_same(reports[mesh], reports["1x1"])
+        assert reports[mesh]["hits"] > 32, mesh
+        check_collectives(reports[mesh], *map(int, mesh.split("x")), layers=2)
+    assert all(reports[mesh]["preemptions"] for mesh in MESHES[:4])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("devices", "meshes"), [(2, ["1x4", "2x2"]), (4, ["1x8", "2x4"])])
+def test_two_processes(every_mesh, devices, meshes):
+    directory, alone = every_mesh
+    reports = reports_of(directory, *meshes, processes=2, devices=devices)
+    for mesh in meshes:
+        assert_same(reports[mesh], alone["1x1"])
