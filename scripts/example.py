@@ -21,13 +21,9 @@ def main() -> None:
     args = parser.parse_args()
 
     llm = LLM(args.model)
-    chats = [
-        llm.tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=False
-        )
-        for prompt in args.prompt
-    ]
-    outputs = llm.generate(chats, SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens))
+    conversations = [[{"role": "user", "content": prompt}] for prompt in args.prompt]
+    params = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens)
+    outputs = llm.chat(conversations, params, chat_template_kwargs={"enable_thinking": False})
     for prompt, output in zip(args.prompt, outputs):
         print(f"\n{prompt}\n  {output.outputs[0].text.strip()}")
 
