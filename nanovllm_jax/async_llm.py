@@ -71,7 +71,7 @@ class AsyncLLM:
         Loads and compiles before it returns: in a running event loop, call it through asyncio.to_thread.
         """
         if isinstance(model, LLMEngine):
-            if options or model.has_unfinished_requests():
+            if options or model._requests or model._ready:  # a last step in flight has no request
                 raise ValueError("an engine is taken as it is: without options, and with no request under way")
             self._engine = model
         else:

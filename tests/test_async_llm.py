@@ -324,6 +324,11 @@ def test_an_engine_is_taken_as_it_is(engine):
     with pytest.raises(ValueError, match="with no request under way"):
         AsyncLLM(engine)
     engine.abort_request("mine")
+    (expected,) = engine.generate([1], GREEDY, use_tqdm=False)
+    engine.generate([1], replace(GREEDY, stop_token_ids=expected["token_ids"][:1]), use_tqdm=False)
+    assert engine.has_unfinished_requests(), "a step that was dispatched before the end was seen"
+    output, _ = run(engine, lambda llm: complete(llm, [1], GREEDY))
+    assert output["token_ids"] == expected["token_ids"]
 
 
 def test_where_it_lives():
