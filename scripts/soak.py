@@ -30,7 +30,7 @@ from nanovllm_jax.checkpoints.load import TINY_MODEL, find_checkpoint
 
 ROUND = 200  # requests in company, before each is run alone
 TOLERANCE = {4: 1e-5, 2: 0.25}  # of log probabilities, by bytes of a number: 16 bits are noisy
-MOST_GROWTH = 512  # KiB for 1000 requests: half a KiB each
+MOST_GROWTH = 1024  # KiB for 1000 requests: one KiB each, where a healthy run was seen to have 0.4
 
 
 def parse_args(arguments: list[str] | None) -> argparse.Namespace:

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 
 from nanovllm_jax.engine.scheduler import Schedule, Scheduler
-from nanovllm_jax.engine.sequence import Sequence, Status
+from nanovllm_jax.engine.sequence import Scored, Sequence, Status
 
 VOCAB = 50
 SIZE = 4  # tokens of a block, where a test does not choose
@@ -120,6 +120,18 @@ class Simulation:
         self.check()
         return seq
 
+    def score_prompt(self, seq: Sequence) -> None:
+        """Want something of each of its prompt's tokens, as prompt_logprobs does: to be called right after `add`."""
+        seq.scored = Scored(1, seq.prompt_token_ids[1:], 0)
+
+    def end(self, seq: Sequence) -> None:
+        """A stop string is found in what was read of it."""
+        self.scheduler.finish(seq, "stop")
+        assert (seq.slot, seq.block_table) == (-1, [])
+        expected, _ = expected_completion(seq.prompt_token_ids, seq.max_len, seq.stop_token_ids)
+        assert seq.completion_token_ids == expected[: seq.num_completion_tokens], seq
+        self.check()
+
     def abort(self, seq: Sequence) -> None:
         self.scheduler.abort(seq)
         assert (seq.is_finished, seq.slot, seq.block_table) == (True, -1, [])
@@ -150,7 +162,7 @@ class Simulation:
             assert oldest.num_preemptions == preempted, f"the oldest sequence was preempted: {oldest}"
         if schedule:
             self._check_progress(oldest)
-            self.in_flight.append((schedule, self.device.run(schedule)))
+            self.in_flight.append((schedule, self.device.run(schedule), self._scored(schedule)))
             self.num_steps += 1
             self.num_steps_ahead += schedule.num_steps - 1
         self.check()
@@ -158,10 +170,14 @@ class Simulation:
 
     def collect(self) -> list[Sequence]:
         """Read the tokens of the oldest step in flight."""
-        schedule, steps = self.in_flight.popleft()
+        schedule, steps, parts = self.in_flight.popleft()
+        for scored, start, tokens in parts:
+            assert not tokens or start <= scored.next, "a prompt token was never computed"
+            scored.logprobs += tokens[scored.next - start :]
         finished = [seq for tokens in steps for seq in self.scheduler.update(schedule, *tokens)]
         for seq in finished:
             expected = expected_completion(seq.prompt_token_ids, seq.max_len, seq.stop_token_ids)
+            assert seq.scored is None or seq.scored.logprobs == seq.scored.token_ids, seq
             if seq.finish_reason == "error":
                 self.num_errors += 1
                 assert seq.seq_id in self.device.spoiled, seq
@@ -193,6 +209,16 @@ class Simulation:
         if not any(seq.finish_reason == "abort" for seq in self.sequences):
             assert not any(self._holds_nan(block) for block in self.scheduler.block_manager._published.values())
 
+    @staticmethod
+    def _scored(schedule: Schedule) -> list[tuple[Scored, int, list[int]]]:
+        """Of the prompts that want it: the tokens that the chunks predict, and the first one's position."""
+        parts = []
+        for chunk in schedule.prefills:
+            seq, start = chunk.seq, chunk.seq.num_computed - chunk.num_tokens + 1
+            if seq.scored is not None:
+                parts.append((seq.scored, start, seq.prompt_token_ids[start : seq.num_computed + 1]))
+        return parts
+
     def _holds_nan(self, block: int) -> bool:
         cells = slice(block * self.block_size, (block + 1) * self.block_size)
         return any(NAN in layer[cells] for layer in self.device.layers)
@@ -219,7 +245,7 @@ class Simulation:
         assert all(seq.status is Status.DECODE and seq.num_pending >= schedule.num_steps for seq in schedule.decodes)
         assert schedule.num_steps == 1 or not schedule.prefills
         for chunk in schedule.prefills:
-            assert chunk.num_tokens > (1 if chunk.samples else 0)
+            assert chunk.num_tokens > (1 if chunk.samples and chunk.seq.scored is None else 0)
             assert chunk.samples == (chunk.seq.num_computed == len(chunk.seq.token_ids))
         assert {seq.seq_id for seq in schedule.admitted} <= {seq.seq_id for seq in rows}
 

@@ -141,6 +141,7 @@ def run_random_workload(seed: int, num_steps: int) -> dict[str, int]:
     scheduler = simulation.scheduler
     arrival_rate, abort_rate = rng.choice((0.05, 0.2, 0.6)), rng.choice((0.0, 0.02, 0.1))
     fail_rate, nan_rate = rng.choice((0.0, 0.0, 0.02)), rng.choice((0.0, 0.0, 0.002, 0.02))
+    end_rate, preempt_rate = rng.choice((0.0, 0.05)), rng.choice((0.0, 0.0, 0.02))
     simulation.device.is_faulty = lambda: rng.random() < nan_rate
     depth = rng.randint(0, MAX_DEPTH)
     for _ in range(num_steps):
@@ -148,9 +149,18 @@ def run_random_workload(seed: int, num_steps: int) -> dict[str, int]:
             for _ in range(rng.choice((1, 1, 3))):
                 prompt = random_prompt(rng, simulation, scheduler.max_model_len - 1)
                 stop = frozenset(rng.sample(range(VOCAB), rng.choice((0, 0, 0, 1, 3))))
-                simulation.add(prompt, rng.randint(1, scheduler.max_model_len), stop)
+                max_tokens = rng.randint(1, scheduler.max_model_len)
+                for i in range(rng.choice((1, 1, 1, 3))):  # n texts of a prompt, of which the first may score it
+                    seq = simulation.add(prompt, max_tokens, stop)
+                    if i == 0 and rng.random() < 0.1:
+                        simulation.score_prompt(seq)
         if simulation.live and rng.random() < abort_rate:
             simulation.abort(rng.choice(simulation.live))
+        if simulation.live and rng.random() < end_rate:
+            simulation.end(rng.choice(simulation.live))
+        if rng.random() < preempt_rate:
+            scheduler.preempt_all()
+            simulation.check()
         if rng.random() < 0.05:
             depth = rng.randint(0, MAX_DEPTH)
         if rng.random() < fail_rate:
