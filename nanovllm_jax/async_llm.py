@@ -76,6 +76,10 @@ class AsyncLLM:
             self._engine = model
         else:
             self._engine = LLMEngine(model, **options)
+        if self._engine.runner.num_processes > 1:
+            raise ValueError(
+                "AsyncLLM runs in one process: several must all ask the same, in the same order, of an LLM"
+            )
         self.tokenizer = self._engine.tokenizer
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="AsyncLLM")
         self._loop: asyncio.AbstractEventLoop | None = None  # that of the first call

@@ -91,7 +91,7 @@ def seconds_per_call(call, inputs: list[tuple], state: tuple = (), samples: int 
         return outputs, state
 
     program = jax.jit(chain, donate_argnums=0).lower(list(state), inputs).compile()
-    state = [jnp.copy(array) for array in state]
+    state = jax.tree.map(jnp.copy, list(state))
 
     def run(times):
         nonlocal state

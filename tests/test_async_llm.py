@@ -317,7 +317,11 @@ def test_an_event_loop_that_ends_first(engine):
     llm.shutdown()
 
 
-def test_an_engine_is_taken_as_it_is(engine):
+def test_an_engine_is_taken_as_it_is(engine, monkeypatch):
+    monkeypatch.setattr(engine.runner, "num_processes", 2)
+    with pytest.raises(ValueError, match="AsyncLLM runs in one process"):
+        AsyncLLM(engine)
+    monkeypatch.undo()
     with pytest.raises(ValueError, match="an engine is taken as it is"):
         AsyncLLM(engine, block_size=16)
     engine.add_request([1], GREEDY, "mine")
