@@ -25,7 +25,7 @@ from flax import nnx
 from nanovllm_jax import LLM, RequestOutput, SamplingParams
 from nanovllm_jax.checkpoints.load import TINY_MODEL, load_model
 from nanovllm_jax.config import ModelConfig
-from nanovllm_jax.parallel.sharding import make_mesh
+from nanovllm_jax.parallel.sharding import make_mesh, replicated
 from nanovllm_jax.tiny.tasks import ROOM_TO_GROW, UNSEEN, Problem, draw, held_out_problems
 from nanovllm_jax.training import cast, token_logprobs
 
@@ -157,17 +157,21 @@ def train(options: argparse.Namespace) -> list[Step]:
     config, on_gpu = ModelConfig.from_pretrained(TINY_MODEL), jax.default_backend() == "gpu"
     # The pool is small, for the trainer's arrays share the GPU with it.
     llm = LLM(
+        TINY_MODEL,
         max_model_len=128,
         block_size=16,
         max_num_seqs=min(options.prompts * options.samples, 1024 if on_gpu else 64),
         num_kvcache_blocks=8 * 1024,
         seed=options.seed,
     )
-    graph, params = nnx.split(load_model(TINY_MODEL, config, dtype=jnp.float32, mesh=make_mesh(1)))
+    mesh = make_mesh(1)
+    graph, params = nnx.split(load_model(TINY_MODEL, config, dtype=jnp.float32, mesh=mesh))
     rate = optax.linear_schedule(0, options.learning_rate, WARM_UP)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
     trainer = Trainer(graph, optimizer, jnp.bfloat16 if on_gpu else jnp.float32, options.kl)
-    start, state, update = params, optimizer.init(params), jax.jit(trainer.update)
+    # On a mesh, like the parameters: a step's results are then of the same kind as what it began with.
+    state = jax.device_put(optimizer.init(params), replicated(mesh))
+    start, update = params, jax.jit(trainer.update)
 
     rng, held_out = Random(options.seed), held_out_problems(options.task, HELD_OUT)
     accuracy, steps, shown, begin = held_out_accuracy(llm, held_out), [], 0.0, time.monotonic()
