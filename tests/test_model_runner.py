@@ -122,7 +122,7 @@ def test_start_up_log(directory, caplog):
     small_llm(directory, num_kvcache_blocks=12)
     log = "\n".join(record.getMessage() for record in caplog.records if record.name.startswith("nanovllm_jax"))
     assert re.search(
-        rf"loaded {directory} \(checkpoint weights\): 0.000 billion parameters in float32, .* s$", log, re.M
+        rf"loaded {directory} \(safetensors weights\): 0.000 billion parameters in float32, .* s$", log, re.M
     )
     assert re.search(r"GiB weights, .*GiB workspace, .*GiB cache = 12 blocks of 16 tokens = 192 tokens", log)
     assert re.search(r"max_model_len 128$", log, re.M)

@@ -1,1 +1,1 @@
-"""Where weights come from: Hugging Face files, or random numbers."""
+"""Where weights come from: Hugging Face files, Orbax, or random numbers."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -20,7 +21,7 @@ from nanovllm_jax.config import ModelConfig, read_json
 from nanovllm_jax.models.parameters import ParameterPath, parameters_of
 from nanovllm_jax.models.qwen3 import Qwen3ForCausalLM
 
-STORED_DTYPES = ("BF16", "F16", "F32", "F64")
+STORED_DTYPES = {"BF16": jnp.bfloat16, "F16": jnp.float16, "F32": jnp.float32, "F64": jnp.float64}
 
 Index = tuple[slice, ...]
 Read = Callable[[str, Index], np.ndarray]
@@ -117,6 +118,8 @@ def parameter_sources(config: ModelConfig) -> dict[ParameterPath, Source]:
 class CheckpointFiles:
     """The safetensors files of a directory, memory-mapped, read by tensor name."""
 
+    name = "safetensors"
+
     def __init__(self, directory: Path):
         """Raises ValueError when there is no checkpoint, or naming the file that is missing or corrupt."""
         self.directory = directory
@@ -166,6 +169,21 @@ class CheckpointFiles:
         if problems:
             more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
             raise ValueError(f"{self.directory} does not fit its config.json: {'; '.join(problems[:8])}{more}")
+
+    def check_arrays(self, targets: dict[ParameterPath, jax.ShapeDtypeStruct]) -> None:
+        """`check` has seen to it."""
+
+    @property
+    def dtype(self) -> np.dtype:
+        """What holds all weights exactly."""
+        stored = {file.get_slice(name).get_dtype() for name, file in self.files.items()}
+        return jnp.result_type(*(STORED_DTYPES[name] for name in stored))
+
+    def load(
+        self, config: ModelConfig, targets: dict[ParameterPath, jax.ShapeDtypeStruct]
+    ) -> dict[ParameterPath, jax.Array]:
+        """`load_parameters`, of files that `check` has passed."""
+        return load_parameters(self, config, targets)
 
     def read(self, name: str, index: Index) -> np.ndarray:
         """A part of one tensor, copied out of the mapping."""

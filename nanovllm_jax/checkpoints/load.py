@@ -10,7 +10,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from nanovllm_jax.checkpoints.huggingface import CheckpointFiles, load_parameters
+from nanovllm_jax.checkpoints.huggingface import CheckpointFiles
+from nanovllm_jax.checkpoints.orbax import FOLDER, OrbaxWeights
 from nanovllm_jax.checkpoints.random import random_parameters
 from nanovllm_jax.config import ModelConfig
 from nanovllm_jax.engine.memory import GIB, host_memory
@@ -47,6 +48,14 @@ def find_checkpoint(model: str | Path) -> Path:
         ) from error
 
 
+def open_weights(directory: Path) -> CheckpointFiles | OrbaxWeights:
+    """A checkpoint's weights, in the form that is there: Orbax where both are.
+
+    Raises ValueError when there are none, or naming what is missing or corrupt.
+    """
+    return OrbaxWeights(directory) if (directory / FOLDER).is_dir() else CheckpointFiles(directory)
+
+
 class ModelLoader:
     """A model whose shapes are known, and whose files are checked, before its weights are read."""
 
@@ -66,7 +75,7 @@ class ModelLoader:
         Raises ValueError for files that are missing, corrupt or do not fit the config.
         """
         self.config, self.seed = config, seed
-        self.files = None if load_format == "dummy" else CheckpointFiles(directory)
+        self.files = None if load_format == "dummy" else open_weights(directory)
         # Before anything is built from the config: it may have been written to ask for more than there is.
         if self.files:
             self.files.check(config)
@@ -75,7 +84,14 @@ class ModelLoader:
         options = dict(dtype=dtype, deterministic=deterministic)
         self.model = nnx.eval_shape(lambda: Qwen3ForCausalLM(config, rngs=nnx.Rngs(0), **options))
         self.targets = parameter_targets(self.model, mesh, ShardingRules())
+        if self.files:
+            self.files.check_arrays(self.targets)
         set_parameters(self.model, self.targets)  # shapes with their shardings, until `load`
+
+    @property
+    def source(self) -> str:
+        """What the weights come from: safetensors, Orbax or random."""
+        return self.files.name if self.files else "random"
 
     @property
     def device_bytes(self) -> int:
@@ -86,7 +102,7 @@ class ModelLoader:
     def load(self) -> Qwen3ForCausalLM:
         """The model with its weights on the mesh."""
         if self.files:
-            arrays = load_parameters(self.files, self.config, self.targets)
+            arrays = self.files.load(self.config, self.targets)
         else:
             arrays = random_parameters(self.seed, self.targets)
         set_parameters(self.model, jax.block_until_ready(arrays))

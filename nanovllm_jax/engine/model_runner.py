@@ -183,7 +183,7 @@ class ModelRunner:
         logger.info(
             "loaded %s (%s weights): %.3f billion parameters in %s, %.2f GiB a device, %.1f s",
             directory,
-            "random" if self.config.load_format == "dummy" else "checkpoint",
+            loader.source,
             self.model_config.num_parameters / 1e9,
             self.dtype.name,
             self.weight_bytes / GIB,

@@ -1,0 +1,107 @@
+"""Orbax checkpoints: a directory like Hugging Face's, in which the weights are in the folder `orbax` instead.
+
+Each save goes to a folder of its own under it, numbered, which gets its name when all of it is written: an interrupted
+save leaves the one before. Weights are stored under the modules' own names, so that they fit any mesh, and in small
+chunks, of which each device reads those that it has a part of.
+"""
+
+import logging
+import math
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from nanovllm_jax.config import ModelConfig
+from nanovllm_jax.models.parameters import ParameterPath, check_parameters, name_of
+
+FOLDER = "orbax"
+CHUNK_BYTES = 16 << 20
+# The fastest to restore of those that were measured, see docs/research.md.
+STORAGE = dict(use_ocdbt=True, use_zarr3=True, use_compression=False)
+
+
+def saved_weights(directory: Path) -> Path | None:
+    """The folder of the last complete save in a checkpoint's directory."""
+    folder = directory / FOLDER
+    saves = [path for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
+    return max(saves, key=lambda path: int(path.name), default=None)
+
+
+def save_weights(arrays: dict[ParameterPath, jax.Array], directory: Path) -> None:
+    """Write a model's arrays; an older save in the directory goes when this one is complete.
+
+    The other files of a checkpoint, config.json and the tokenizer's, are the caller's.
+    """
+    last, folder = saved_weights(directory), directory.absolute() / FOLDER
+    tree = {name_of(path): array for path, array in arrays.items()}
+    options = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
+    path = folder / str(1 if last is None else int(last.name) + 1)
+    with _checkpointer() as checkpointer:
+        checkpointer.save(path, args=ocp.args.PyTreeSave(tree, save_args=options))
+    for other in folder.iterdir():  # older saves, and what is left of interrupted ones
+        if other != path:
+            shutil.rmtree(other)
+
+
+class OrbaxWeights:
+    """The weights in a checkpoint's directory, which are looked at before they are read."""
+
+    name = "Orbax"
+
+    def __init__(self, directory: Path):
+        """Raises ValueError naming the folder where it cannot be read."""
+        path = saved_weights(directory)
+        if path is None:
+            raise ValueError(f"{directory / FOLDER} holds no complete checkpoint: was its first save interrupted?")
+        self.path = path.absolute()
+        try:
+            with _checkpointer() as checkpointer:
+                self.stored = dict(checkpointer.metadata(self.path).item_metadata.tree)
+        except Exception as error:  # Orbax and its storage raise many kinds
+            raise ValueError(f"{self.path} is no Orbax checkpoint, or corrupt: {error}") from error
+
+    def check(self, config: ModelConfig) -> None:
+        """Raise ValueError where the weights cannot be this model's, before anything is built from its config."""
+        stored = sum(math.prod(array.shape) for array in self.stored.values())
+        if stored != config.num_parameters:
+            raise ValueError(
+                f"{self.path} holds another model: {stored} weights, where config.json makes {config.num_parameters}"
+            )
+
+    def check_arrays(self, targets: dict[ParameterPath, jax.ShapeDtypeStruct]) -> None:
+        """Raise ValueError naming the arrays that are not those of the targets."""
+        paths = {name_of(path): path for path in targets}
+        try:
+            check_parameters({paths.get(name, name): array for name, array in self.stored.items()}, targets)
+        except ValueError as error:
+            raise ValueError(f"{self.path} holds another model: {error}") from error
+
+    @property
+    def dtype(self) -> np.dtype:
+        """What holds all weights exactly."""
+        return jax.numpy.result_type(*(array.dtype for array in self.stored.values()))
+
+    def load(
+        self, config: ModelConfig, targets: dict[ParameterPath, jax.ShapeDtypeStruct]
+    ) -> dict[ParameterPath, jax.Array]:
+        """Each parameter in its target's dtype, under its target's sharding: a device reads its own parts alone.
+
+        Raises ValueError naming the folder where it is corrupt.
+        """
+        paths = {name_of(path): path for path in targets}
+        wanted = {name: targets[path] for name, path in paths.items()}
+        restore = ocp.args.PyTreeRestore(wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted))
+        try:
+            with _checkpointer() as checkpointer:
+                arrays = checkpointer.restore(self.path, args=restore)
+        except Exception as error:
+            raise ValueError(f"{self.path} is corrupt: {error}") from error
+        return {path: arrays[name] for name, path in paths.items()}
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax says at every call what it does
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**STORAGE))

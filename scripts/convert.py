@@ -1,0 +1,81 @@
+"""Between Hugging Face's and Orbax's form of a checkpoint, bit for bit; the source says which way.
+
+python scripts/convert.py SOURCE TARGET       writes a complete checkpoint: weights, config, tokenizer
+python scripts/convert.py --time DIRECTORY    how long its weights take to the devices that JAX finds
+"""
+
+import argparse
+import shutil
+import time
+from pathlib import Path
+
+import jax
+
+from nanovllm_jax.checkpoints.huggingface import save_pretrained
+from nanovllm_jax.checkpoints.load import ModelLoader, find_checkpoint, open_weights
+from nanovllm_jax.checkpoints.orbax import FOLDER, save_weights
+from nanovllm_jax.config import ModelConfig, read_json
+from nanovllm_jax.models.parameters import parameters_of
+from nanovllm_jax.parallel.sharding import make_mesh
+
+OTHER_FILES = ("*.json", "*.txt", "*.jinja")  # what a checkpoint has beside its weights
+
+
+def loader_of(source: Path) -> ModelLoader:
+    """In the dtype that is stored."""
+    config = ModelConfig.from_pretrained(source)
+    return ModelLoader(source, config, dtype=open_weights(source).dtype, mesh=make_mesh(1))
+
+
+def convert(source: Path, target: Path) -> None:
+    """Write source's weights in the other form, and its other files with them.
+
+    Raises ValueError where target holds another model, or weights in the other form.
+    """
+    loader, to_orbax = loader_of(source), not (source / FOLDER).is_dir()
+    config = target / "config.json"
+    if config.exists() and read_json(config) != read_json(source / "config.json"):
+        raise ValueError(f"{target} holds another model: its config.json is not that of {source}")
+    if ((target / FOLDER).is_dir() and not to_orbax) or (any(target.glob("*.safetensors")) and to_orbax):
+        raise ValueError(f"{target} holds weights in the form of {source} already: choose another directory")
+    target.mkdir(parents=True, exist_ok=True)
+    model = loader.load()
+    if to_orbax:
+        save_weights({path: param[...] for path, param in parameters_of(model).items()}, target)
+    else:
+        save_pretrained(model, target)
+    for pattern in OTHER_FILES:
+        for file in source.glob(pattern):
+            if not file.name.endswith(".safetensors.index.json"):
+                shutil.copy(file, target)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help="a directory or Hub id")
+    parser.add_argument("target", nargs="?", type=Path, help="the directory to write")
+    parser.add_argument("--time", action="store_true", help="load source to the devices, and say how long it takes")
+    args = parser.parse_args()
+    if args.time == (args.target is not None):
+        parser.error("give a target directory, or --time")
+    if not args.time:
+        jax.config.update("jax_platforms", "cpu")
+    try:
+        source = find_checkpoint(args.source)
+        start = time.perf_counter()
+        if args.time:
+            loader = loader_of(source)
+            loader.load()
+            seconds, size = time.perf_counter() - start, loader.device_bytes
+            print(
+                f"{source} ({loader.source}): {size / 1e9:.2f} GB in {seconds:.2f} s, {size / 1e9 / seconds:.2f} GB/s"
+            )
+        else:
+            convert(source, args.target)
+            print(f"{args.target}: written in {time.perf_counter() - start:.1f} s")
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

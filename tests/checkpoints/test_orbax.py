@@ -1,0 +1,195 @@
+"""Orbax checkpoints: bit-equal both ways, on any mesh, whole after a kill, and refused by name where they are bad."""
+
+import filecmp
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import convert
+import numpy as np
+import pytest
+from small_model import SMALL, small_llm, write_checkpoint
+
+from nanovllm_jax import SamplingParams
+from nanovllm_jax.checkpoints.huggingface import config_json
+from nanovllm_jax.checkpoints.load import load_model
+from nanovllm_jax.checkpoints.orbax import FOLDER, save_weights, saved_weights
+from nanovllm_jax.models.parameters import parameters_of
+from nanovllm_jax.parallel.sharding import make_mesh
+
+SCRIPT = f"""
+import sys
+sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1]), str(Path(convert.__file__).parent)]!r}
+import jax
+from test_orbax import *
+"""
+
+
+def in_process(code, *args, **environment):
+    command = [sys.executable, "-c", SCRIPT + code, *map(str, args)]
+    return subprocess.Popen(command, env={**os.environ, "JAX_PLATFORMS": "cpu", **environment})
+
+
+def arrays_of(directory, config=SMALL, devices=1):
+    model = load_model(directory, config, dtype=np.dtype("float32"), mesh=make_mesh(devices))
+    return {path: param[...] for path, param in parameters_of(model).items()}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("source") / "model")
+
+
+@pytest.fixture(scope="module")
+def saved(directory, tmp_path_factory):
+    """The same as an Orbax checkpoint."""
+    target = tmp_path_factory.mktemp("orbax") / "model"
+    convert.convert(directory, target)
+    return target
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    """One that a test may spoil."""
+    return Path(shutil.copytree(saved, tmp_path / "copy"))
+
+
+# --- there and back ---
+
+
+@pytest.mark.parametrize("shape", ["group2_tied", "group5_bias"])
+def test_round_trip(checkpoint, tmp_path, shape):
+    """Bit-equal tensors, and transformers opens the result and computes the same."""
+    torch = pytest.importorskip("torch")
+    from safetensors.numpy import load_file
+    from transformers import AutoModelForCausalLM
+
+    source, model = checkpoint(shape)
+    convert.convert(source, tmp_path / "orbax")
+    convert.convert(tmp_path / "orbax", tmp_path / "back")
+    before, after = (load_file(path / "model.safetensors") for path in (source, tmp_path / "back"))
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert tensor.dtype == after[name].dtype
+        np.testing.assert_array_equal(tensor, after[name])
+    assert filecmp.cmp(source / "config.json", tmp_path / "back" / "config.json", shallow=False)
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "back")(tokens).logits
+        np.testing.assert_array_equal(again.numpy(), model(tokens).logits.numpy())
+
+
+def test_the_engine_takes_either_form(directory, saved, caplog):
+    """With tokenizer and all, and it says which it found."""
+    params, texts = SamplingParams(temperature=0, max_tokens=8), []
+    for path in (directory, saved):
+        llm = small_llm(path)
+        texts.append(llm.generate("What is 2 + 3?", params, use_tqdm=False)[0]["text"])
+        assert llm.eos_token_ids == {511, llm.tokenizer.eos_token_id}
+    assert texts[0] == texts[1] != ""
+    log = "\n".join(record.getMessage() for record in caplog.records)
+    assert f"loaded {directory} (safetensors weights)" in log
+    assert f"loaded {saved} (Orbax weights)" in log
+
+
+def test_meshes(directory, tmp_path):
+    """Saved from four devices, restored on one, two and four: each has its own part, and all together the same."""
+    code = """
+source, target = Path(sys.argv[1]), Path(sys.argv[2])
+wanted = arrays_of(source)
+save_weights(arrays_of(source, devices=4), target)
+for devices in (1, 2, 4):
+    for path, array in arrays_of(target, devices=devices).items():
+        np.testing.assert_array_equal(array, wanted[path])
+        assert len(array.addressable_shards) == devices
+        if array.ndim > 1:
+            assert {shard.data.size * devices for shard in array.addressable_shards} == {array.size}, path
+"""
+    (tmp_path / "config.json").write_text((directory / "config.json").read_text())
+    process = in_process(code, directory, tmp_path, XLA_FLAGS="--xla_force_host_platform_device_count=4")
+    assert process.wait(300) == 0
+
+
+# --- what goes wrong ---
+
+
+def test_an_interrupted_save_leaves_the_old_checkpoint(directory, copy):
+    """kill -9, in the middle of a save over it."""
+    before = {path: np.array(array) for path, array in arrays_of(copy).items()}
+    code = """
+arrays = {("big", i): jax.numpy.full((1 << 21,), i, "float32") for i in range(100)}
+save_weights(arrays, Path(sys.argv[1]))
+"""
+    process = in_process(code, copy)
+    folder, deadline = copy / FOLDER, time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:  # until some of it is on disk
+        new = [path for path in folder.rglob("*") if path.relative_to(folder).parts[0] != "1" and path.is_file()]
+        if sum(path.stat().st_size for path in new if path.exists()) > 1e6:
+            break
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait(60) == -signal.SIGKILL, "it was over before it was killed"
+    assert len(list(folder.iterdir())) > 1, "it had not begun"
+    assert saved_weights(copy).name == "1"
+    for path, array in arrays_of(copy).items():
+        np.testing.assert_array_equal(array, before[path])
+    save_weights({path: array + 1 for path, array in before.items()}, copy)  # the next one is complete, and tidies up
+    assert [path.name for path in folder.iterdir()] == [saved_weights(copy).name] != ["1"]
+    for path, array in arrays_of(copy).items():
+        np.testing.assert_array_equal(array, before[path] + 1)
+
+
+def test_a_first_save_that_was_interrupted(copy):
+    (copy / FOLDER / "1").rename(copy / FOLDER / "1.orbax-checkpoint-tmp")
+    with pytest.raises(ValueError, match=r"copy/orbax holds no complete checkpoint"):
+        arrays_of(copy)
+
+
+@pytest.mark.parametrize("what", ["cut", "gone", "metadata"])
+def test_a_corrupt_one_is_named(copy, what):
+    path = copy / FOLDER / "1"
+    largest = max((file for file in path.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+    if what == "cut":
+        largest.write_bytes(largest.read_bytes()[:1000])
+    elif what == "gone":
+        largest.unlink()
+    else:
+        (path / "_METADATA").write_text("{")
+    with pytest.raises(ValueError, match=r"copy/orbax/1 is (corrupt|no Orbax checkpoint, or corrupt)"):
+        arrays_of(copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(num_hidden_layers=1), r"holds another model: \d+ weights, where config.json makes \d+"),
+        (dict(num_attention_heads=4, head_dim=32, num_key_value_heads=2), "holds another model"),
+    ],
+)
+def test_another_model(copy, change, message):
+    config = replace(SMALL, **change)
+    (copy / "config.json").write_text(json.dumps(config_json(config, "float32")))
+    with pytest.raises(ValueError, match=message):
+        arrays_of(copy, config)
+
+
+def test_conversion_over_another_model(directory, saved, copy, tmp_path):
+    (copy / "config.json").write_text(json.dumps(config_json(replace(SMALL, vocab_size=400), "float32")))
+    with pytest.raises(ValueError, match=r"copy holds another model: its config.json is not that of"):
+        convert.convert(directory, copy)
+    with pytest.raises(ValueError, match=r"holds weights in the form of .* already"):
+        convert.convert(saved, saved)
+
+
+def test_a_conversion_runs_again(directory, copy):
+    """Over itself: a new save in place of the old."""
+    convert.convert(directory, copy)
+    assert saved_weights(copy).name == "2"
+    for (path, array), other in zip(arrays_of(copy).items(), arrays_of(directory).values(), strict=True):
+        np.testing.assert_array_equal(array, other, str(path))
