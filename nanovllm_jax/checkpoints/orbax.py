@@ -9,10 +9,11 @@ import logging
 import math
 import shutil
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
 from nanovllm_jax.config import ModelConfig
 from nanovllm_jax.models.parameters import ParameterPath, check_parameters, name_of
@@ -36,7 +37,7 @@ def save_weights(arrays: dict[ParameterPath, jax.Array], directory: Path) -> Non
     The other files of a checkpoint, config.json and the tokenizer's, are the caller's.
     """
     last, folder = saved_weights(directory), directory.absolute() / FOLDER
-    tree = {name_of(path): array for path, array in arrays.items()}
+    ocp, tree = _import_orbax(), {name_of(path): array for path, array in arrays.items()}
     options = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
     path = folder / str(1 if last is None else int(last.name) + 1)
     with _checkpointer() as checkpointer:
@@ -93,6 +94,7 @@ class OrbaxWeights:
         """
         paths = {name_of(path): path for path in targets}
         wanted = {name: targets[path] for name, path in paths.items()}
+        ocp = _import_orbax()
         restore = ocp.args.PyTreeRestore(wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted))
         try:
             with _checkpointer() as checkpointer:
@@ -102,6 +104,17 @@ class OrbaxWeights:
         return {path: arrays[name] for name, path in paths.items()}
 
 
-def _checkpointer() -> ocp.Checkpointer:
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax says at every call what it does
+def _checkpointer() -> Any:
+    ocp = _import_orbax()
     return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**STORAGE))
+
+
+def _import_orbax() -> ModuleType:
+    """orbax.checkpoint, only when it is needed: its import takes long, and takes over the program's logging."""
+    root = logging.getLogger()
+    before = list(root.handlers), root.level
+    import orbax.checkpoint as ocp
+
+    root.handlers[:], root.level = before
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax says at every call what it does
+    return ocp
