@@ -338,7 +338,7 @@ def test_a_second_ctrl_c(llm, expected, monkeypatch, name):
 # --- processes ---
 
 
-def test_a_fork(llm, expected):
+def test_a_fork(llm, directory, expected):
     """The child is told, and does not wait forever; the parent does not notice."""
     ids = [llm.add_request(prompt, PARAMS) for prompt in PROMPTS]
     read, write = os.pipe()
@@ -348,7 +348,8 @@ def test_a_fork(llm, expected):
     if child == 0:
         try:
             said = []
-            for use in (llm.step, lambda: llm.add_request([1]), lambda: llm.stream([1, 2]), lambda: llm.generate([1])):
+            uses = llm.step, lambda: llm.add_request([1]), lambda: llm.stream([1, 2]), lambda: llm.generate([1])
+            for use in (*uses, lambda: small_llm(directory)):
                 try:
                     use()
                 except RuntimeError as error:
@@ -360,8 +361,9 @@ def test_a_fork(llm, expected):
     with os.fdopen(read) as pipe:
         said = pipe.read().split("\n")
     os.waitpid(child, 0)
-    assert sum(f"this process {child} was forked from it, which JAX does not survive" in line for line in said) == 2
+    assert sum(f"this process {child} was forked from it, which JAX does not survive. " in line for line in said) == 2
     assert sum("needs the engine for itself" in line for line in said) == 2
+    assert f"this process {child} was forked from it, which JAX does not survive: it would wait forever" in said[-1]
     done = {output.request_id: output for output in drain(llm)}
     assert whole(done[request_id] for request_id in ids) == expected
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -406,8 +406,19 @@ def _write_steering(state: DeviceState, slot, steering) -> DeviceState:
     return state._replace(steering=state.steering.at[slot].set(steering))
 
 
+@cache
+def _process_of_backend() -> int:
+    """The process that started JAX here first; what was forked from it remembers that."""
+    return os.getpid()
+
+
 def _prepare_backend(config: EngineConfig) -> None:
     """Settings that must be there before JAX starts a GPU, and the compilation cache."""
+    if _process_of_backend() != os.getpid():
+        raise RuntimeError(
+            f"process {_process_of_backend()} has made an engine, and this process {os.getpid()} was forked from it, "
+            "which JAX does not survive: it would wait forever. Start processes by multiprocessing's 'spawn' method"
+        )
     os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", str(config.gpu_memory_utilization))
     if config.distributed or config.coordinator_address:
         connect(config.coordinator_address, config.num_processes, config.process_id)
