@@ -104,7 +104,7 @@ class ModelLoader:
         if self.files:
             arrays = self.files.load(self.config, self.targets)
         else:
-            arrays = random_parameters(self.seed, self.targets)
+            arrays = random_parameters(self.seed, self.targets, self.config.kv_copies)
         set_parameters(self.model, jax.block_until_ready(arrays))
         return self.model
 
