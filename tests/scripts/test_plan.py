@@ -1,0 +1,60 @@
+"""plan.py: what one GPU takes is what was measured, and what more of them take adds up."""
+
+import plan
+import pytest
+
+from nanovllm_jax.parallel.sizes import split_config
+
+SMALLEST = plan.published("0.6B")
+
+
+@pytest.mark.parametrize(
+    ("sequences", "context", "measured"),
+    [(1, 1_128, 0.84e-3), (64, 843, 2.86e-3), (256, 843, 7.23e-3)],  # docs/performance.md: 0.6B on one H200
+)
+def test_one_gpu_takes_what_was_measured(sequences, context, measured):
+    assert plan.decode_step(SMALLEST, 1, sequences, context).seconds == pytest.approx(measured, rel=0.1)
+
+
+def test_a_prefill_takes_what_was_measured():
+    assert plan.prefill_step(SMALLEST, 1, 16_384, 1_024).seconds == pytest.approx(16_384 / 413_500, rel=0.1)
+
+
+@pytest.mark.parametrize("size", plan.SIZES)
+def test_devices_share_the_work(size):
+    config, alone = plan.published(size), plan.decode_step(plan.published(size), 1, 64, 1000)
+    assert (alone.link_bytes, alone.collectives) == (0, 0)
+    for devices in (2, 4, 8):
+        step = plan.decode_step(config, devices, 64, 1000)
+        assert step.bytes * devices == pytest.approx(alone.bytes)
+        assert step.flops * devices == pytest.approx(alone.flops)
+        assert step.collectives == 2 * config.num_hidden_layers + 2  # test_parallel.py counts them in the programs
+        ring = 2 * (devices - 1) / devices * 64 * config.hidden_size * 2
+        assert step.link_bytes == pytest.approx((step.collectives - 1) * ring + (devices - 1) * 64 * 8)
+
+
+def test_copies_of_kv_heads_are_read_too():
+    """16 devices and 8 kv heads: each device reads a whole head, where 16 would have shared it."""
+    config = plan.published("32B")
+    assert split_config(config, 16).kv_copies == 2
+    few, many = (plan.decode_step(config, n, 512, 8000) for n in (8, 16))
+    assert many.bytes > 0.9 * few.bytes
+
+
+def test_what_fits():
+    assert plan.most_sequences(plan.published("32B"), 1, 1000) > 0
+    assert plan.most_sequences(plan.published("32B"), 8, 1000) > 8 * plan.most_sequences(plan.published("32B"), 1, 1000)
+
+
+def test_the_command(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["plan.py", "--model", "8B", "--devices", "1", "8"])
+    plan.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [row.split(" | ")[:2] for row in lines[2:]] == [["| 8B", "1"], ["| 8B", "8"]]
+
+
+@pytest.mark.parametrize("arguments", [["--model", "8B", "--devices", "3"], ["--context", "0"]])
+def test_what_cannot_be(arguments, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["plan.py", *arguments])
+    with pytest.raises(SystemExit):
+        plan.main()
