@@ -4,10 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from nanovllm_jax.kernels import norm_rope_store
 from small_model import assert_idle, small_llm, write_checkpoint
 
 from nanovllm_jax import SamplingParams
-from nanovllm_jax.layers.attention import causal_attention
+from nanovllm_jax.layers.attention import causal_attention, split_norm_rope
+from nanovllm_jax.layers.norm import RMSNorm
+from nanovllm_jax.layers.rope import RopeConfig, rope_angles
 
 ABS = 1e-5
 PROMPTS = [[5, 6, 7], list(range(40)), [9] * 20, [*range(32)], list(range(40)), [3]]
@@ -126,3 +129,19 @@ def test_prompt_logprobs_after_preemption(llm, trained):
         [output] = [output for output in outputs if output.request_id == request_id]
         found = [entry[token].logprob for entry, token in zip(output.prompt_logprobs[1:], prompt[1:], strict=True)]
         assert found == pytest.approx(trained(prompt[:1], prompt[1:]), abs=ABS)
+
+
+def test_training_rounds_where_serving_rounds():
+    """bfloat16 queries and keys, bit for bit: compiled, a conversion to 16 bits and back would be left out."""
+    rng = np.random.default_rng(0)
+    qkv = jnp.asarray(rng.standard_normal((40, 2, 4, 32)), jnp.bfloat16)
+    norms = [RMSNorm(32, 1e-6, dtype=jnp.bfloat16) for _ in range(2)]
+    for norm in norms:
+        norm.weight[...] = jnp.asarray(rng.uniform(0.5, 2, 32), jnp.bfloat16)
+    cos, sin = rope_angles(jnp.arange(40), RopeConfig(), 32)
+    pages = jnp.zeros((3, 2, 16, 32), jnp.bfloat16)
+    gains = [norm.weight[...] for norm in norms]
+    q, k_cache, _ = norm_rope_store(qkv, *gains, cos[:, 0], sin[:, 0], jnp.arange(40), pages, pages, eps=1e-6)
+    trained_q, trained_k, _ = jax.jit(split_norm_rope)(qkv, *norms, cos, sin)
+    np.testing.assert_array_equal(trained_q, q)
+    np.testing.assert_array_equal(trained_k, k_cache.swapaxes(1, 2).reshape(48, 2, 32)[:40])

@@ -7,6 +7,7 @@ from jax import lax
 
 from nanovllm_jax.kernels import add_norm
 from nanovllm_jax.layers.linear import param
+from nanovllm_jax.layers.rounding import rounded
 
 
 class RMSNorm(nnx.Module):
@@ -20,7 +21,7 @@ class RMSNorm(nnx.Module):
         """x [..., features] -> the same shape and dtype."""
         wide = x.astype(jnp.float32)
         scale = lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return (wide * scale).astype(x.dtype) * self.weight[...]
+        return rounded(rounded(wide * scale, x.dtype) * self.weight[...], x.dtype).astype(x.dtype)
 
     def add(self, x: jax.Array, delta: jax.Array) -> tuple[jax.Array, jax.Array]:
         """x and delta [..., features] -> their sum, and its norm, in one pass over memory."""

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nanovllm_jax.layers.rounding import rounded
+
 
 @dataclass(frozen=True)
 class RopeConfig:
@@ -79,4 +81,4 @@ def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotate x [..., heads, head_dim] by cos and sin [..., 1, head_dim / 2]; pairs are (i, i + head_dim / 2)."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)
-    return rotated.astype(x.dtype)
+    return rounded(rotated, x.dtype).astype(x.dtype)
