@@ -1,6 +1,6 @@
 """How a model would run on several GPUs, by arithmetic: bytes, FLOPs and time of a step, for planning a deployment.
 
-python scripts/plan.py                                   # the published sizes over 1 to 8 GPUs: the table of docs/scaling.md
+python scripts/plan.py                           # the published sizes over 1 to 8 GPUs: the table of docs/scaling.md
 python scripts/plan.py --model DIRECTORY --devices 4 --sequences 256 --context 4000
 
 A prediction: single-GPU rates and costs are measured ones of docs/performance.md, those of NVLink are assumed.
@@ -151,9 +151,8 @@ def main() -> None:
     if args.model:
         known = args.model in SIZES
         models = {args.model: models[args.model] if known else ModelConfig.from_pretrained(Path(args.model))}
-    print(
-        "| model | GPUs | GB read | TFLOP | MB sent | compute ms | link ms | step ms | 1 sequence ms | prefill ms | fit |"
-    )
+    columns = "model", "GPUs", "GB read", "TFLOP", "MB sent", "compute ms", "link ms", "step ms"
+    print(f"| {' | '.join((*columns, '1 sequence ms', 'prefill ms', 'fit'))} |")
     print("|---" * 11 + "|")
     for name, config in models.items():
         for devices in args.devices:
