@@ -236,6 +236,11 @@ class LLMEngine:
         """Whether `step` has anything left to do."""
         return bool(self._requests or self._in_flight or self._ready)
 
+    @property
+    def model(self) -> Any:
+        """The Qwen3ForCausalLM that is served. Its arrays are the engine's own: to be read, and never donated."""
+        return self.runner.model
+
     def stats(self) -> EngineStats:
         """What runs and waits, what the caches hold, totals and rates: from the thread that calls `step`."""
         return self.metrics.stats(self.scheduler, list(self._requests.values()))

@@ -91,6 +91,11 @@ class ModelRunner:
         line = group * (self.max_num_seqs + 1) + slot
         self.state = self.table_writer(self.state, line, token_counts, logit_bias)
 
+    @property
+    def model(self) -> Qwen3ForCausalLM:
+        """The module that is served, with the arrays that it is served with."""
+        return jax.tree.unflatten(self.treedef, self.leaves)
+
     def write_steering(self, slot: int, steering: tuple[float, ...] | None) -> None:
         """Set what a slot's sequence brings for the probe, for the steps dispatched from now on; None: zeros."""
         size = self.config.probe.steering_size
