@@ -294,10 +294,11 @@ class EngineConfig:
         for name in ("enforce_eager", "enable_prefix_caching", "deterministic", "distributed"):
             if type(getattr(self, name)) is not bool:
                 raise TypeError(f"{name} must be True or False, not {getattr(self, name)!r}")
-        if self.deterministic and self.tensor_parallel_size > 1:
+        if self.deterministic and self.tensor_parallel_size * self.data_parallel_size > 1:
             raise ValueError(
-                f"deterministic=True runs on one device, not on tensor_parallel_size={self.tensor_parallel_size}: sums "
-                "over devices are added up in an order that depends on the batch"
+                f"deterministic=True runs on one device, not on tensor_parallel_size={self.tensor_parallel_size} times "
+                f"data_parallel_size={self.data_parallel_size}: sums over devices are added up in an order that "
+                "depends on the batch"
             )
         if self.block_size not in (16, 32, 64, 128, 256):
             raise ValueError(f"block_size must be 16, 32, 64, 128 or 256, not {self.block_size}")

@@ -324,6 +324,7 @@ class LLMEngine:
         """
         if in_flight not in (None, "finish", "recompute"):
             raise ValueError(f"in_flight must be None, 'finish' or 'recompute', not {in_flight!r}")
+        self._check_usable()
         arrays = self.runner.check_weights(weights)
         if self._requests and in_flight is None:
             raise RuntimeError(
