@@ -1,9 +1,12 @@
 """One model over several devices and processes: on a CPU, which JAX is told to take for several."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -97,6 +100,31 @@ def test_collectives_of_a_step(reports, mesh):
 def test_processes(directory, reports):
     """Two processes with a device each, over loopback: a data group in each."""
     assert_same(reports_of(directory, "2x1", processes=2, devices=1)["2x1"], reports["1x1"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_dies_ends_the_others(directory, tmp_path, victim):
+    """With an error that says so, and in bounded time."""
+    arguments = directory, jax.config.jax_compilation_cache_dir, tmp_path / "pid"
+    command = [*LAUNCH, "--processes", 2, "--devices", 1, HERE / "killed_job.py", *arguments]
+    launcher = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    files, deadline = [Path(f"{tmp_path}/pid{number}") for number in range(2)], time.monotonic() + 400
+    while not all(file.exists() and file.read_text() for file in files):
+        assert launcher.poll() is None, launcher.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    pids = [int(file.read_text()) for file in files]
+    os.kill(pids[victim], signal.SIGKILL)
+    killed = time.monotonic()
+    while Path(f"/proc/{pids[1 - victim]}").exists():
+        assert time.monotonic() < killed + 80, "it hangs"
+        time.sleep(0.1)
+    _, errors = launcher.communicate(timeout=120)
+    assert f"process {victim} of 2 ended with -9" in errors
+    assert launcher.returncode
+    if victim == 1:  # of the other's output the launcher shows nothing
+        assert "another one may have ended" in errors or "another task died" in errors
 
 
 # ------------------------------------------------------------ sizes that cannot be

@@ -27,6 +27,8 @@ SHAPES = [  # dtype, K, G, H, block_size
     (jnp.bfloat16, 8, 4, 128, 16),
     (jnp.bfloat16, 8, 5, 128, 256),
     (jnp.bfloat16, 2, 8, 128, 64),
+    (jnp.bfloat16, 1, 4, 128, 256),  # a device's share of 8B over 8
+    (jnp.bfloat16, 1, 8, 128, 256),  # and of 32B
     (jnp.bfloat16, 3, 1, 256, 32),
     (jnp.bfloat16, 4, 3, 64, 128),
     (jnp.float16, 2, 2, 128, 16),

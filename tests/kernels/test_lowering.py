@@ -74,7 +74,8 @@ def prefill_case(tokens, sequences, group, pool):
 POOLS = [cache(), cache(block_size=16), cache(jnp.float32), cache(jnp.float16, 32)]
 POOLS += [cache(head_dim=64), cache(head_dim=256), cache(jnp.float32, head_dim=256, block_size=16)]
 SHAPES = [(group, pool) for group in GROUPS for pool in POOLS[:2]] + [(2, pool) for pool in POOLS[2:]]
-SHAPES += [(1, cache(kv_heads=1)), (8, cache(kv_heads=1)), (2, cache(slots=2**22))]  # offsets beyond 2**31
+SHAPES += [(1, cache(kv_heads=1)), (2, cache(slots=2**22))]  # offsets beyond 2**31
+SHAPES += [(4, cache(kv_heads=1)), (8, cache(kv_heads=1))]  # a device's share of 8B and 32B over 8
 
 
 @pytest.mark.parametrize(("group", "pool"), SHAPES, ids=str)

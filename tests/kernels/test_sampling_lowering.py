@@ -31,6 +31,7 @@ def logprobs_case(rows, vocab):
 
 CASES = {adjust_case: 1, threshold_case: 2, logprobs_case: 2}  # and how many kernels they take
 SHAPES = [(1, QWEN3), (8, QWEN3), (256, QWEN3), (1024, QWEN3), (3, 500), (5, 1)]
+SHAPES += [(256, QWEN3 // 8), (32, QWEN3)]  # over 8 devices: a part of the vocabulary, and a part of the rows
 
 
 @pytest.mark.parametrize("make", CASES)
