@@ -36,7 +36,7 @@ def fresh(llm):
     llm.scheduler.preempt_all()
 
 
-@pytest.mark.parametrize("length", [1, 15, 40, 90])
+@pytest.mark.parametrize("length", [15, 90])
 def test_bits_do_not_depend_on_how_a_request_is_computed(llm, length):
     """Alone, in a batch, in chunks of other sizes, from cached prefixes, preempted: equal tokens and logprobs."""
     prompt = prompt_of(length)

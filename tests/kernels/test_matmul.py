@@ -17,9 +17,7 @@ def inputs(rows, features, depth, dtype):
 
 
 @pytest.mark.parametrize("function", [fixed_matmul, kernel], ids=["oracle", "kernel"])
-@pytest.mark.parametrize(
-    ("rows", "features", "depth"), [(1, 32, 16), (16, 64, 48), (17, 40, 50), (33, 31, 64), (70, 33, 17)]
-)
+@pytest.mark.parametrize(("rows", "features", "depth"), [(1, 32, 16), (17, 40, 50), (33, 31, 64)])
 @pytest.mark.parametrize(("dtype", "out"), [(jnp.float32, jnp.float32), (jnp.bfloat16, jnp.bfloat16)])
 def test_product(function, rows, features, depth, dtype, out):
     x, weight = inputs(rows, features, depth, dtype)
