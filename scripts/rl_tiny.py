@@ -21,11 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from nanovllm_jax import LLM, RequestOutput, SamplingParams
 from nanovllm_jax.checkpoints.load import TINY_MODEL, load_model
 from nanovllm_jax.config import ModelConfig
-from nanovllm_jax.parallel.sharding import make_mesh, replicated
+from nanovllm_jax.parallel.sharding import make_mesh
 from nanovllm_jax.tiny.tasks import ROOM_TO_GROW, UNSEEN, Problem, draw, held_out_problems
 from nanovllm_jax.training import cast, token_logprobs
 
@@ -170,7 +171,7 @@ def train(options: argparse.Namespace) -> list[Step]:
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
     trainer = Trainer(graph, optimizer, jnp.bfloat16 if on_gpu else jnp.float32, options.kl)
     # On a mesh, like the parameters: a step's results are then of the same kind as what it began with.
-    state = jax.device_put(optimizer.init(params), replicated(mesh))
+    state = jax.device_put(optimizer.init(params), NamedSharding(mesh, PartitionSpec()))
     start, update = params, jax.jit(trainer.update)
 
     rng, held_out = Random(options.seed), held_out_problems(options.task, HELD_OUT)
@@ -189,7 +190,8 @@ def train(options: argparse.Namespace) -> list[Step]:
         llm.update_weights(nnx.merge(graph, params))
         if progress - shown >= 0.05:
             accuracy, shown = held_out_accuracy(llm, held_out), progress
-        rates = batches.sampled.sum() / sampling, batches.tokens.size / training
+        generated = sum(len(text.token_ids) for out in outputs for text in out.outputs)
+        rates = generated / sampling, batches.tokens.size / training
         seconds = time.monotonic() - begin
         steps.append(Step(len(steps) + 1, seconds, float(rewards.mean()), accuracy, *rates, *map(float, gap)))
         _print(steps[-1])
