@@ -34,10 +34,14 @@ def llm(request, tmp_path_factory):
     )
 
 
-def drain(llm, request_id):
-    outputs = []
+def drain(llm, request_id, preempting=()):
+    """What becomes of a request; before the steps of these numbers, everything is preempted."""
+    outputs, number = [], 0
     while llm.has_unfinished_requests():
+        if number in preempting:
+            llm.scheduler.preempt_all()
         outputs += llm.step()
+        number += 1
     [output] = [output for output in outputs if output.request_id == request_id]
     return output.outputs[0].token_ids, output.outputs[0].logprobs
 
@@ -57,11 +61,7 @@ def test_bits_do_not_depend_on_how_a_request_is_computed(llm, length):
         llm.step()
         request_id = llm.add_request(prompt, PARAMS)
         llm.add_request([*prompt[: length // 2 + 1], 7], OTHERS)
-        for step in range(60):
-            llm.step()
-            if step in (20, 50):
-                llm.scheduler.preempt_all()
-        tokens, logprobs = drain(llm, request_id)
+        tokens, logprobs = drain(llm, request_id, preempting=(8, 20, 50))
         assert tokens == alone[0], f"beside {others}"
         assert logprobs == alone[1], f"beside {others}"
 
