@@ -13,6 +13,9 @@ from flax import nnx
 from nanovllm_jax.checkpoints.huggingface import parameter_sources
 from nanovllm_jax.checkpoints.load import load_model
 from nanovllm_jax.config import ModelConfig
+from nanovllm_jax.layers.attention import causal_attention
+from nanovllm_jax.layers.norm import RMSNorm
+from nanovllm_jax.layers.rope import RopeConfig, rope_angles
 from nanovllm_jax.parallel.sharding import make_mesh
 from nanovllm_jax.training import cast, token_logprobs
 
@@ -110,3 +113,25 @@ def test_the_logits_of_a_batch_never_exist_at_once(case):
     text = jax.jit(jax.grad(partial(loss, chunk=16)), static_argnums=1).lower(params, graph, tokens, tokens).as_text()
     assert f"tensor<16x{case[0].config.vocab_size}xf32>" in text
     assert not re.search(rf"tensor<(\d+x)?(63|64|252|256)x{case[0].config.vocab_size}x", text)
+
+
+@pytest.mark.parametrize("length", [1, 16, 29])
+def test_what_is_padded_for_cudnn_changes_nothing(monkeypatch, length):
+    """A CPU has no cuDNN: plain products stand in for it, and see the lengths that it would."""
+    rng = np.random.default_rng(0)
+    qkv = jnp.asarray(rng.standard_normal((2, length, 2, 4, 16)), jnp.float32)
+    cos, sin = rope_angles(jnp.arange(length), RopeConfig(), 16)
+    args = qkv, *(RMSNorm(16, 1e-6, dtype=jnp.float32) for _ in "qk"), cos, sin, None
+    plain, _ = causal_attention(*args)
+    attend, lengths = jax.nn.dot_product_attention, []
+
+    def attend_as_cudnn(q, k, v, *, is_causal, implementation):
+        assert implementation == "cudnn"
+        lengths.append(q.shape[1])
+        return attend(q, k, v, is_causal=is_causal)
+
+    monkeypatch.setattr("nanovllm_jax.layers.attention.cudnn_attends", lambda q: True)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", attend_as_cudnn)
+    padded, _ = causal_attention(*args)
+    np.testing.assert_allclose(padded, plain, atol=1e-6)
+    assert lengths == [-(-length // 16) * 16]
