@@ -207,9 +207,9 @@ BAD_OPTIONS = {
         f"num_kvcache_blocks={TOO_MANY_BLOCKS} .*more than this machine's .* GiB of memory",
     ),
     "more devices than there are": (
-        dict(tensor_parallel_size=4096),
+        dict(tensor_parallel_size=2),
         ValueError,
-        "tensor_parallel_size=4096 needs as many devices, but JAX sees 1",
+        "tensor_parallel_size=2 needs as many devices, but JAX sees 1",
     ),
     "contradiction": (dict(kvcache_block_size=32), TypeError, "block_size and kvcache_block_size are the same option"),
     "two values for model": (dict(model="x"), TypeError, "model"),
