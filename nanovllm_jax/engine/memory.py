@@ -66,3 +66,21 @@ def decide_num_blocks(plan: MemoryPlan, config: EngineConfig, wanted_tokens: int
             "max_num_batched_tokens, max_num_seqs or num_kvcache_blocks, or use more devices (tensor_parallel_size)"
         )
     return asked or fits
+
+
+def decide_max_model_len(config: EngineConfig, own: int, num_blocks: int) -> int:
+    """The longest prompt and answer, in tokens: the user's number, or else what model (`own`) and pool both allow.
+
+    Raises ValueError for a number beyond either.
+    """
+    asked, pool = config.max_model_len, num_blocks * config.block_size
+    if asked is None:
+        return min(own, pool)
+    if asked > own:
+        raise ValueError(f"max_model_len={asked} is more than the model's {own} (max_position_embeddings)")
+    if asked > pool:
+        raise ValueError(
+            f"max_model_len={asked} does not fit in the KV cache of {pool} tokens; "
+            f"lower it to {pool} or less, or enlarge the cache (gpu_memory_utilization, num_kvcache_blocks)"
+        )
+    return asked

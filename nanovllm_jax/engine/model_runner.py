@@ -1,12 +1,11 @@
 """The device: weights, KV cache, compiled programs, dispatch and collect. The only file of the engine with jax."""
 
 import logging
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,22 @@ from nanovllm_jax.checkpoints.load import ModelLoader
 from nanovllm_jax.config import DTYPES, EngineConfig, ModelConfig
 from nanovllm_jax.engine.batch import BatchShape, Buckets
 from nanovllm_jax.engine.logprobs import TokenLogprobs
-from nanovllm_jax.engine.memory import GIB, RESERVE, MemoryPlan, decide_num_blocks, estimate_workspace
+from nanovllm_jax.engine.memory import (
+    GIB,
+    RESERVE,
+    MemoryPlan,
+    decide_max_model_len,
+    decide_num_blocks,
+    estimate_workspace,
+)
 from nanovllm_jax.layers.attention import KVCache
 from nanovllm_jax.models.draw import DeviceState, LogprobArrays, write_tables
 from nanovllm_jax.models.parameters import ParameterPath, check_parameters, check_same_model, parameters_of
 from nanovllm_jax.models.programs import ProgramStore
 from nanovllm_jax.models.qwen3 import Qwen3ForCausalLM
 from nanovllm_jax.models.step import StepOutput, engine_step, prompt_logprobs
-from nanovllm_jax.parallel.processes import connect, largest, same_everywhere
+from nanovllm_jax.parallel.backend import prepare_backend
+from nanovllm_jax.parallel.processes import largest, same_everywhere
 from nanovllm_jax.parallel.sharding import DATA_AXIS, MODEL_AXIS, gather_groups, make_mesh, per_device, specs_of
 from nanovllm_jax.parallel.sizes import split_config
 
@@ -45,7 +52,7 @@ class ModelRunner:
 
     def __init__(self, directory: Path, model_config: ModelConfig, config: EngineConfig):
         """Load weights, size the cache, compile. Raises ValueError for what does not fit together or in memory."""
-        _prepare_backend(config)
+        prepare_backend(config)
         self.config = config
         self.model_config = model_config = split_config(model_config, config.tensor_parallel_size)
         self.mesh = make_mesh(config.tensor_parallel_size, config.data_parallel_size)
@@ -242,7 +249,7 @@ class ModelRunner:
         )
         wanted = self.max_num_seqs * (config.max_model_len or model.max_context)
         self.num_blocks = decide_num_blocks(plan, config, wanted)
-        self.max_model_len = self._resolve_max_model_len()
+        self.max_model_len = decide_max_model_len(config, model.max_context, self.num_blocks)
         width = -(-self.max_model_len // config.block_size)
         # A CPU is for small models: there few shapes to compile are worth more than little padding.
         most = self.max_num_seqs
@@ -274,20 +281,6 @@ class ModelRunner:
         steering = 4 * self.config.probe.steering_size if self.config.probe else 0
         return (self.max_num_seqs + 1) * (self.model_config.vocab_size * 8 // self.num_shards + steering)
 
-    def _resolve_max_model_len(self) -> int:
-        own, pool = self.model_config.max_context, self.num_blocks * self.config.block_size
-        asked = self.config.max_model_len
-        if asked is None:
-            return min(own, pool)
-        if asked > own:
-            raise ValueError(f"max_model_len={asked} is more than the model's {own} (max_position_embeddings)")
-        if asked > pool:
-            raise ValueError(
-                f"max_model_len={asked} does not fit in the KV cache of {pool} tokens; "
-                f"lower it to {pool} or less, or enlarge the cache (gpu_memory_utilization, num_kvcache_blocks)"
-            )
-        return asked
-
     def _layout(self) -> tuple[list[KVCache], DeviceState]:
         """Shapes and shardings of the caches and of the device's state."""
         c, groups, probe = self.model_config, self.num_groups, self.config.probe
@@ -318,25 +311,14 @@ class ModelRunner:
             logger.warning("enforce_eager=True: steps run un-jitted, for debugging; expect them to be slow")
             self.programs = {shape: partial(self._eager_step, shape) for shape in shapes}
             return 0
-        start, store = time.perf_counter(), self._program_store()
-
-        def compile(lowered: jax.stages.Lowered, shape: BatchShape) -> Callable:
-            program = lowered.compile(self._compiler_options(shape))
-            store.save(repr(shape), program)
-            return program
-
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            loaded = dict(zip(shapes, pool.map(store.load, map(repr, shapes))))
-            # Tracing holds the interpreter, compiling does not: each program compiles while the next is traced.
-            missing = [shape for shape in shapes if loaded[shape] is None]
-            compiling = {shape: pool.submit(compile, self._lower(shape), shape) for shape in missing}
-            compiled = {shape: job.result() for shape, job in compiling.items()}
-        self.programs: dict[BatchShape, Callable] = loaded | compiled
+        start = time.perf_counter()
+        self.programs: dict[BatchShape, Callable]
+        self.programs, num_compiled = self._program_store().get(shapes, self._lower, self._compiler_options)
         workspace = max(program.memory_analysis().temp_size_in_bytes for program in self.programs.values())
         logger.info(
             "compiled %d batch shapes and found %d on disk, in %.1f s; largest workspace %.2f GiB",
-            len(compiled),
-            len(shapes) - len(compiled),
+            num_compiled,
+            len(shapes) - num_compiled,
             time.perf_counter() - start,
             workspace / GIB,
         )
@@ -409,24 +391,3 @@ def _cast(array: jax.Array, dtype: np.dtype) -> jax.Array:
 @partial(jax.jit, donate_argnums=0)
 def _write_steering(state: DeviceState, slot, steering) -> DeviceState:
     return state._replace(steering=state.steering.at[slot].set(steering))
-
-
-@cache
-def _process_of_backend() -> int:
-    """The process that started JAX here first; what was forked from it remembers that."""
-    return os.getpid()
-
-
-def _prepare_backend(config: EngineConfig) -> None:
-    """Settings that must be there before JAX starts a GPU, and the compilation cache."""
-    if _process_of_backend() != os.getpid():
-        raise RuntimeError(
-            f"process {_process_of_backend()} has made an engine, and this process {os.getpid()} was forked from it, "
-            "which JAX does not survive: it would wait forever. Start processes by multiprocessing's 'spawn' method"
-        )
-    os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", str(config.gpu_memory_utilization))
-    if config.distributed or config.coordinator_address:
-        connect(config.coordinator_address, config.num_processes, config.process_id)
-    if config.compilation_cache_dir and jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(Path(config.compilation_cache_dir).expanduser()))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

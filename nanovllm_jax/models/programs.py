@@ -10,12 +10,15 @@ import logging
 import os
 import pickle
 import tempfile
+from collections.abc import Callable, Hashable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.experimental.serialize_executable import deserialize_and_load, serialize
-from jax.stages import Compiled
+from jax.stages import Compiled, Lowered
 
 logger = logging.getLogger(__name__)
 SOURCES = (Path(__file__).parents[1], Path(__file__).parents[2] / "kernels")
@@ -32,6 +35,23 @@ class ProgramStore:
         about = [_source_digest(), jax.__version__, os.environ.get("XLA_FLAGS", ""), settings]
         about += [devices[0].client.platform_version, *(f"{device.device_kind} {device.id}" for device in devices)]
         self._digest = hashlib.sha256("\n".join(about).encode())
+
+    def get(
+        self, names: list[Hashable], lower: Callable[[Any], Lowered], options: Callable[[Any], dict[str, Any]]
+    ) -> tuple[dict[Hashable, Compiled], int]:
+        """Each name's program, loaded or else compiled with its XLA options; and how many were compiled."""
+
+        def compile(lowered: Lowered, name: Hashable) -> Compiled:
+            program = lowered.compile(options(name))
+            self.save(repr(name), program)
+            return program
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            programs = dict(zip(names, pool.map(self.load, map(repr, names))))
+            # Tracing holds the interpreter, compiling does not: each program compiles while the next is traced.
+            missing = [name for name, program in programs.items() if program is None]
+            compiling = {name: pool.submit(compile, lower(name), name) for name in missing}
+            return programs | {name: job.result() for name, job in compiling.items()}, len(missing)
 
     def load(self, name: str) -> Compiled | None:
         """The program of this name, None where there is none that can be used."""

@@ -1,0 +1,34 @@
+"""What JAX is told before it starts its devices."""
+
+import os
+from functools import cache
+from pathlib import Path
+
+import jax
+
+from nanovllm_jax.config import EngineConfig
+from nanovllm_jax.parallel.processes import connect
+
+
+@cache
+def _process_of_backend() -> int:
+    """The process that started JAX here first; what was forked from it remembers that."""
+    return os.getpid()
+
+
+def prepare_backend(config: EngineConfig) -> None:
+    """Join the other processes, share the GPU's memory out, and name the compilation cache.
+
+    Raises RuntimeError in a process that was forked from one with an engine.
+    """
+    if _process_of_backend() != os.getpid():
+        raise RuntimeError(
+            f"process {_process_of_backend()} has made an engine, and this process {os.getpid()} was forked from it, "
+            "which JAX does not survive: it would wait forever. Start processes by multiprocessing's 'spawn' method"
+        )
+    os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", str(config.gpu_memory_utilization))
+    if config.distributed or config.coordinator_address:
+        connect(config.coordinator_address, config.num_processes, config.process_id)
+    if config.compilation_cache_dir and jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(Path(config.compilation_cache_dir).expanduser()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
