@@ -6,9 +6,8 @@
 Requests of every kind share a pool that is too small for them, so that they are preempted; others are aborted,
 streamed and left, or refused. Then each one that ended runs again, alone in the idle engine and with nothing in the
 prefix cache. In float32 its tokens must be the same, and its log probabilities to 1e-5 (of those below -1: of their
-size). In 16 bits the first token that differs must
-be a tie (see soaking/referee.py), and what follows it is not compared. The exit status is 1 where anything differs,
-a block leaks, memory grows or a program is compiled on the way.
+size). In 16 bits the first token that differs must be a tie (see soaking/referee.py), and what follows it is not
+compared. The exit status is 1 where anything differs, a block leaks, memory grows or a program is compiled on the way.
 """
 
 import argparse
