@@ -97,6 +97,7 @@ def test_collectives_of_a_step(reports, mesh):
     check_collectives(reports[mesh], *map(int, mesh.split("x")), layers=1)
 
 
+@pytest.mark.slow
 def test_processes(directory, reports):
     """Two processes with a device each, over loopback: a data group in each."""
     assert_same(reports_of(directory, "2x1", processes=2, devices=1)["2x1"], reports["1x1"])

@@ -60,6 +60,7 @@ def spy(update_weights, given):
     return spied
 
 
+@pytest.mark.slow
 def test_a_few_steps(monkeypatch, capsys, tmp_path):
     """Of a small random model, whose answers count as right when their length is even."""
     monkeypatch.setattr(rl_tiny, "HELD_OUT", 4)
