@@ -209,9 +209,15 @@ def sampling_threshold(
     )
 
 
-@kernel
+@functools.partial(kernel, static_argnames="fixed")
 def token_logprobs(
-    logits: jax.Array, raw: jax.Array, use_raw: jax.Array, tokens: jax.Array, num_top: jax.Array
+    logits: jax.Array,
+    raw: jax.Array,
+    use_raw: jax.Array,
+    tokens: jax.Array,
+    num_top: jax.Array,
+    *,
+    fixed: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Natural log-probabilities of one token a row, and of the row's most likely tokens.
 
@@ -223,6 +229,6 @@ def token_logprobs(
     """
     return jax.lax.platform_dependent(
         *(logits, raw, use_raw, tokens, num_top),
-        cuda=logprobs.token_logprobs,
+        cuda=functools.partial(logprobs.token_logprobs, fixed=fixed),
         default=reference_sampling.token_logprobs,
     )

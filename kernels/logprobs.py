@@ -110,12 +110,13 @@ def token_logprobs(
     tokens: jax.Array,
     num_top: jax.Array,
     *,
+    fixed: bool = False,
     tiles: Tiles | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """nanovllm_jax.kernels.token_logprobs as two kernels."""
     rows, vocab = logits.shape
-    tiles = tiles or default_tiles(rows, vocab)
+    tiles = tiles or default_tiles(1 if fixed else rows, vocab)
     args, groups = (logits, raw, use_raw, tokens, num_top), groups_of(vocab)
     partial = pallas_call(
         _groups_kernel,

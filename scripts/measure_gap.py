@@ -16,6 +16,8 @@ from nanovllm_jax.training import token_logprobs
 
 LENGTHS = (5, 100, 256, 300, 700)  # of the prompts, over and over
 NEW_TOKENS = 100
+SHARED = 256  # tokens that every other prompt begins with
+LONGEST = SHARED + max(LENGTHS) + NEW_TOKENS
 
 
 def prompts_of(count: int, vocab: int) -> list[list[int]]:
@@ -23,7 +25,7 @@ def prompts_of(count: int, vocab: int) -> list[list[int]]:
     rng, prompts = np.random.default_rng(0), []
     for i in range(count):
         prompt = rng.integers(0, vocab, LENGTHS[i % len(LENGTHS)]).tolist()
-        prompts.append(prompts[-1][:256] + prompt if i % 2 else prompt)
+        prompts.append(prompts[-1][:SHARED] + prompt if i % 2 else prompt)
     return prompts
 
 
@@ -31,14 +33,15 @@ class Trainer:
     """The training forward with the engine's own weights."""
 
     def __init__(self, llm: LLM):
-        model = jax.tree.unflatten(llm.runner.treedef, llm.runner.leaves)
-        self.logprobs = jax.jit(lambda tokens: token_logprobs(model, tokens[None])[0])
+        self.model = jax.tree.unflatten(llm.runner.treedef, llm.runner.leaves)
+        self.logprobs = jax.jit(lambda model, tokens: token_logprobs(model, tokens[None])[0])
 
     def __call__(self, prompt: list[int], completion: list[int]) -> np.ndarray:
         """[len(completion)] float32."""
         length = len(prompt) + len(completion)
-        padded = np.array([*prompt, *completion] + [0] * (-length % 512))
-        return np.asarray(self.logprobs(padded))[len(prompt) : length]
+        padded = np.zeros(LONGEST, np.int32)
+        padded[:length] = [*prompt, *completion]
+        return np.asarray(self.logprobs(self.model, padded))[len(prompt) : length]
 
 
 def measure(llm: LLM, count: int = 32) -> dict[str, np.ndarray]:

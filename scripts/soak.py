@@ -111,7 +111,7 @@ class Soak:
                 self._compare(case, found, alone)
             self.memory.sample(self.counts["requests"])
             self.seconds = time.monotonic() - start
-            print(f"{self.seconds:6.0f} s  {self.counts['requests']} requests", file=sys.stderr)
+            print(f"{self.seconds:6.0f} s  {self.counts['requests']} requests  {self.memory.now} KiB", file=sys.stderr)
 
     def problems(self) -> list[str]:
         """What went wrong, in words."""

@@ -67,7 +67,7 @@ def draw(
     )
     threshold = vocabulary.threshold(logits, rows.temperature, rows.top_k, rows.top_p, rows.min_p, fixed=fixed)
     tokens, scores = sample(logits, rows.temperature, seeds, context_lens, threshold)
-    logprobs = LogprobArrays(*vocabulary.logprobs(logits, raw, rows.adjusts, tokens, rows.num_top))
+    logprobs = LogprobArrays(*vocabulary.logprobs(logits, raw, rows.adjusts, tokens, rows.num_top, fixed=fixed))
     entries = local_index(tokens, logits.shape[1])
     state = state._replace(
         last_tokens=state.last_tokens.at[slots].set(tokens),

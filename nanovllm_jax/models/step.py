@@ -77,7 +77,7 @@ def prompt_logprobs(
     mine = own < hidden.shape[1]
     logits = model.logits(hidden[0, jnp.where(mine, own, 0)])
     asks = jnp.where(mine, num_top, -1)
-    logprobs = vocabulary.logprobs(logits, logits, jnp.zeros_like(tokens), tokens, asks)
+    logprobs = vocabulary.logprobs(logits, logits, jnp.zeros_like(tokens), tokens, asks, fixed=model.deterministic)
     return jax.tree.map(partial(from_group, mine), LogprobArrays(*logprobs))
 
 

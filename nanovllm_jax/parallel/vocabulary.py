@@ -56,14 +56,20 @@ def threshold(
 
 
 def logprobs(
-    logits: jax.Array, raw: jax.Array, use_raw: jax.Array, tokens: jax.Array, num_top: jax.Array
+    logits: jax.Array,
+    raw: jax.Array,
+    use_raw: jax.Array,
+    tokens: jax.Array,
+    num_top: jax.Array,
+    *,
+    fixed: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """kernels.token_logprobs, of logits and raw [R, V / N]."""
     if not is_split():
-        return token_logprobs(logits, raw, use_raw, tokens, num_top)
+        return token_logprobs(logits, raw, use_raw, tokens, num_top, fixed=fixed)
 
     def of_rows(rows, tokens, num_top):
-        return token_logprobs(rows, rows, jnp.zeros_like(tokens), tokens, num_top)
+        return token_logprobs(rows, rows, jnp.zeros_like(tokens), tokens, num_top, fixed=fixed)
 
     def compute():
         return _by_rows(of_rows, jnp.where(use_raw[:, None] > 0, raw, logits), tokens, num_top)

@@ -34,6 +34,11 @@ class Memory:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         self.samples.append((requests, pages * os.sysconf("SC_PAGE_SIZE")))
 
+    @property
+    def now(self) -> int:
+        """KiB at the last sample."""
+        return self.samples[-1][1] // 1024
+
     def slope(self) -> float | None:
         """KiB for 1000 requests, of the line through the samples' second half; None with fewer than four there."""
         half = np.array(self.samples[len(self.samples) // 2 :], float).reshape(-1, 2)

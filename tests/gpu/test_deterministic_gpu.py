@@ -5,7 +5,7 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from nanovllm_jax.kernels import fixed_matmul
+from nanovllm_jax.kernels import fixed_matmul, token_logprobs
 from test_engine_gpu import COMMON, SIZES, prompts_of_lengths
 
 from nanovllm_jax import LLM, SamplingParams
@@ -88,3 +88,19 @@ def test_fixed_matmul(dtype, features, depth):
     for start, stop in ((0, 1), (5, 70), (64, 128), (699, 700), (100, 400)):
         part = fixed_matmul(x[start:stop], weight, dtype=jnp.float32)
         np.testing.assert_array_equal(np.asarray(part), np.asarray(whole[start:stop]))
+
+
+def test_fixed_logprobs():
+    """A row's log probabilities depend on the row alone."""
+    rng = np.random.default_rng(0)
+    logits = jnp.asarray(rng.standard_normal((70, 151936)), jnp.float32)
+    tokens, asks = jnp.arange(70), jnp.full(70, 5)
+
+    def logprobs(rows):
+        args = (logits[rows], logits[rows], 0 * tokens[rows], tokens[rows], asks[rows])
+        return [np.asarray(x)[:, :5] if x.ndim == 2 else np.asarray(x) for x in token_logprobs(*args, fixed=True)]
+
+    whole = logprobs(slice(None))
+    for start, stop in ((0, 1), (5, 12), (20, 61)):
+        for part, expected in zip(logprobs(slice(start, stop)), whole, strict=True):
+            np.testing.assert_array_equal(part, expected[start:stop])

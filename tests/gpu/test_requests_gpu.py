@@ -47,6 +47,8 @@ def test_callers_come_and_go():
     assert 80 <= len(whole) < 120
     assert sum(text == alone for text, alone in whole) >= 0.95 * len(whole)
     assert (stats.num_waiting, stats.num_free_blocks) == (0, 2048)
-    assert stats.num_aborted_requests == 120 - len(whole)
+    # Some texts end before their callers' leaving is heard of.
+    assert 0 < stats.num_aborted_requests <= 120 - len(whole)
+    assert stats.num_finished_requests + stats.num_aborted_requests == 240
     assert stats.prefix_cache_hit_rate > 0.3
     assert stats.decode_tokens_per_second > 0
