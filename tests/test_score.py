@@ -1,5 +1,7 @@
 """LLM.score, and that sampling, scoring and training give the same numbers: float32 on a CPU, to 1e-5."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,9 +10,11 @@ from nanovllm_jax.kernels import norm_rope_store
 from small_model import assert_idle, small_llm, write_checkpoint
 
 from nanovllm_jax import SamplingParams
+from nanovllm_jax.engine import model_runner
 from nanovllm_jax.layers.attention import causal_attention, split_norm_rope
 from nanovllm_jax.layers.norm import RMSNorm
 from nanovllm_jax.layers.rope import RopeConfig, rope_angles
+from nanovllm_jax.parallel.backend import compiler_options
 
 ABS = 1e-5
 PROMPTS = [[5, 6, 7], list(range(40)), [9] * 20, [*range(32)], list(range(40)), [3]]
@@ -145,3 +149,34 @@ def test_training_rounds_where_serving_rounds():
     trained_q, trained_k, _ = jax.jit(split_norm_rope)(qkv, *norms, cos, sin)
     np.testing.assert_array_equal(trained_q, q)
     np.testing.assert_array_equal(trained_k, k_cache.swapaxes(1, 2).reshape(48, 2, 32)[:40])
+
+
+def test_it_is_compiled_with_the_options_of_a_step(tmp_path, monkeypatch):
+    """Which XLA refuses here, so that it can be seen that they reach it."""
+    llm, asked = small_llm(write_checkpoint(tmp_path / "model")), []
+
+    def options(mesh, rows):
+        asked.append((mesh, rows))
+        return {"no_such_option": True}
+
+    monkeypatch.setattr(model_runner, "compiler_options", options)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_option"):
+        llm.score([5, 6, 7], [8, 9], use_tqdm=False)
+    assert asked == [(llm.runner.mesh, 64)]
+
+
+def test_options_for_gpus():
+    """cuBLAS where there are many rows, and no collectives in CUDA graphs where there are several GPUs."""
+
+    def of(platform, devices, rows):
+        devices = np.array([SimpleNamespace(platform=platform)] * devices)
+        return compiler_options(SimpleNamespace(devices=devices, size=devices.size), rows)
+
+    assert of("cpu", 8, 256) == of("gpu", 1, 32) == {}
+    assert of("gpu", 1, 33) == {"xla_gpu_enable_triton_gemm": False, "xla_gpu_enable_cublaslt": True}
+    for rows in (1, 256):
+        several = of("gpu", 2, rows)
+        assert several.items() > of("gpu", 1, rows).items()
+        assert "FUSION" in several["xla_gpu_enable_command_buffer"]
+        assert "COLLECTIVES" not in several["xla_gpu_enable_command_buffer"]
+        assert several["xla_gpu_shard_autotuning"] is False

@@ -33,7 +33,7 @@ from nanovllm_jax.models.parameters import ParameterPath, check_parameters, chec
 from nanovllm_jax.models.programs import ProgramStore
 from nanovllm_jax.models.qwen3 import Qwen3ForCausalLM
 from nanovllm_jax.models.step import StepOutput, engine_step, prompt_logprobs
-from nanovllm_jax.parallel.backend import prepare_backend
+from nanovllm_jax.parallel.backend import compiler_options, prepare_backend
 from nanovllm_jax.parallel.processes import largest, same_everywhere
 from nanovllm_jax.parallel.sharding import DATA_AXIS, MODEL_AXIS, gather_groups, make_mesh, per_device, specs_of
 from nanovllm_jax.parallel.sizes import split_config
@@ -43,7 +43,6 @@ logger = logging.getLogger(__name__)
 # Up to this many rows, a step takes the GPU less time than the host needs to dispatch it: so several go in one program.
 MULTI_STEP_ROWS = 8
 GPU_STEPS = 4
-COMMAND_BUFFERS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION"
 PROMPT_CHUNK = 256  # positions whose logits are made at a time where a prompt's log probabilities are asked for
 
 
@@ -73,6 +72,7 @@ class ModelRunner:
         self.targets = {paths[id(leaf)]: leaf for leaf in self.leaves}  # by path, in the order of the leaves
         self.weight_bytes = loader.device_bytes
         self.bytes_in_use = self._bytes_in_use()
+        self._score_programs: dict[int, Callable] = {}
         workspace = self._estimate_workspace()
         self._size_cache(workspace)
         with ThreadPoolExecutor(1) as thread:  # while programs compile
@@ -119,7 +119,7 @@ class ModelRunner:
             part = np.array(wanted[start : start + size], np.int32)
             columns = np.full((3, size), [[0], [0], [-1]], np.int32)
             columns[:, : len(part)] = part.T
-            parts.append(self.score(self.leaves, output.hidden, *columns))
+            parts.append(self._score_program(size)(self.leaves, output.hidden, *columns))
         return parts
 
     def collect(self, output: StepOutput) -> list[list[int]]:
@@ -336,15 +336,7 @@ class ModelRunner:
         )
 
     def _compiler_options(self, shape: BatchShape) -> dict[str, bool | str]:
-        """XLA flags for one program: measured on an H200, see docs/performance.md."""
-        options: dict[str, bool | str] = {}
-        if self.on_gpu and shape.decode_rows + shape.prefill_tokens > 32:  # for fewer rows XLA's own kernels are faster
-            options |= {"xla_gpu_enable_triton_gemm": False, "xla_gpu_enable_cublaslt": True}
-        if self.on_gpu and self.mesh.size > 1:
-            # What XLA may put in CUDA graphs: collectives have hung there. Each process tunes for itself: exchanging
-            # results would need all of them to compile in the same order.
-            options |= {"xla_gpu_enable_command_buffer": COMMAND_BUFFERS, "xla_gpu_shard_autotuning": False}
-        return options
+        return compiler_options(self.mesh, shape.decode_rows + shape.prefill_tokens)
 
     def _lower(self, shape: BatchShape):
         buffer = jax.ShapeDtypeStruct((self.num_groups * shape.size,), jnp.int32, sharding=self.by_group)
@@ -360,15 +352,17 @@ class ModelRunner:
         in_specs = (specs_of(self.leaves), *donated, Spec(DATA_AXIS))
         return per_device(partial(self._step, shape), self.mesh, in_specs, (output, *donated))
 
-    @cached_property
-    def score(self) -> Callable:
-        """models/step.py's `prompt_logprobs`, compiled for each number of prefill tokens when it is first asked for."""
+    def _score_program(self, size: int) -> Callable:
+        """models/step.py's `prompt_logprobs` of `size` tokens, compiled for each step's shape when it is asked for."""
+        if size not in self._score_programs:
 
-        def score(leaves, *args):
-            return prompt_logprobs(jax.tree.unflatten(self.treedef, leaves), *args)
+            def score(leaves, *args):
+                return prompt_logprobs(jax.tree.unflatten(self.treedef, leaves), *args)
 
-        in_specs = (specs_of(self.leaves), Spec(None, DATA_AXIS), Spec(), Spec(), Spec())
-        return jax.jit(per_device(score, self.mesh, in_specs, Spec()))
+            in_specs = (specs_of(self.leaves), Spec(None, DATA_AXIS), Spec(), Spec(), Spec())
+            whole, options = per_device(score, self.mesh, in_specs, Spec()), compiler_options(self.mesh, size)
+            self._score_programs[size] = jax.jit(whole, compiler_options=options)
+        return self._score_programs[size]
 
     @cached_property
     def table_writer(self) -> Callable:

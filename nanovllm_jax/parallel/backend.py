@@ -1,13 +1,17 @@
-"""What JAX is told before it starts its devices."""
+"""What JAX is told before it starts its devices, and XLA when it compiles for them."""
 
 import os
 from functools import cache
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 
 from nanovllm_jax.config import EngineConfig
 from nanovllm_jax.parallel.processes import connect
+
+# What XLA may put in CUDA graphs where there are several GPUs: not collectives, which have hung there.
+COMMAND_BUFFERS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION"
 
 
 @cache
@@ -32,3 +36,16 @@ def prepare_backend(config: EngineConfig) -> None:
     if config.compilation_cache_dir and jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(Path(config.compilation_cache_dir).expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+def compiler_options(mesh: Mesh, rows: int) -> dict[str, bool | str]:
+    """XLA's flags for a program whose matmuls have so many rows: measured on an H200, see docs/performance.md."""
+    options: dict[str, bool | str] = {}
+    if mesh.devices.flat[0].platform != "gpu":
+        return options
+    if rows > 32:  # for fewer rows XLA's own kernels are faster
+        options |= {"xla_gpu_enable_triton_gemm": False, "xla_gpu_enable_cublaslt": True}
+    if mesh.size > 1:
+        # Each process tunes for itself: exchanging results would need all of them to compile in the same order.
+        options |= {"xla_gpu_enable_command_buffer": COMMAND_BUFFERS, "xla_gpu_shard_autotuning": False}
+    return options
