@@ -26,6 +26,7 @@ from soaking.watch import Memory, num_compiles
 
 from nanovllm_jax import LLM, SamplingParams
 from nanovllm_jax.checkpoints.load import TINY_MODEL, find_checkpoint
+from nanovllm_jax.engine.scheduler import Schedule
 
 ROUND = 200  # requests in company, before each is run alone
 TOLERANCE = {4: 1e-5, 2: 0.25}  # of log probabilities, by bytes of a number: 16 bits are noisy
@@ -97,6 +98,7 @@ class Soak:
         for tokens in self.llm.runner.buckets.prefill_tokens:
             sizes = [longest] * (tokens // longest) + [tokens % longest]
             self.llm.generate([[1] * size for size in sizes if size], params, use_tqdm=False)
+        self._run_every_program()
 
     def run(self, requests: int, deadline: float) -> None:
         """So many requests, or as many as there is time for, in rounds."""
@@ -112,6 +114,12 @@ class Soak:
             self.memory.sample(self.counts["requests"])
             self.seconds = time.monotonic() - start
             print(f"{self.seconds:6.0f} s  {self.counts['requests']} requests  {self.memory.now} KiB", file=sys.stderr)
+
+    def _run_every_program(self) -> None:
+        """Once, with nothing but padding: a GPU takes host memory for a program when it first runs it."""
+        runner = self.llm.runner
+        for shape in runner.programs:
+            runner.collect(runner.dispatch(*self.llm.packer.pack(Schedule(), shape)))
 
     def problems(self) -> list[str]:
         """What went wrong, in words."""
