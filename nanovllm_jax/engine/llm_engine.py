@@ -30,6 +30,7 @@ from nanovllm_jax.engine.scheduler import Schedule, Scheduler
 from nanovllm_jax.engine.sequence import Scored, Sequence
 from nanovllm_jax.engine.tables import token_tables
 from nanovllm_jax.outputs import EngineStats, RequestMetrics, RequestOutput
+from nanovllm_jax.parallel.backend import prepare_backend
 from nanovllm_jax.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -71,6 +72,7 @@ class LLMEngine:
         """
         config = EngineConfig.from_options(**options)
         directory = find_checkpoint(model)
+        prepare_backend(config)
         self.model_config = ModelConfig.from_pretrained(directory)
         self.tokenizer = load_tokenizer(directory)
         self.eos_token_ids = stop_token_ids(directory, self.tokenizer)

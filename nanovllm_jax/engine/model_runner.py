@@ -33,7 +33,7 @@ from nanovllm_jax.models.parameters import ParameterPath, check_parameters, chec
 from nanovllm_jax.models.programs import ProgramStore
 from nanovllm_jax.models.qwen3 import Qwen3ForCausalLM
 from nanovllm_jax.models.step import StepOutput, engine_step, prompt_logprobs
-from nanovllm_jax.parallel.backend import compiler_options, prepare_backend
+from nanovllm_jax.parallel.backend import compiler_options
 from nanovllm_jax.parallel.processes import largest, same_everywhere
 from nanovllm_jax.parallel.sharding import DATA_AXIS, MODEL_AXIS, gather_groups, make_mesh, per_device, specs_of
 from nanovllm_jax.parallel.sizes import split_config
@@ -51,7 +51,6 @@ class ModelRunner:
 
     def __init__(self, directory: Path, model_config: ModelConfig, config: EngineConfig):
         """Load weights, size the cache, compile. Raises ValueError for what does not fit together or in memory."""
-        prepare_backend(config)
         self.config = config
         self.model_config = model_config = split_config(model_config, config.tensor_parallel_size)
         self.mesh = make_mesh(config.tensor_parallel_size, config.data_parallel_size)

@@ -1,8 +1,10 @@
 """What JAX is told before it starts its devices, and XLA when it compiles for them."""
 
 import os
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from threading import Thread
 
 import jax
 from jax.sharding import Mesh
@@ -21,8 +23,9 @@ def _process_of_backend() -> int:
 
 
 def prepare_backend(config: EngineConfig) -> None:
-    """Join the other processes, share the GPU's memory out, and name the compilation cache.
+    """Join the other processes, share the GPU's memory out, name the compilation cache, and begin to start the devices.
 
+    Starting them takes seconds, and so does importing transformers, which the caller goes on to do.
     Raises RuntimeError in a process that was forked from one with an engine.
     """
     if _process_of_backend() != os.getpid():
@@ -36,6 +39,12 @@ def prepare_backend(config: EngineConfig) -> None:
     if config.compilation_cache_dir and jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(Path(config.compilation_cache_dir).expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    Thread(target=_start_devices).start()
+
+
+def _start_devices() -> None:
+    with suppress(Exception):  # whoever asks for the devices is told
+        jax.devices()
 
 
 def compiler_options(mesh: Mesh, rows: int) -> dict[str, bool | str]:
