@@ -7,6 +7,7 @@ whose maximum is the largest, and that becomes the maximum of what the group has
 Shapes: R rows, V vocabulary, C groups, W = C rounded up to a power of two.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -18,7 +19,7 @@ from jax.experimental.pallas import triton as plgpu
 from . import vocabulary
 from .common import pallas_call
 from .reference_sampling import MAX_LOGPROBS
-from .vocabulary import GROUP, for_each_tile, grouped, groups_of
+from .vocabulary import GROUP, as_two_rows, for_each_tile, grouped, groups_of
 
 LOWEST = -3.4e38  # stands for minus infinity, which is the maximum of a group that has no entry left
 
@@ -115,10 +116,11 @@ def token_logprobs(
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """nanovllm_jax.kernels.token_logprobs as two kernels."""
-    rows, vocab = logits.shape
-    tiles = tiles or default_tiles(1 if fixed else rows, vocab)
-    args, groups = (logits, raw, use_raw, tokens, num_top), groups_of(vocab)
-    partial = pallas_call(
+    (rows, vocab), args = logits.shape, (logits, raw, use_raw, tokens, num_top)
+    if fixed and rows == 1:
+        return as_two_rows(partial(token_logprobs, fixed=True, tiles=tiles, interpret=interpret), *args)
+    tiles, groups = tiles or default_tiles(1 if fixed else rows, vocab), groups_of(vocab)
+    of_groups = pallas_call(
         _groups_kernel,
         *args,
         grid=(rows, tiles.groups.programs),
@@ -131,7 +133,7 @@ def token_logprobs(
     out += [((rows, MAX_LOGPROBS), jnp.int32), ((rows, MAX_LOGPROBS), jnp.float32)]
     logprob, rank, top_ids, top_logprobs = pallas_call(
         _logprobs_kernel,
-        *(*args, *partial),
+        *(*args, *of_groups),
         grid=(rows,),
         out_shape=[jax.ShapeDtypeStruct(*shape_and_dtype) for shape_and_dtype in out],
         num_warps=tiles.num_warps,

@@ -20,7 +20,7 @@ from jax.experimental.pallas import triton as plgpu
 from . import vocabulary
 from .common import SMS, exp2_of_line, pallas_call
 from .reference_sampling import asks_threshold, inverse_temperature
-from .vocabulary import GROUP, for_each_tile, grouped, groups_of
+from .vocabulary import GROUP, as_two_rows, for_each_tile, grouped, groups_of
 
 
 class Tiles(NamedTuple):
@@ -177,9 +177,10 @@ def sampling_threshold(
     interpret: bool = False,
 ) -> jax.Array:
     """nanovllm_jax.kernels.sampling_threshold as two kernels."""
-    rows, vocab = logits.shape
+    (rows, vocab), settings = logits.shape, (temperature, top_k, top_p, min_p)
+    if fixed and rows == 1:
+        return as_two_rows(partial(sampling_threshold, fixed=True, tiles=tiles, interpret=interpret), logits, *settings)
     tiles = tiles or default_tiles(1 if fixed else rows, vocab)
-    settings = temperature, top_k, top_p, min_p
     groups = groups_of(vocab)
     [maxima] = pallas_call(
         _maxima_kernel,

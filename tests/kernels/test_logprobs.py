@@ -67,3 +67,15 @@ def test_corner_rows(find):
 def test_nobody_asks(find):
     args = inputs(5, 300)
     assert [x.shape for x in find(*args[:4], np.full(5, -1, np.int32))] == [(5,), (5,), (5, 20), (5, 20)]
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_one_row(fixed):
+    """Alone, a row has what it has beside others: to the last bit, where that is asked for."""
+    args = inputs(10, 300)
+    find = functools.partial(logprobs.token_logprobs, fixed=fixed, interpret=True)
+    whole, alone = find(*args), find(*(x[5:6] for x in args))
+    assert_right(alone, *(x[5:6] for x in args))
+    if fixed:
+        for part, rows in zip(alone, whole, strict=True):
+            np.testing.assert_array_equal(np.asarray(part)[0], np.asarray(rows)[5])

@@ -144,3 +144,11 @@ def test_thresholds_mask_each_row_by_its_own():
     tokens, _ = sample(logits, jnp.full(3, 1e6), seeds, positions, jnp.array([7.0, 6.5, -inf]))
     assert tokens[:2].tolist() == [7, 7]
     np.testing.assert_array_equal(tokens[2], sample(logits, jnp.full(3, 1e6), seeds, positions)[0][2])
+
+
+def test_one_row_of_fixed():
+    rows = random_rows(0, 12, 300)
+    find = functools.partial(threshold.sampling_threshold, fixed=True, interpret=True)
+    whole = np.asarray(find(*rows))
+    for i in range(12):
+        np.testing.assert_array_equal(np.asarray(find(*(x[i : i + 1] for x in rows))), whole[i : i + 1])
