@@ -6,6 +6,12 @@ import jax
 import pytest
 from random_checkpoint import SHAPES, write_random_checkpoint
 
+from nanovllm_jax.engine import model_runner
+
+
+QUICK_TO_COMPILE = dict(xla_backend_optimization_level=1, xla_llvm_disable_expensive_passes=True)
+AS_USUAL = dict(xla_backend_optimization_level=3, xla_llvm_disable_expensive_passes=False)
+
 
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory, worker_id):
@@ -31,6 +37,20 @@ def checkpoint(tmp_path_factory):
 
 
 def pytest_configure(config):
-    """On a GPU, leave half of it to the transformers processes that the tests compare with."""
+    """On a CPU, compile quickly: it is what the tests take longest for, and their programs run for moments.
+
+    On a GPU, leave half of it to the transformers processes that the tests compare with.
+    """
     if config.getoption("-m") == "gpu":
         os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.5")
+    else:
+        flags = " ".join(f"--{name}={value}" for name, value in QUICK_TO_COMPILE.items())
+        os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}"
+
+
+@pytest.fixture(scope="module")
+def compiled_as_usual():
+    """Engines whose programs XLA optimizes as it does for users."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model_runner, "compiler_options", lambda *_: AS_USUAL)
+        yield

@@ -15,7 +15,7 @@ def directory(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def llm(directory):
+def llm(directory, compiled_as_usual):
     return small_llm(directory, deterministic=True)
 
 
