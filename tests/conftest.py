@@ -8,7 +8,6 @@ from random_checkpoint import SHAPES, write_random_checkpoint
 
 from nanovllm_jax.engine import model_runner
 
-
 QUICK_TO_COMPILE = dict(xla_backend_optimization_level=1, xla_llvm_disable_expensive_passes=True)
 AS_USUAL = dict(xla_backend_optimization_level=3, xla_llvm_disable_expensive_passes=False)
 
