@@ -2,16 +2,18 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from nanovllm_jax.checkpoints.load import TINY_MODEL
 from nanovllm_jax.engine.llm_engine import LLMEngine
 from nanovllm_jax.engine.metrics import now
 from nanovllm_jax.engine.prompts import Prompt
+from nanovllm_jax.engine.requests import Request
 from nanovllm_jax.outputs import EngineStats, RequestOutput
 from nanovllm_jax.sampling_params import SamplingParams
 
@@ -21,6 +23,7 @@ class Mailbox:
 
     def __init__(self, lock: threading.Lock):
         self.request_id: str | None = None
+        self.is_over = False  # the last output was taken
         self._lock = lock
         self._output: RequestOutput | None = None
         self._error: Exception | None = None
@@ -51,6 +54,7 @@ class Mailbox:
             await self._news.wait()
         with self._lock:
             output, self._output = self._output, None
+        self.is_over = output.finished
         return output
 
 
@@ -102,17 +106,31 @@ class AsyncLLM:
         generator, aborts its request. Raises TypeError or ValueError for a bad request, as LLM.generate does, and
         RuntimeError if the engine fails, is shut down, or is used from a second event loop.
         """
-        arrival, mailbox, finished = now(), Mailbox(self._lock), False
-        try:
-            await self._call(self._start, mailbox, arrival, prompt, sampling_params, request_id, stream)
+        check = partial(self._engine.check_request, prompt, sampling_params, request_id, stream)
+        async with self._started(check) as (_, mailbox):
+            finished = False
             while not finished:
                 output = await mailbox.take()
                 finished = output.finished
                 yield output
-        finally:
-            if not finished:
-                with suppress(RuntimeError):  # the thread has ended
-                    self._thread.submit(self._abort, mailbox)
+
+    async def score(self, prompt: Prompt, completion: str | Sequence[int]) -> list[float]:
+        """Natural log probabilities of a completion's tokens, each given the prompt and the tokens before it.
+
+        As LLM.score's of one pair; many callers' pairs share steps. Raises as `generate` does.
+        """
+        async with self._started(partial(self._engine.check_score, prompt, completion)) as (request, mailbox):
+            await mailbox.take()
+        return [entry.logprob for entry in request.scored.logprobs]
+
+    async def update_weights(
+        self, weights: Any, in_flight: Literal["finish", "recompute"] | None = None, donate: bool = False
+    ) -> None:
+        """Go on with other weights, between two steps: LLM.update_weights, by which `in_flight` goes for all callers.
+
+        Raises as that does, and leaves everybody's requests as they are; a device that fails meanwhile ends them.
+        """
+        await self._call(self._update_weights, weights, in_flight, donate)
 
     async def stats(self) -> EngineStats:
         """The engine's `stats`, between two of its steps."""
@@ -146,6 +164,17 @@ class AsyncLLM:
         if self._loop is not loop:
             raise RuntimeError("this AsyncLLM belongs to another event loop, the first that used it: make a new one")
 
+    @asynccontextmanager
+    async def _started(self, check: Callable[[], Request]) -> AsyncGenerator[tuple[Request, Mailbox], None]:
+        """A request from `check`, under way in the engine, and its mailbox; left before its end, it is aborted."""
+        arrival, mailbox = now(), Mailbox(self._lock)
+        try:
+            yield await self._call(self._start, mailbox, arrival, check), mailbox
+        finally:
+            if not mailbox.is_over:
+                with suppress(RuntimeError):  # the thread has ended
+                    self._thread.submit(self._abort, mailbox)
+
     async def _call(self, function: Callable, *args: Any) -> Any:
         """Call a function in the engine's thread; if the caller is cancelled before its turn, it is not called."""
         self._check_usable()
@@ -159,14 +188,27 @@ class AsyncLLM:
 
     # ------------------------------------------------------------ in the engine's thread
 
-    def _start(self, mailbox: Mailbox, arrival: float, prompt, params, request_id, stream) -> None:
+    def _start(self, mailbox: Mailbox, arrival: float, check: Callable[[], Request]) -> Request:
         if self._is_shut_down:
             raise RuntimeError("this AsyncLLM was shut down: make a new one")
-        request = self._engine.check_request(prompt, params, request_id, stream)
+        request = check()
         request.metrics.arrival_time = arrival
         mailbox.request_id = self._engine.start_request(request)
         self._mailboxes[mailbox.request_id] = mailbox
         self._keep_stepping()
+        return request
+
+    def _update_weights(self, *args: Any) -> None:
+        engine = self._engine
+        try:
+            engine.update_weights(*args)
+        except BaseException as error:
+            known = engine._requests.keys() | {output.request_id for output in engine._ready}
+            if self._mailboxes.keys() - known:
+                self._abort_all(
+                    "the engine failed while its weights were changed, and all requests were aborted", error
+                )
+            raise
 
     def _abort(self, mailbox: Mailbox) -> None:
         if self._mailboxes.get(mailbox.request_id) is mailbox:  # else it has ended, or never began

@@ -8,7 +8,7 @@ from contextlib import aclosing
 from dataclasses import replace
 
 import pytest
-from small_model import OPTIONS, assert_idle, small_llm, whole, write_checkpoint
+from small_model import OPTIONS, SMALL, assert_idle, random_tensors, small_llm, whole, write_checkpoint
 
 import nanovllm_jax
 from nanovllm_jax import AsyncLLM, SamplingParams
@@ -227,6 +227,77 @@ def test_a_bad_request_is_its_callers_alone(engine):
         return output["token_ids"]
 
     assert len(run(engine, main)) == 100
+
+
+def test_scores_beside_texts(engine):
+    """Many callers' pairs, while others generate; a bad one is its caller's alone."""
+    completions = [[7 * i % 500, 3, i] for i in range(8)]
+
+    async def main(llm):
+        texts = [asyncio.create_task(complete(llm, prompt, LONG)) for prompt in PROMPTS[:3]]
+        with pytest.raises(ValueError, match="token id 600 is not in the vocabulary"):
+            await llm.score([1], [600])
+        left = asyncio.create_task(llm.score([5] * 90, [6] * 30))
+        await asyncio.sleep(0)
+        left.cancel()
+        scores = await asyncio.gather(*map(llm.score, PROMPTS[:8], completions))
+        return scores, [(await text)[0]["token_ids"] for text in texts]
+
+    scores, texts = run(engine, main)
+    assert texts == [output["token_ids"] for output in engine.generate(PROMPTS[:3], LONG, use_tqdm=False)]
+    for ours, theirs in zip(scores, engine.score(PROMPTS[:8], completions, use_tqdm=False), strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5)
+
+
+def test_other_weights(engine, tmp_path):
+    """Who runs is told nothing: it is run to its end on the old weights, or goes on with the new ones."""
+    old, model = engine.model, small_llm(write_checkpoint(tmp_path, tensors=random_tensors(SMALL, seed=1))).model
+    before = engine.generate([PROMPTS[3]], LONG, use_tqdm=False)[0]["token_ids"]
+
+    async def main(llm):
+        async def beside(in_flight, weights):
+            stream = llm.generate(PROMPTS[3], LONG)
+            first = await started(stream)
+            await llm.update_weights(weights, in_flight)
+            async for output in stream:
+                first.add(output)
+            return first["token_ids"]
+
+        with pytest.raises(TypeError, match="weights must be"):
+            await llm.update_weights(3)
+        finished = await beside("finish", model)
+        after = (await complete(llm, PROMPTS[3], LONG))[0]["token_ids"]
+        recomputed = await beside("recompute", old)
+        running = asyncio.create_task(complete(llm, PROMPTS[3], LONG))
+        await asyncio.sleep(0)
+        with pytest.raises(RuntimeError, match="say what becomes of them"):
+            await llm.update_weights(model)
+        assert (await running)[0]["token_ids"] == before
+        return finished, after, recomputed
+
+    finished, after, recomputed = run(engine, main)
+    assert finished == before
+    assert after != before
+    assert recomputed[0] == after[0]
+    assert len(recomputed) == 100
+    assert recomputed != after
+
+
+def test_an_engine_that_fails_while_weights_change(engine, monkeypatch):
+    async def main(llm):
+        tasks = [asyncio.create_task(complete(llm, [i] * 20, LONG)) for i in range(6)]
+        while (await llm.stats()).num_running < 4:
+            pass
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.runner, "dispatch", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                await llm.update_weights(engine.model, "finish")
+        for error in await asyncio.gather(*tasks, return_exceptions=True):
+            assert isinstance(error, RuntimeError)
+            assert isinstance(error.__cause__, ZeroDivisionError)
+        return (await complete(llm, PROMPTS[1], GREEDY))[0]["token_ids"]
+
+    assert run(engine, main) == engine.generate([PROMPTS[1]], GREEDY, use_tqdm=False)[0]["token_ids"]
 
 
 def test_shutdown(engine):
