@@ -119,7 +119,7 @@ class AsyncLLM:
 
         As LLM.score's of one pair; many callers' pairs share steps. Raises as `generate` does.
         """
-        async with self._started(partial(self._engine.check_score, prompt, completion)) as (request, mailbox):
+        async with self._started(partial(self._engine.door.check_score, prompt, completion)) as (request, mailbox):
             await mailbox.take()
         return [entry.logprob for entry in request.scored.logprobs]
 

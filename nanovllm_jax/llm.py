@@ -88,7 +88,7 @@ class LLM(LLMEngine):
         prompts, completions = _as_list(prompts), _as_list(completions)
         if len(prompts) != len(completions):
             raise ValueError(f"score() needs as many completions as prompts, not {len(completions)} for {len(prompts)}")
-        requests = self.check_scores(prompts, completions)
+        requests = self.door.check_scores(prompts, completions)
         self._run(requests, "Scoring", use_tqdm)
         return [[entry.logprob for entry in request.scored.logprobs] for request in requests]
 
@@ -128,7 +128,7 @@ class LLM(LLMEngine):
             params = [params] * len(prompts)
         if len(params) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts need one SamplingParams or {len(prompts)}, not {len(params)}")
-        return self.check_requests(prompts, params, stream)
+        return self.door.check_requests(prompts, params, stream)
 
     def _stream(self, requests: list[Request]) -> Generator[RequestOutput, None, None]:
         self._check_idle("stream()")  # which time has passed since

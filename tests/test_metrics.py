@@ -26,7 +26,7 @@ def clock(monkeypatch):
     """A clock that the test moves: clock[0] seconds."""
     time = [100.0]
     monkeypatch.setattr(metrics, "now", lambda: time[0])
-    monkeypatch.setattr("nanovllm_jax.engine.llm_engine.now", lambda: time[0])
+    monkeypatch.setattr("nanovllm_jax.engine.door.now", lambda: time[0])
     return time
 
 

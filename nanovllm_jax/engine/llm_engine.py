@@ -4,8 +4,7 @@ import logging
 import os
 import random
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
-from collections.abc import Sequence as Sequence_
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count, islice
@@ -22,21 +21,19 @@ from nanovllm_jax.config import EngineConfig, ModelConfig
 from nanovllm_jax.engine.activations import Activations, CapturedRows, captured_rows
 from nanovllm_jax.engine.batch import BatchPacker, adjusts_logits
 from nanovllm_jax.engine.data_groups import DataGroups, GroupPacker
-from nanovllm_jax.engine.metrics import EngineMetrics, now
+from nanovllm_jax.engine.door import Door
+from nanovllm_jax.engine.metrics import EngineMetrics
 from nanovllm_jax.engine.model_runner import ModelRunner
-from nanovllm_jax.engine.prompts import Prompt, check_params, check_probing, check_token_ids, encode, read_prompt
+from nanovllm_jax.engine.prompts import Prompt
 from nanovllm_jax.engine.requests import Completion, Request
 from nanovllm_jax.engine.scheduler import Schedule, Scheduler
 from nanovllm_jax.engine.sequence import Scored, Sequence
 from nanovllm_jax.engine.tables import token_tables
-from nanovllm_jax.outputs import EngineStats, RequestMetrics, RequestOutput
+from nanovllm_jax.outputs import EngineStats, RequestOutput
 from nanovllm_jax.parallel.backend import prepare_backend
 from nanovllm_jax.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
-
-# A request that is run for the log probabilities of its own tokens.
-SCORING = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False)
 
 
 @dataclass(slots=True)
@@ -79,6 +76,14 @@ class LLMEngine:
         self.default_sampling_params = default_sampling_params(directory)
         self.runner = runner = ModelRunner(directory, self.model_config, config)
         self.max_model_len = runner.max_model_len
+        self.door = Door(
+            self.model_config.vocab_size,
+            self.max_model_len,
+            self.tokenizer,
+            self.eos_token_ids,
+            self.default_sampling_params,
+            config.probe,
+        )
         make_scheduler = partial(
             Scheduler,
             num_blocks=runner.num_blocks,
@@ -115,61 +120,14 @@ class LLMEngine:
         request_id: str | None = None,
         stream: bool = False,
     ) -> Request:
-        """A request ready to be added; nothing in the engine changes.
+        """A request ready to be started; nothing in the engine changes.
 
-        Raises TypeError or ValueError, naming the value, for a prompt that the engine cannot run.
+        Raises TypeError or ValueError, naming the value, for what the engine cannot run, and for an id in use.
         """
-        metrics = RequestMetrics(arrival_time=now())
-        params = self.default_sampling_params if params is None else params
-        check_params(params, self.model_config.vocab_size, self.tokenizer, self.eos_token_ids)
-        check_probing(params, self.runner.config.probe)
-        if request_id is not None and not isinstance(request_id, str):
-            raise TypeError(f"request_id must be a string or None, not {request_id!r}")
+        request = self.door.check_request(prompt, params, request_id, stream)
         if request_id in self._requests:
             raise ValueError(f"request_id {request_id!r} is in use by a request that has not finished")
-        text, tokens = read_prompt(prompt, self.tokenizer)
-        if not tokens:
-            raise ValueError(f"the prompt {prompt!r} has no tokens; give at least one")
-        tokens = check_token_ids(tokens, self.model_config.vocab_size)
-        if len(tokens) >= self.max_model_len:
-            raise ValueError(
-                f"the prompt has {len(tokens)} tokens; with one generated token it must fit in max_model_len="
-                f"{self.max_model_len}. Shorten it, or raise max_model_len"
-            )
-        tokenizer = self.tokenizer if params.detokenize else None
-        request = Request(request_id, text, tokens, params, tokenizer, metrics, stream)
-        if params.prompt_logprobs is not None:
-            request.scored = Scored(1, tokens[1:], params.prompt_logprobs)
         return request
-
-    def check_score(self, prompt: Prompt, completion: str | Sequence_[int]) -> Request:
-        """A request whose `scored` will hold the log probabilities of the completion's tokens; raises the same way."""
-        request = self.check_request(prompt, SCORING)
-        tokens = completion
-        if isinstance(completion, str):
-            tokens = encode(self.tokenizer, completion, add_special_tokens=False)
-        elif not isinstance(completion, (list, tuple)):
-            raise TypeError(f"a completion is a string or a list of token ids, not {completion!r}")
-        tokens = check_token_ids(list(tokens), self.model_config.vocab_size) if tokens else []
-        length = len(request.prompt_token_ids)
-        if length + len(tokens) > self.max_model_len:
-            raise ValueError(
-                f"prompt and completion have {length} + {len(tokens)} tokens, which must fit in max_model_len="
-                f"{self.max_model_len}. Shorten them, or raise max_model_len"
-            )
-        request.scored = Scored(length, tokens, num_top=0)
-        request.prompt_token_ids = request.prompt_token_ids + tokens[:-1]  # nothing is wanted of what follows the last
-        return request
-
-    def check_requests(
-        self, prompts: Sequence_[Prompt], params: Sequence_[SamplingParams | None], stream: bool = False
-    ) -> list[Request]:
-        """`check_request` for each; an exception also says which prompt it is about."""
-        return _check_each(lambda prompt, param: self.check_request(prompt, param, stream=stream), prompts, params)
-
-    def check_scores(self, prompts: Sequence_[Prompt], completions: Sequence_[str | Sequence_[int]]) -> list[Request]:
-        """`check_score` for each; an exception also says which prompt it is about."""
-        return _check_each(self.check_score, prompts, completions)
 
     def add_request(
         self,
@@ -457,14 +415,3 @@ class LLMEngine:
                 outputs.append(request.take_output())
         self._streaming = [request for request in self._streaming if request.num_unfinished]
         return outputs + [request.take_output() for request in self._streaming if request.has_news]
-
-
-def _check_each(check: Callable[..., Request], prompts: Sequence_[Prompt], others: Sequence_[Any]) -> list[Request]:
-    requests = []
-    for prompt, other in zip(prompts, others, strict=True):
-        try:
-            requests.append(check(prompt, other))
-        except (TypeError, ValueError) as error:
-            error.add_note(f"This is prompt {len(requests)} of {len(prompts)}, counted from 0; none was started.")
-            raise
-    return requests

@@ -1,0 +1,97 @@
+"""The door: requests are made here, of prompts and settings that the model can run, and the others are refused."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nanovllm_jax.engine.metrics import now
+from nanovllm_jax.engine.prompts import Prompt, check_params, check_probing, check_token_ids, encode, read_prompt
+from nanovllm_jax.engine.requests import Request
+from nanovllm_jax.engine.sequence import Scored
+from nanovllm_jax.outputs import RequestMetrics
+from nanovllm_jax.sampling_params import SamplingParams
+
+# A request that is run for the log probabilities of its own tokens.
+SCORING = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False)
+
+
+@dataclass(frozen=True)
+class Door:
+    """What an engine can run. Every check raises TypeError or ValueError, naming the value, and changes nothing."""
+
+    vocab_size: int
+    max_model_len: int
+    tokenizer: Any | None
+    eos_token_ids: frozenset[int]
+    default_params: SamplingParams
+    """Of requests that bring none."""
+    probe: Any | None
+
+    def check_request(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        request_id: str | None = None,
+        stream: bool = False,
+    ) -> Request:
+        """A request ready to be started."""
+        metrics = RequestMetrics(arrival_time=now())
+        params = self.default_params if params is None else params
+        check_params(params, self.vocab_size, self.tokenizer, self.eos_token_ids)
+        check_probing(params, self.probe)
+        if request_id is not None and not isinstance(request_id, str):
+            raise TypeError(f"request_id must be a string or None, not {request_id!r}")
+        text, tokens = read_prompt(prompt, self.tokenizer)
+        if not tokens:
+            raise ValueError(f"the prompt {prompt!r} has no tokens; give at least one")
+        tokens = check_token_ids(tokens, self.vocab_size)
+        if len(tokens) >= self.max_model_len:
+            raise ValueError(
+                f"the prompt has {len(tokens)} tokens; with one generated token it must fit in max_model_len="
+                f"{self.max_model_len}. Shorten it, or raise max_model_len"
+            )
+        tokenizer = self.tokenizer if params.detokenize else None
+        request = Request(request_id, text, tokens, params, tokenizer, metrics, stream)
+        if params.prompt_logprobs is not None:
+            request.scored = Scored(1, tokens[1:], params.prompt_logprobs)
+        return request
+
+    def check_score(self, prompt: Prompt, completion: str | Sequence[int]) -> Request:
+        """A request whose `scored` will hold the log probabilities of the completion's tokens."""
+        request = self.check_request(prompt, SCORING)
+        tokens = completion
+        if isinstance(completion, str):
+            tokens = encode(self.tokenizer, completion, add_special_tokens=False)
+        elif not isinstance(completion, (list, tuple)):
+            raise TypeError(f"a completion is a string or a list of token ids, not {completion!r}")
+        tokens = check_token_ids(list(tokens), self.vocab_size) if tokens else []
+        length = len(request.prompt_token_ids)
+        if length + len(tokens) > self.max_model_len:
+            raise ValueError(
+                f"prompt and completion have {length} + {len(tokens)} tokens, which must fit in max_model_len="
+                f"{self.max_model_len}. Shorten them, or raise max_model_len"
+            )
+        request.scored = Scored(length, tokens, num_top=0)
+        request.prompt_token_ids = request.prompt_token_ids + tokens[:-1]  # nothing is wanted of what follows the last
+        return request
+
+    def check_requests(
+        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams | None], stream: bool = False
+    ) -> list[Request]:
+        """`check_request` for each; an exception also says which prompt it is about."""
+        return _each(lambda prompt, param: self.check_request(prompt, param, stream=stream), prompts, params)
+
+    def check_scores(self, prompts: Sequence[Prompt], completions: Sequence[str | Sequence[int]]) -> list[Request]:
+        """`check_score` for each; an exception also says which prompt it is about."""
+        return _each(self.check_score, prompts, completions)
+
+
+def _each(check: Callable[..., Request], prompts: Sequence[Prompt], others: Sequence[Any]) -> list[Request]:
+    requests = []
+    for prompt, other in zip(prompts, others, strict=True):
+        try:
+            requests.append(check(prompt, other))
+        except (TypeError, ValueError) as error:
+            error.add_note(f"This is prompt {len(requests)} of {len(prompts)}, counted from 0; none was started.")
+            raise
+    return requests
