@@ -238,7 +238,7 @@ def test_a_probe_is_a_probe(directory):
 def test_requests_that_ask_for_what_the_probe_lacks_are_refused(llm, monkeypatch):
     with pytest.raises(ValueError, match="steering brings 1 numbers, and the engine's probe takes 48"):
         llm.generate([1], greedy(steering=2.0), use_tqdm=False)
-    monkeypatch.setattr(llm.runner, "config", replace(llm.runner.config, probe=None))
+    monkeypatch.setattr(llm, "door", replace(llm.door, probe=None))
     with pytest.raises(ValueError, match=r"capture=True needs an engine that takes something out"):
         llm.generate([1], greedy(capture=True), use_tqdm=False)
     with pytest.raises(ValueError, match="steering brings 48 numbers, and the engine's probe takes 0"):
