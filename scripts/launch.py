@@ -9,6 +9,7 @@ GPUs process i takes those from i * devices on.
 
 import argparse
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -36,6 +37,7 @@ def main() -> int:
 
 def launch(args: argparse.Namespace) -> int:
     """Start the processes and wait for them; the exit code of the first that fails."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # as Ctrl-C: JAX makes the children deaf to it
     address = f"127.0.0.1:{free_port()}"
     with tempfile.TemporaryDirectory() as folder:
         logs = [Path(folder) / str(number) for number in range(args.processes)]

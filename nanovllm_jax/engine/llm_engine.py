@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from xxhash import xxh3_128_digest
 
 from nanovllm_jax.checkpoints.generation_config import default_sampling_params
 from nanovllm_jax.checkpoints.load import find_checkpoint
@@ -165,7 +164,7 @@ class LLMEngine:
         seed = drawn if request.params.seed is None else request.params.seed
         self._requests[request.request_id] = request
         if self.runner.num_processes > 1:
-            self._calls.append((request.request_id, seed, request.prompt_token_ids, request.params))
+            self._calls.append((request.request_id, seed, request.prompt_token_ids, request.params, request.scored))
         for i in range(request.params.n):
             request.add(self._start_sequence(request, (seed + i) % 2**63))
         if request.stream:
@@ -279,8 +278,11 @@ class LLMEngine:
         and the next `step` returns their outputs. "recompute": they keep their tokens, and go on from them with the
         new weights, by which all their keys and values are computed again.
 
+        Each of several processes gives the same: NumPy arrays and arrays of its own devices whole, of which it takes
+        its part, or arrays that are spread over the devices of all.
+
         Raises TypeError or ValueError, naming the array, for weights that do not fit, and RuntimeError with unfinished
-        requests and no `in_flight`: the engine is then as it was.
+        requests and no `in_flight`, and for other weights than another process has: the engine is then as it was.
         """
         if in_flight not in (None, "finish", "recompute"):
             raise ValueError(f"in_flight must be None, 'finish' or 'recompute', not {in_flight!r}")
@@ -291,6 +293,8 @@ class LLMEngine:
                 f"{len(self._requests)} requests are unfinished: say what becomes of them, by in_flight='finish' (they "
                 "are run to their end on the old weights) or in_flight='recompute' (they go on with the new ones)"
             )
+        if self.runner.num_processes > 1:
+            self.runner.check_agreement([*self._calls, in_flight], arrays)
         while self._requests and in_flight == "finish":
             self._ready += self._step()
         self.scheduler.preempt_all()  # what dispatched steps have drawn will still be read
@@ -303,7 +307,7 @@ class LLMEngine:
         self.metrics.before_step()
         try:
             if self._calls:
-                self.runner.check_agreement(xxh3_128_digest(repr(self._calls).encode()))
+                self.runner.check_agreement(self._calls)
                 self._calls.clear()
             schedule = self.scheduler.schedule()
             if schedule:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as Spec
+from xxhash import xxh3_128_digest
 
 from nanovllm_jax.checkpoints.load import ModelLoader
 from nanovllm_jax.config import DTYPES, EngineConfig, ModelConfig
@@ -29,7 +30,7 @@ from nanovllm_jax.engine.memory import (
 )
 from nanovllm_jax.layers.attention import KVCache
 from nanovllm_jax.models.draw import DeviceState, LogprobArrays, write_tables
-from nanovllm_jax.models.parameters import ParameterPath, check_parameters, check_same_model, parameters_of
+from nanovllm_jax.models.parameters import ParameterPath, check_parameters, check_same_model, digest_of, parameters_of
 from nanovllm_jax.models.programs import ProgramStore
 from nanovllm_jax.models.qwen3 import Qwen3ForCausalLM
 from nanovllm_jax.models.step import StepOutput, engine_step, prompt_logprobs
@@ -142,12 +143,13 @@ class ModelRunner:
         arrays = (np.concatenate(list(map(np.asarray, arrays)))[: len(tokens)] for arrays in zip(*parts))
         return _entries(np.array(tokens), arrays)
 
-    def check_agreement(self, digest: bytes) -> None:
-        """Raise RuntimeError where other processes have another digest of what was asked of them."""
-        if not same_everywhere(digest):
+    def check_agreement(self, asked: list, weights: Mapping[ParameterPath, Any] | None = None) -> None:
+        """Raise RuntimeError where other processes were asked for something else, or given other weights."""
+        content = repr(asked).encode() + (digest_of(weights) if weights else b"")
+        if not same_everywhere(xxh3_128_digest(content)):
             raise RuntimeError(
-                f"the {jax.process_count()} processes were given different requests, or not in the same order: each "
-                "must run the same script on the same input"
+                f"the {jax.process_count()} processes were given different requests or weights, or not in the same "
+                "order: each must run the same script on the same input"
             )
 
     def reset(self) -> None:
@@ -218,14 +220,24 @@ class ModelRunner:
         They take their places one by one, so that the device needs room for the old weights and one array.
         """
         for i, (path, target) in enumerate(self.targets.items()):
-            # A jax.Array that lies where it should is shared. NumPy arrays are copied: they may change.
-            given = arrays[path] if isinstance(arrays[path], jax.Array) else np.array(arrays[path])
-            array = jax.device_put(given, target.sharding, donate=donate)
+            given = arrays[path]
+            array = self._placed(given, target.sharding, donate)
             if array.dtype != target.dtype:
                 array = _cast(array, target.dtype)
                 if donate and isinstance(given, jax.Array):
                     given.delete()
             self.leaves[i] = array
+
+    def _placed(self, given: Any, sharding: NamedSharding, donate: bool) -> jax.Array:
+        """A weight where it should lie: a jax.Array that does is shared. NumPy arrays are copied: they may change."""
+        # What another process has as well is taken from this one's own: JAX would compare it over the network.
+        own = self.num_processes > 1 and isinstance(given, jax.Array) and given.is_fully_addressable
+        if isinstance(given, jax.Array) and not own:
+            return jax.device_put(given, sharding, donate=donate)
+        values = np.array(given)
+        if own and donate:
+            given.delete()
+        return jax.make_array_from_callback(values.shape, sharding, values.__getitem__)
 
     # ------------------------------------------------------------ cache
 

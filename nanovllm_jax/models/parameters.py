@@ -6,7 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from xxhash import xxh3_128
 
 from nanovllm_jax.config import ModelConfig
 from nanovllm_jax.parallel.sharding import ShardingRules
@@ -63,6 +65,17 @@ def check_same_model(found: ModelConfig, expected: ModelConfig) -> None:
     if different:
         settings = ", ".join(f"{name}={value!r} (here {wanted[name]!r})" for name, value in different.items())
         raise ValueError(f"these weights are another model's: {settings}")
+
+
+def digest_of(arrays: Mapping[ParameterPath, Any]) -> bytes:
+    """16 bytes of the arrays' names, shapes and dtypes, and of the numbers of those that this process has whole."""
+    digest = xxh3_128()
+    for path, array in sorted(arrays.items(), key=lambda item: name_of(item[0])):
+        spread = isinstance(array, jax.Array) and not array.is_fully_addressable
+        digest.update(f"{name_of(path)} {array.shape} {array.dtype} {spread}\n".encode())
+        if not spread:
+            digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return digest.digest()
 
 
 def name_of(path: ParameterPath) -> str:

@@ -5,13 +5,21 @@ JAX's distributed service connects the processes, and ends them when one is lost
 """
 
 import logging
+from threading import Timer
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+logger = logging.getLogger(__name__)
+
 HEARTBEAT_SECONDS = 30  # a process that has been silent for so long is lost
 SHUTDOWN_SECONDS = 30  # how long a process that is done waits for the others
+PATIENCE_SECONDS = 60  # for the others to be asked for the same
+WAITING = (
+    "process %d has waited %.0f s for the others to be asked for the same. If they do nothing that takes so long, they "
+    "went on without: each process must add the same requests between the same two steps"
+)
 
 
 def connect(
@@ -47,11 +55,20 @@ def connect(
 
 
 def same_everywhere(digest: bytes) -> bool:
-    """Whether all processes call this with equal bytes."""
+    """Whether all processes call this with equal bytes, and equally many. Waits for them, and says so where it is long.
+
+    It cannot end by itself: another process may be busy with something that takes longer.
+    """
     if jax.process_count() == 1:
         return True
     mine = np.frombuffer(digest, np.uint8)
-    return bool((multihost_utils.process_allgather(mine) == mine).all())
+    timer = Timer(PATIENCE_SECONDS, logger.warning, [WAITING, jax.process_index(), PATIENCE_SECONDS])
+    timer.daemon = True
+    timer.start()
+    try:
+        return bool((multihost_utils.process_allgather(mine) == mine).all())
+    finally:
+        timer.cancel()
 
 
 def largest(value: int) -> int:
