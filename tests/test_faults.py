@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -218,7 +219,7 @@ class Tokenizer:
 def test_a_tokenizer_that_throws_in_decode(llm, expected, monkeypatch, error, call):
     for use in (lambda: llm.generate(PROMPTS, PARAMS, use_tqdm=False), lambda: list(llm.stream(PROMPTS, PARAMS))):
         with monkeypatch.context() as patch:
-            patch.setattr(llm, "tokenizer", Tokenizer(llm.tokenizer, call, error))
+            patch.setattr(llm, "door", replace(llm.door, tokenizer=Tokenizer(llm.tokenizer, call, error)))
             with pytest.raises(type(error)) as caught:
                 use()
         assert caught.value is error

@@ -222,7 +222,7 @@ def test_what_leaves_little_or_weighs_all_alike(llm, params, tokens):
 
 
 def test_stop_strings_need_a_tokenizer(llm, monkeypatch):
-    monkeypatch.setattr(llm, "tokenizer", None)
+    monkeypatch.setattr(llm, "door", replace(llm.door, tokenizer=None))
     with pytest.raises(ValueError, match=r"stop=\['a'\] needs a tokenizer, which the checkpoint lacks"):
         llm.generate([1], SamplingParams(stop="a"))
     with pytest.raises(ValueError, match="needs a tokenizer"):

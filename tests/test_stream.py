@@ -1,5 +1,6 @@
 """LLM.stream, and step() with stream=True: increments that join to what generate gives."""
 
+from dataclasses import replace
 from types import GeneratorType
 
 import pytest
@@ -66,7 +67,7 @@ def test_token_ids_alone(llm, monkeypatch):
     expected = llm.generate(PROMPT, GREEDY, use_tqdm=False)[0]["token_ids"]
     alone = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, detokenize=False)
     assert join(llm.stream(PROMPT, alone)) == [[("", expected, "length")]]
-    monkeypatch.setattr(llm, "tokenizer", None)
+    monkeypatch.setattr(llm, "door", replace(llm.door, tokenizer=None))
     assert join(llm.stream(PROMPT, GREEDY)) == [[("", expected, "length")]]
 
 
