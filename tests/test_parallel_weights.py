@@ -1,6 +1,7 @@
 """Weights over several devices: the same whoever holds them, and never more in a process's memory than it holds."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,15 @@ from test_parallel import HERE, LAUNCH
 JOB = str(HERE / "weights_job.py")
 
 
+# Memory that is freed goes back at once: what is measured is what is held.
+ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": str(2**18)}
+
+
 def run(*command):
-    done = subprocess.run(list(map(str, command)), cwd=HERE, capture_output=True, text=True, timeout=600)
+    environment = os.environ | ENVIRONMENT
+    done = subprocess.run(
+        list(map(str, command)), cwd=HERE, env=environment, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr[-5000:]
 
 
@@ -31,5 +39,5 @@ def test_loading_takes_the_memory_of_its_shards(tmp_path, processes):
     for number in range(processes):
         report = json.loads(Path(tmp_path / f"report{number}").read_text())
         assert report["own"] < 0.51 * report["files"]
-        assert report["peak"] < report["own"] + 10 * report["largest"] + 16e6, report
-        assert report["peak"] < 0.8 * report["files"], report
+        assert report["peak"] < report["own"] + 6 * report["largest"], report
+        assert report["peak"] < 0.65 * report["files"], report

@@ -201,9 +201,10 @@ def load_parameters(
 
     def load(path: ParameterPath) -> jax.Array:
         target, join = targets[path], sources[path].join
-        return jax.make_array_from_callback(
+        array = jax.make_array_from_callback(
             target.shape, target.sharding, lambda index: join(files.read, index).astype(target.dtype, copy=False)
         )
+        return array.block_until_ready()  # or what waits for its copy would pile up
 
     with ThreadPoolExecutor(4) as pool:  # page-ins and copies to the device overlap
         return dict(zip(targets, pool.map(load, targets)))
