@@ -1,6 +1,7 @@
 """Scores and new weights where the engine spreads over several processes, and what they say when they disagree."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,15 +10,21 @@ import numpy as np
 import pytest
 from parallel_job import CONFIGS
 from small_model import write_checkpoint
-from test_parallel import HERE, LAUNCH, run
+from test_parallel import HERE, LAUNCH, reports_of, run
+from test_parallel import assert_same as assert_same_report
 
 JOB = str(HERE / "processes_job.py")
 
 
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    config = replace(CONFIGS["group4"], num_hidden_layers=1)
+    return write_checkpoint(tmp_path_factory.mktemp("processes") / "model", config)
+
+
 @pytest.mark.slow
-def test_scores_and_new_weights(tmp_path):
+def test_scores_and_new_weights(directory, tmp_path):
     """Over two processes as over two devices of one, with weights in every form that a script may have."""
-    directory = write_checkpoint(tmp_path / "model", replace(CONFIGS["group4"], num_hidden_layers=1))
     arguments = directory, tmp_path / "report", jax.config.jax_compilation_cache_dir
     run(LAUNCH[0], JOB, *arguments)
     alone = json.loads(Path(f"{tmp_path}/report0").read_text())
@@ -36,6 +43,19 @@ def test_scores_and_new_weights(tmp_path):
     assert_same(alone["last"], alone["first"])
     assert ["has waited" in said for said in reports[0]["warned"]] == [True]
     assert reports[1]["warned"] == []
+
+
+@pytest.mark.slow
+def test_two_jobs_side_by_side(directory, tmp_path):
+    """Each of two processes, begun at the same time on this host: neither hears of the other."""
+    alone, meshes = reports_of(directory, "1x1")["1x1"], ["1x2", "2x1"]
+    command = [*LAUNCH, "--processes", 2, "--devices", 1, HERE / "parallel_job.py", directory]
+    jobs = [[*command, tmp_path / mesh, jax.config.jax_compilation_cache_dir, mesh] for mesh in meshes]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda job: run(*job), jobs))
+    for mesh in meshes:
+        for number in range(2):
+            assert_same_report(json.loads(Path(f"{tmp_path / mesh}{number}").read_text())[mesh], alone)
 
 
 def assert_same(ours, theirs):
