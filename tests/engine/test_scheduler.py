@@ -7,7 +7,6 @@ import time
 import pytest
 from simulated_device import SIZE, chunks, prompt, rows, simulate
 
-from nanovllm_jax.engine.scheduler import Scheduler
 from nanovllm_jax.engine.sequence import Sequence, Status
 
 # Life of a request
@@ -207,31 +206,12 @@ def test_aborting_a_waiting_sequence_does_not_search_the_queue():
         for seq in seqs:
             scheduler.add(seq)
         middle = seqs[num_waiting // 2 - 250 : num_waiting // 2 + 250]
-        start = time.perf_counter()
+        start = time.process_time()
         for seq in middle:
             scheduler.abort(seq)
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     assert min(seconds(30_000) for _ in range(2)) < 20 * min(seconds(500) for _ in range(3))
-
-
-def test_a_decode_step_costs_less_than_2_microseconds_a_sequence():
-    num_seqs, num_steps = 256, 100
-    scheduler = Scheduler(
-        num_blocks=1024, block_size=256, max_num_seqs=256, max_num_batched_tokens=16_384, max_model_len=1024
-    )
-    for i in range(num_seqs):
-        scheduler.add(Sequence(i, "r", prompt(i, 30), None, max_len=1024, stop_token_ids=frozenset({-1})))
-    scheduler.update(scheduler.schedule(), [], [0] * num_seqs)
-    tokens = [0] * num_seqs
-
-    def seconds() -> float:
-        start = time.perf_counter()
-        for _ in range(num_steps):
-            scheduler.update(scheduler.schedule(), tokens, [])
-        return time.perf_counter() - start
-
-    assert min(seconds() for _ in range(8)) / num_steps / num_seqs < 2e-6
 
 
 def test_scheduling_works_without_jax_and_numpy():
