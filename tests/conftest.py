@@ -8,8 +8,12 @@ from random_checkpoint import SHAPES, write_random_checkpoint
 
 from nanovllm_jax.engine import model_runner
 
-QUICK_TO_COMPILE = dict(xla_backend_optimization_level=1, xla_llvm_disable_expensive_passes=True)
-AS_USUAL = dict(xla_backend_optimization_level=3, xla_llvm_disable_expensive_passes=False)
+QUICK_TO_COMPILE = dict(
+    xla_backend_optimization_level=1, xla_llvm_disable_expensive_passes=True, xla_cpu_use_fusion_emitters=False
+)
+AS_USUAL = dict(
+    xla_backend_optimization_level=3, xla_llvm_disable_expensive_passes=False, xla_cpu_use_fusion_emitters=True
+)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -40,6 +44,7 @@ def pytest_configure(config):
 
     On a GPU, leave half of it to the transformers processes that the tests compare with.
     """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads, which wait by spinning: models here are small
     if config.getoption("-m") == "gpu":
         os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.5")
     else:

@@ -9,6 +9,7 @@ from random_checkpoint import SHAPES
 from nanovllm_jax import LLM, SamplingParams
 from nanovllm_jax.checkpoints.load import load_model
 from nanovllm_jax.config import ModelConfig
+from nanovllm_jax.engine.scheduler import Scheduler
 from nanovllm_jax.layers.attention import KVCache, PagedAttention, causal_attention
 from nanovllm_jax.parallel.sharding import make_mesh
 
@@ -80,6 +81,15 @@ def test_logits_of_the_paged_forward(case, chunk):
     np.testing.assert_allclose(np.concatenate(logits), reference_logits(reference, tokens), atol=1e-4, rtol=1e-4)
 
 
+# A step of one chunk that holds all or a part of several prompts: fewer shapes to compile than a larger budget has.
+SIZES = dict(block_size=BLOCK, max_num_seqs=32, max_num_batched_tokens=64, max_model_len=192)
+
+
+@pytest.fixture(scope="module")
+def llm(case):
+    return LLM(case[0], **SIZES)
+
+
 def generate(llm, prompts):
     outputs = [out.outputs[0].token_ids for out in llm.generate(prompts, GREEDY, use_tqdm=False)]
     llm.scheduler.check()
@@ -87,11 +97,10 @@ def generate(llm, prompts):
     return outputs
 
 
-def test_greedy_tokens_of_the_engine(case):
+def test_greedy_tokens_of_the_engine(case, llm):
     """64 greedy tokens: alone, 32 mixed lengths together, with prefix hits, and in chunks of every size."""
-    directory, reference = case
+    _, reference = case
     prompts = random_prompts(32)
-    llm = LLM(directory, block_size=BLOCK, max_num_seqs=32, max_num_batched_tokens=256, max_model_len=192)
     expected = generate(llm, prompts)
     assert llm.scheduler.num_prefix_hit_tokens == 0
     for prompt, output in zip(prompts, expected, strict=True):
@@ -103,22 +112,15 @@ def test_greedy_tokens_of_the_engine(case):
     assert generate(llm, prompts[-1:]) == expected[-1:], "alone"
     for chunk in range(1, BLOCK + 2):
         llm.scheduler.block_manager.reset_prefix_cache()
-        llm.scheduler.max_num_batched_tokens = chunk  # the shapes are compiled for 256 tokens and for anything less
+        llm.scheduler.max_num_batched_tokens = chunk  # the shapes are compiled for 64 tokens and for anything less
         assert generate(llm, prompts[5:8]) == expected[5:8], f"chunks of {chunk}"
 
 
-def test_greedy_tokens_when_preempted(case):
+def test_greedy_tokens_when_preempted(case, llm, monkeypatch):
     """A pool of which one sequence alone takes most: nearly everybody is preempted, and nothing changes."""
-    directory, reference = case
+    _, reference = case
     prompts = random_prompts(12)
-    llm = LLM(
-        directory,
-        block_size=BLOCK,
-        max_num_seqs=32,
-        max_num_batched_tokens=256,
-        max_model_len=160,
-        num_kvcache_blocks=14,
-    )
+    monkeypatch.setattr(llm, "scheduler", Scheduler(num_blocks=14, **SIZES))  # of the engine's blocks it knows 14
     for prompt, output in zip(prompts, generate(llm, prompts), strict=True):
         assert_greedy(reference, prompt, output)
     assert llm.scheduler.num_preemptions > 3
