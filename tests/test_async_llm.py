@@ -6,6 +6,7 @@ import threading
 import time
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from small_model import OPTIONS, SMALL, assert_idle, random_tensors, small_llm, whole, write_checkpoint
@@ -289,7 +290,9 @@ def test_an_engine_that_fails_while_weights_change(engine, monkeypatch):
         while (await llm.stats()).num_running < 4:
             pass
         with monkeypatch.context() as patch:
-            patch.setattr(engine.runner, "dispatch", lambda *_: 1 / 0)
+            # From then on, so that no step before it fails.
+            fails = partial(patch.setattr, engine.runner, "dispatch", lambda *_: 1 / 0)
+            patch.setattr(engine.runner, "check_weights", lambda _: fails())
             with pytest.raises(ZeroDivisionError):
                 await llm.update_weights(engine.model, "finish")
         for error in await asyncio.gather(*tasks, return_exceptions=True):
