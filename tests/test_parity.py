@@ -60,6 +60,7 @@ def test_logits_of_the_paged_forward(case, chunk):
     """The serving path, `chunk` tokens at a time, through a shuffled block table."""
     directory, reference = case
     tokens = random_prompts(7, seed=1)[-1]
+    tokens = tokens[: len(tokens) // chunk * chunk or None]  # whole chunks: another length is another program
     model = load(directory)
     c = model.config
     pages = jnp.full((12, c.num_key_value_heads, BLOCK, c.head_dim), jnp.nan)  # unwritten slots must never show

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 from benchmark import limits, online, report, worker, workloads
 from benchmark.checkpoint import write_random_checkpoint
+from small_model import write_checkpoint
 
 from nanovllm_jax.checkpoints.huggingface import CheckpointFiles
 from nanovllm_jax.checkpoints.load import TINY_MODEL
@@ -278,8 +279,9 @@ def test_whole_run_on_a_cpu(tmp_path, monkeypatch, capsys):
     (tmp_path / "nanovllm.py").write_text("raise ImportError('no flash-attn here')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     options = {"max_num_seqs": 4, "max_num_batched_tokens": 256, "block_size": 32, "num_kvcache_blocks": 20}
-    command = "--workload nano single prefill sweep shared online --requests 2 --repeats 1 --max-model-len 128"
-    command += " --batches 1 2 --contexts 16 --rates 50 --bandwidth 0.01 --flops 0.1 --rounds 1"
+    model = write_checkpoint(tmp_path / "model")
+    command = f"--model {model} --workload nano single prefill sweep shared online --requests 2 --repeats 1"
+    command += " --max-model-len 128 --batches 1 2 --contexts 16 --rates 50 --bandwidth 0.01 --flops 0.1 --rounds 1"
     command += f" --python vllm=/usr/bin/false --json {tmp_path}/run.json --options"
     assert bench.main([*command.split(), f"ours={json.dumps(options)}"]) == 1
     shown = capsys.readouterr().out

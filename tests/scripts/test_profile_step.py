@@ -4,6 +4,7 @@ import profile_step
 import pytest
 from benchmark.limits import Card, Cost
 from profile_step import Kernel
+from small_model import write_checkpoint
 
 HLO = """HloModule jit__step
 %fused (p: f32[4]) -> f32[4] {
@@ -46,9 +47,15 @@ def test_tables_are_for_one_step():
     assert names == ["copy", "attend"]
 
 
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("profile") / "model")
+
+
 @pytest.mark.parametrize("phase", ["decode", "prefill"])
-def test_profile_of_the_tiny_model(phase, capsys):
-    profile_step.main(f"--phase {phase} --batch 3 --context 40 --steps 2 --max-num-seqs 4".split())
+def test_profile_of_a_small_model(directory, phase, capsys):
+    command = f"--model {directory} --phase {phase} --batch 3 --context 40 --steps 2 --max-num-seqs 4"
+    profile_step.main(command.split())
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"{phase}, 3 x 40, on ")
     spent = {line.split()[0]: float(line.split()[1].replace(",", "")) for line in lines[2:9]}
@@ -66,6 +73,6 @@ def test_timeline_shows_the_first_step(tmp_path):
     assert one.count("<path") - two.count("<path") == 3, "the second step's kernels are not drawn"
 
 
-def test_a_batch_that_does_not_run_at_a_time_is_refused():
+def test_a_batch_that_does_not_run_at_a_time_is_refused(directory):
     with pytest.raises(SystemExit, match="5 sequences do not run at a time"):
-        profile_step.main(["--batch", "5", "--context", "40", "--steps", "2", "--max-num-seqs", "4"])
+        profile_step.main(f"--model {directory} --batch 5 --context 40 --steps 2 --max-num-seqs 4".split())
