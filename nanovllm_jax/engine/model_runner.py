@@ -30,7 +30,7 @@ from nanovllm_jax.engine.memory import (
 )
 from nanovllm_jax.layers.attention import KVCache
 from nanovllm_jax.models.draw import DeviceState, LogprobArrays, write_tables
-from nanovllm_jax.models.parameters import ParameterPath, check_parameters, check_same_model, digest_of, parameters_of
+from nanovllm_jax.models.parameters import ParameterPath, checked_weights, digest_of
 from nanovllm_jax.models.programs import ProgramStore
 from nanovllm_jax.models.qwen3 import Qwen3ForCausalLM
 from nanovllm_jax.models.step import StepOutput, engine_step, prompt_logprobs
@@ -206,13 +206,7 @@ class ModelRunner:
 
     def check_weights(self, weights: Qwen3ForCausalLM | Mapping[ParameterPath, Any]) -> Mapping[ParameterPath, Any]:
         """Arrays by path from what `update_weights` of the engine may be given; raises as it says."""
-        if isinstance(weights, Qwen3ForCausalLM):
-            check_same_model(weights.config, self.model_config)
-            weights = {path: param[...] for path, param in parameters_of(weights).items()}
-        if not isinstance(weights, Mapping):
-            raise TypeError(f"weights must be a Qwen3ForCausalLM or a dict of arrays by path, not {type(weights)}")
-        check_parameters(weights, self.targets)
-        return weights
+        return checked_weights(weights, self.model_config, self.targets)
 
     def update_weights(self, arrays: Mapping[ParameterPath, Any], donate: bool) -> None:
         """Run the steps dispatched from now on with these arrays, which `check_weights` has passed.

@@ -11,6 +11,7 @@ from flax import nnx
 from xxhash import xxh3_128
 
 from nanovllm_jax.config import ModelConfig
+from nanovllm_jax.models.qwen3 import Qwen3ForCausalLM
 from nanovllm_jax.parallel.sharding import ShardingRules
 
 ParameterPath = tuple[str | int, ...]
@@ -36,6 +37,24 @@ def set_parameters(model: nnx.Module, arrays: dict[ParameterPath, jax.Array]) ->
     """Put arrays in place of a model's parameters."""
     params = parameters_of(model)
     nnx.update(model, nnx.from_flat_state([(path, params[path].replace(array)) for path, array in arrays.items()]))
+
+
+def checked_weights(
+    weights: Qwen3ForCausalLM | Mapping[ParameterPath, Any],
+    config: ModelConfig,
+    targets: dict[ParameterPath, jax.ShapeDtypeStruct],
+) -> Mapping[ParameterPath, Any]:
+    """The arrays by path of a model, or of a dict of all its arrays, that may take the places of `targets`.
+
+    Raises TypeError for what is neither, and ValueError, naming the array or setting, for what does not fit.
+    """
+    if isinstance(weights, Qwen3ForCausalLM):
+        check_same_model(weights.config, config)
+        weights = {path: param[...] for path, param in parameters_of(weights).items()}
+    if not isinstance(weights, Mapping):
+        raise TypeError(f"weights must be a Qwen3ForCausalLM or a dict of arrays by path, not {type(weights)}")
+    check_parameters(weights, targets)
+    return weights
 
 
 def check_parameters(arrays: Mapping[ParameterPath, Any], targets: dict[ParameterPath, jax.ShapeDtypeStruct]) -> None:
