@@ -3,51 +3,32 @@
 import logging
 import os
 import random
-from collections import Counter, deque
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections import deque
 from functools import partial
-from itertools import count, islice
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
-
-import numpy as np
 
 from nanovllm_jax.checkpoints.generation_config import default_sampling_params
 from nanovllm_jax.checkpoints.load import find_checkpoint
 from nanovllm_jax.checkpoints.tokenizer import load_tokenizer, stop_token_ids
 from nanovllm_jax.config import EngineConfig, ModelConfig
-from nanovllm_jax.engine.activations import Activations, CapturedRows, captured_rows
 from nanovllm_jax.engine.batch import BatchPacker, adjusts_logits
 from nanovllm_jax.engine.data_groups import DataGroups, GroupPacker
+from nanovllm_jax.engine.dispatch import DispatchedStep, dispatch
 from nanovllm_jax.engine.door import Door
 from nanovllm_jax.engine.metrics import EngineMetrics
 from nanovllm_jax.engine.model_runner import ModelRunner
 from nanovllm_jax.engine.prompts import Prompt
 from nanovllm_jax.engine.requests import Completion, Request
 from nanovllm_jax.engine.scheduler import Schedule, Scheduler
-from nanovllm_jax.engine.sequence import Scored, Sequence
+from nanovllm_jax.engine.sequence import Sequence
 from nanovllm_jax.engine.tables import token_tables
 from nanovllm_jax.outputs import EngineStats, RequestOutput
 from nanovllm_jax.parallel.backend import prepare_backend
 from nanovllm_jax.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class DispatchedStep:
-    """A step that the device runs or has run, and whose results were not read yet."""
-
-    schedule: Schedule
-    rows: tuple[Iterable[int], Iterable[int]]
-    """Where in the output the schedule's decodes and prefills are."""
-    output: Any
-    scored: list[tuple[Scored, int, list[int]]]
-    """What its chunks give of that: the position of the first token, and the tokens."""
-    scores: Any
-    """The log probabilities of these."""
-    captured: list[CapturedRows]
 
 
 class LLMEngine:
@@ -232,23 +213,7 @@ class LLMEngine:
         self._is_broken = False
 
     def _start_sequence(self, request: Request, seed: int) -> Sequence:
-        params, length = request.params, len(request.prompt_token_ids)
-        max_len = self.max_model_len
-        if params.max_tokens is not None:
-            max_len = min(length + params.max_tokens, max_len)
-        seq = Sequence(
-            next(self._seq_ids),
-            request.request_id,
-            request.prompt_token_ids,
-            replace(params, seed=seed),
-            stop_token_ids=frozenset(params.stop_token_ids).union(() if params.ignore_eos else self.eos_token_ids),
-            min_len=min(length + params.min_tokens, max_len),
-            max_len=max_len,
-        )
-        if params.capture:
-            seq.activations = Activations()
-        if params.steering is not None:
-            seq.prefix_salt = np.array(params.steering).tobytes()
+        seq = request.new_sequence(next(self._seq_ids), seed, self.eos_token_ids, self.max_model_len)
         self.scheduler.add(seq)
         return seq
 
@@ -328,62 +293,13 @@ class LLMEngine:
                 self.runner.write_tables(seq.group, seq.slot, *token_tables(seq, self.model_config.vocab_size))
             if self.runner.config.probe:
                 self.runner.write_steering(seq.slot, seq.params.steering)
-        shape, buffer = self.packer.pack(schedule)
-        output = self.runner.dispatch(shape, buffer)
-        scored, wanted = self._scored(schedule, shape.prefill_tokens)
-        scores = self.runner.prompt_logprobs(output, wanted)
-        captured = captured_rows(schedule, shape.decode_rows) if self.runner.config.probe else []
-        rows = self.packer.rows(schedule, shape)
-        self._in_flight.append(DispatchedStep(schedule, rows, output, scored, scores, captured))
-
-    def _scored(
-        self, schedule: Schedule, rows: int
-    ) -> tuple[list[tuple[Scored, int, list[int]]], list[tuple[int, int, int]]]:
-        """What a step's chunks give of `Sequence.scored`: sequence by sequence, and as rows for the runner.
-
-        `rows`: of each data group, the prefill tokens of the step with padding.
-        """
-        parts, wanted, taken = [], [], Counter()
-        for chunk in schedule.prefills:
-            seq, scored = chunk.seq, chunk.seq.scored
-            row = seq.group * rows + taken[seq.group]
-            if scored is not None:
-                # The chunk's token at position p predicts the one at p + 1.
-                predicted = seq.num_computed - chunk.num_tokens + 1
-                start, stop = max(predicted, scored.next), seq.num_computed + 1
-                tokens = scored.token_ids[start - scored.first : max(start, stop) - scored.first]
-                parts.append((scored, start, tokens))
-                wanted += [(row + start - predicted + i, token, scored.num_top) for i, token in enumerate(tokens)]
-            taken[seq.group] += chunk.num_tokens
-        return parts, wanted
-
-    def _collect_scores(self, step: DispatchedStep) -> None:
-        tokens = [token for _, _, part in step.scored for token in part]
-        entries = iter(self.runner.collect_prompt_logprobs(tokens, step.scores)) if tokens else iter(())
-        for scored, start, part in step.scored:
-            own = list(islice(entries, len(part)))
-            scored.logprobs += own[scored.next - start :]  # some came twice, if it was preempted meanwhile
+        self._in_flight.append(dispatch(schedule, self.packer, self.runner))
 
     def _collect(self) -> list[Sequence]:
         """Read the oldest dispatched step; returns the sequences that finished with it."""
         step = self._in_flight.popleft()
         schedule, finished = step.schedule, []
-        if step.scored:
-            self._collect_scores(step)
-        decode_rows, prefill_rows = step.rows
-        rows = [*zip(decode_rows, schedule.decodes)]
-        rows += [(row, chunk.seq) for row, chunk in zip(prefill_rows, schedule.prefills) if chunk.samples]
-        wanting = {row: seq for row, seq in rows if seq.params.logprobs is not None}
-        logprobs = self.runner.collect_logprobs(step.output, list(wanting)) if wanting else None
-        activations = self.runner.collect_activations(step.output) if step.captured else {}
-        for number, tokens in enumerate(self.runner.collect(step.output)):
-            for row, seq in wanting.items():
-                if not seq.is_finished:
-                    seq.logprobs.append(logprobs[number][row])
-            for part in step.captured:
-                if not part.seq.is_finished:
-                    part.seq.activations.take(part, number, activations)
-            drawn = ([tokens[row] for row in rows] for rows in step.rows)
+        for drawn in step.read(self.runner):
             finished += self.scheduler.update(schedule, *drawn)
             finished += self._end_at_stop_strings()
         self.metrics.num_prefill_tokens += schedule.num_tokens - len(schedule.decodes)

@@ -3,6 +3,9 @@
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
+from nanovllm_jax.engine.activations import Activations
 from nanovllm_jax.engine.detokenizer import Detokenizer
 from nanovllm_jax.engine.logprobs import TokenLogprobs, readable_logprobs
 from nanovllm_jax.engine.sequence import Scored, Sequence
@@ -113,6 +116,25 @@ class Request:
     """All n, once the request has started."""
     num_unfinished: int = 0
     """How many of them have not ended."""
+
+    def new_sequence(self, seq_id: int, seed: int, eos_token_ids: frozenset[int], max_model_len: int) -> Sequence:
+        """One of the n sequences, with a seed of its own."""
+        params, length = self.params, len(self.prompt_token_ids)
+        max_len = max_model_len if params.max_tokens is None else min(length + params.max_tokens, max_model_len)
+        seq = Sequence(
+            seq_id,
+            self.request_id,
+            self.prompt_token_ids,
+            replace(params, seed=seed),
+            stop_token_ids=frozenset(params.stop_token_ids).union(() if params.ignore_eos else eos_token_ids),
+            min_len=min(length + params.min_tokens, max_len),
+            max_len=max_len,
+        )
+        if params.capture:
+            seq.activations = Activations()
+        if params.steering is not None:
+            seq.prefix_salt = np.array(params.steering).tobytes()
+        return seq
 
     def add(self, seq: Sequence) -> None:
         """The next of the n texts comes from this sequence."""

@@ -1,0 +1,90 @@
+"""A step between its dispatch and its reading: where in the device's output each sequence finds what is its own."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from nanovllm_jax.engine.activations import CapturedRows, captured_rows
+from nanovllm_jax.engine.batch import BatchPacker
+from nanovllm_jax.engine.data_groups import GroupPacker
+from nanovllm_jax.engine.model_runner import ModelRunner
+from nanovllm_jax.engine.scheduler import Schedule
+from nanovllm_jax.engine.sequence import Scored
+
+
+@dataclass(slots=True)
+class DispatchedStep:
+    """A step that the device runs or has run, and whose results were not read yet."""
+
+    schedule: Schedule
+    rows: tuple[Iterable[int], Iterable[int]]
+    """Where in the output the schedule's decodes and prefills are."""
+    output: Any
+    scored: list[tuple[Scored, int, list[int]]]
+    """What its chunks give of that: the position of the first token, and the tokens."""
+    scores: Any
+    """The log probabilities of these."""
+    captured: list[CapturedRows]
+
+    def read(self, runner: ModelRunner) -> Iterator[tuple[list[int], list[int]]]:
+        """Wait for the device; the tokens that decodes and prefills drew, for each of a program's steps.
+
+        Before that, its sequences have their log probabilities and activations. `schedule` is to be updated by each.
+        """
+        if self.scored:
+            self._read_scores(runner)
+        decode_rows, prefill_rows = self.rows
+        rows = [*zip(decode_rows, self.schedule.decodes)]
+        rows += [(row, chunk.seq) for row, chunk in zip(prefill_rows, self.schedule.prefills) if chunk.samples]
+        wanting = {row: seq for row, seq in rows if seq.params.logprobs is not None}
+        logprobs = runner.collect_logprobs(self.output, list(wanting)) if wanting else None
+        activations = runner.collect_activations(self.output) if self.captured else {}
+        for number, tokens in enumerate(runner.collect(self.output)):
+            for row, seq in wanting.items():
+                if not seq.is_finished:
+                    seq.logprobs.append(logprobs[number][row])
+            for part in self.captured:
+                if not part.seq.is_finished:
+                    part.seq.activations.take(part, number, activations)
+            yield [tokens[row] for row in decode_rows], [tokens[row] for row in prefill_rows]
+
+    def _read_scores(self, runner: ModelRunner) -> None:
+        tokens = [token for _, _, part in self.scored for token in part]
+        entries = iter(runner.collect_prompt_logprobs(tokens, self.scores)) if tokens else iter(())
+        for scored, start, part in self.scored:
+            own = list(islice(entries, len(part)))
+            scored.logprobs += own[scored.next - start :]  # some came twice, if it was preempted meanwhile
+
+
+def dispatch(schedule: Schedule, packer: BatchPacker | GroupPacker, runner: ModelRunner) -> DispatchedStep:
+    """Start a step on the device, right after schedule(); does not wait."""
+    shape, buffer = packer.pack(schedule)
+    output = runner.dispatch(shape, buffer)
+    scored, wanted = scored_tokens(schedule, shape.prefill_tokens)
+    scores = runner.prompt_logprobs(output, wanted)
+    captured = captured_rows(schedule, shape.decode_rows) if runner.config.probe else []
+    return DispatchedStep(schedule, packer.rows(schedule, shape), output, scored, scores, captured)
+
+
+def scored_tokens(
+    schedule: Schedule, rows: int
+) -> tuple[list[tuple[Scored, int, list[int]]], list[tuple[int, int, int]]]:
+    """What a step's chunks give of `Sequence.scored`: sequence by sequence, and as rows for the runner.
+
+    `rows`: of each data group, the prefill tokens of the step with padding.
+    """
+    parts, wanted, taken = [], [], Counter()
+    for chunk in schedule.prefills:
+        seq, scored = chunk.seq, chunk.seq.scored
+        row = seq.group * rows + taken[seq.group]
+        if scored is not None:
+            # The chunk's token at position p predicts the one at p + 1.
+            predicted = seq.num_computed - chunk.num_tokens + 1
+            start, stop = max(predicted, scored.next), seq.num_computed + 1
+            tokens = scored.token_ids[start - scored.first : max(start, stop) - scored.first]
+            parts.append((scored, start, tokens))
+            wanted += [(row + start - predicted + i, token, scored.num_top) for i, token in enumerate(tokens)]
+        taken[seq.group] += chunk.num_tokens
+    return parts, wanted
