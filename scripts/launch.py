@@ -36,7 +36,7 @@ def main() -> int:
 
 
 def launch(args: argparse.Namespace) -> int:
-    """Start the processes and wait for them; the exit code of the first that fails."""
+    """Start the processes and wait for them; the exit code of the first that fails, or 0."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # as Ctrl-C: JAX makes the children deaf to it
     address = f"127.0.0.1:{free_port()}"
     with tempfile.TemporaryDirectory() as folder:
@@ -48,12 +48,12 @@ def launch(args: argparse.Namespace) -> int:
             for child in children:
                 child.kill()
                 child.wait()
-        if failed is None:
-            return 0
-        print(f"process {failed} of {args.processes} ended with {children[failed].returncode}", file=sys.stderr)
-        if failed:
-            print(logs[failed].read_text(errors="replace"), file=sys.stderr)
-        return abs(children[failed].returncode)
+        # The first to end need not be the one at fault: it may have been told of the fault before that one was through.
+        for number in failed:
+            print(f"process {number} of {args.processes} ended with {children[number].returncode}", file=sys.stderr)
+            if number:
+                print(logs[number].read_text(errors="replace"), file=sys.stderr)
+        return abs(children[failed[0]].returncode) if failed else 0
 
 
 def free_port() -> int:
@@ -72,13 +72,13 @@ def start(args: argparse.Namespace, address: str, number: int, log: Path) -> sub
         return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
 
 
-def wait(children: list[subprocess.Popen]) -> int | None:
-    """Until all have ended, or GRACE_SECONDS after one failed; the number of the first that did."""
-    failed, deadline = None, None
+def wait(children: list[subprocess.Popen]) -> list[int]:
+    """Until all have ended, or GRACE_SECONDS after one failed; the numbers of those that failed, as they did."""
+    failed, deadline = [], None
     while True:
         codes = [child.poll() for child in children]
-        if failed is None and any(codes):
-            failed = next(number for number, code in enumerate(codes) if code)
+        failed += [number for number, code in enumerate(codes) if code and number not in failed]
+        if failed and deadline is None:
             deadline = time.monotonic() + GRACE_SECONDS
         if None not in codes or (deadline and time.monotonic() > deadline):
             return failed

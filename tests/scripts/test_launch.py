@@ -1,0 +1,70 @@
+"""launch.py: what its children say is heard, and none is left behind. tests/test_parallel.py runs engines under it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import launch
+import pytest
+
+LAUNCH = str(Path(launch.__file__))
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """run(source, ...): the launcher's exit code, each of whose children runs one of these in place of a script."""
+    (tmp_path / "script.py").write_text("")
+
+    def start(args, address, number, log):
+        with log.open("wb") as file:
+            return subprocess.Popen([sys.executable, "-c", sources[number]], stdout=file, stderr=subprocess.STDOUT)
+
+    def run(*given):
+        sources[:] = given
+        monkeypatch.setattr("sys.argv", ["launch.py", "--processes", str(len(given)), str(tmp_path / "script.py")])
+        return launch.main()
+
+    sources = []
+    monkeypatch.setattr(launch, "start", start)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    return run
+
+
+def test_all_is_well(run, capfd):
+    assert run("", "print('unheard')") == 0
+    assert capfd.readouterr().err == ""
+
+
+def test_each_that_fails_is_heard(run, capfd):
+    """Also where process 0 was the first to end: it had only been told of the fault."""
+    assert run("raise SystemExit(6)", "import time; time.sleep(1); raise ValueError('the fault')") == 6
+    error = capfd.readouterr().err
+    assert error.index("process 0 of 2 ended with 6") < error.index("process 1 of 2 ended with 1")
+    assert "ValueError: the fault" in error
+
+
+def test_one_that_goes_on_is_ended(run, monkeypatch, capfd):
+    monkeypatch.setattr(launch, "GRACE_SECONDS", 0.2)
+    assert run("import time; time.sleep(1000)", "raise ValueError('the fault')") == 1
+    error = capfd.readouterr().err
+    assert "ValueError: the fault" in error
+    assert "process 0" not in error, "it did not fail"
+
+
+def test_the_children_end_with_the_launcher(tmp_path):
+    """Though JAX makes them deaf to SIGTERM."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, signal, sys, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "open(f'{sys.argv[1]}/{os.getpid()}.pid', 'w').close()\ntime.sleep(1000)\n"
+    )
+    launcher = subprocess.Popen([sys.executable, LAUNCH, str(script), str(tmp_path)])
+    while len(pids := [int(file.stem) for file in tmp_path.glob("*.pid")]) < 2:
+        assert launcher.poll() is None
+        time.sleep(0.1)
+    launcher.terminate()
+    assert launcher.wait() == 1
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)
