@@ -5,6 +5,8 @@ Shapes: B sequences, K kv heads, G = N / K query heads to a kv head, H head_dim,
 
 import functools
 import math
+import sys
+import types
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -16,6 +18,10 @@ from jax.experimental.pallas import triton as plgpu
 
 # Known and documented: jax is pinned to versions that have the backend. Users need not hear it at each compile.
 warnings.filterwarnings("ignore", message="The Pallas Triton backend is deprecated", category=DeprecationWarning)
+
+# At each value of one of Triton's types MLIR looks for a Python module of them, along the whole path, as there is none:
+# a thousand times a step. An empty one ends that, and with it a third of the time that lowering takes.
+sys.modules.setdefault("jaxlib.mlir.dialects.tt", types.ModuleType("jaxlib.mlir.dialects.tt"))
 
 LOG2E = math.log2(math.e)
 SMS = 132  # of an H100 or H200

@@ -84,8 +84,6 @@ class ModelConfig:
 
         Raises ValueError for another architecture or a setting that this model code does not have.
         """
-        from transformers import Qwen3Config
-
         raw = read_json(directory / "config.json")
         architecture = raw.get("architectures") or [raw.get("model_type")]
         architecture = architecture[0] if isinstance(architecture, list) else architecture
@@ -98,10 +96,14 @@ class ModelConfig:
             if name not in raw:
                 raise ValueError(f"{directory / 'config.json'} has no {name}")
         _refuse_unsupported(raw)
-        # transformers knows the other defaults. It is not given the file: it would act on more of it than is checked.
-        defaults = Qwen3Config()
         names = {f.name for f in fields(cls)} - {"rope", "dtype", "kv_copies"}
-        values = {name: raw.get(name, getattr(defaults, name)) for name in names}
+        values = {name: raw[name] for name in names & raw.keys()}
+        if values.keys() < names:
+            # transformers knows the defaults. It is not given the file: it would act on more of it than is checked.
+            from transformers import Qwen3Config  # which takes seconds, and published configs are complete
+
+            defaults = Qwen3Config()
+            values |= {name: getattr(defaults, name) for name in names - values.keys()}
         dtype = raw.get("dtype") or raw.get("torch_dtype") or "float32"
         config = cls(**values, dtype=str(dtype).removeprefix("torch."))
         return replace(config, rope=_read_rope(raw, config.max_position_embeddings))

@@ -157,7 +157,7 @@ class Buckets:
     @cached_property
     def prefill_tokens(self) -> tuple[int, ...]:
         """Sizes of the prefill part."""
-        return geometric(min(64, self.max_num_batched_tokens), self.max_num_batched_tokens, self.ratio)
+        return geometric(min(128, self.max_num_batched_tokens), self.max_num_batched_tokens, self.ratio)
 
     def prefill_rows(self, tokens: int) -> int:
         """How many sequences fit in a prefill part of this many tokens: the largest takes any number."""
@@ -174,7 +174,7 @@ class Buckets:
         return BatchShape(rows, self.prefill_rows(padded), padded, self.table_width)
 
     def all_shapes(self) -> list[BatchShape]:
-        """Every shape that shape_for can return, the largest first."""
+        """Every shape that shape_for can return, the smallest first: a GPU's compiler tunes longest for few rows."""
         decode = [BatchShape(rows, 0, 0, self.table_width) for rows in self.decode_rows]
         mixed = [
             BatchShape(rows, self.prefill_rows(tokens), tokens, self.table_width)
@@ -186,7 +186,7 @@ class Buckets:
             for rows in self.decode_rows
             if rows <= self.multi_step_rows and self.num_steps > 1
         ]
-        return sorted(decode + mixed + several, key=lambda s: (s.prefill_tokens, s.decode_rows), reverse=True)
+        return sorted(decode + mixed + several, key=lambda s: (s.prefill_tokens, s.decode_rows))
 
 
 def _signed(bits: int) -> int:

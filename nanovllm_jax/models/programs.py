@@ -5,13 +5,15 @@ program's name is a digest of everything that it is made from: this package's so
 the card, and the settings. The files are as trustworthy as the directory: loading one runs what is in it.
 """
 
+import gc
 import hashlib
 import logging
 import os
 import pickle
 import tempfile
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -46,7 +48,7 @@ class ProgramStore:
             self.save(repr(name), program)
             return program
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(os.cpu_count()) as pool, _no_garbage_collection():
             programs = dict(zip(names, pool.map(self.load, map(repr, names))))
             # Tracing holds the interpreter, compiling does not: each program compiles while the next is traced.
             missing = [name for name, program in programs.items() if program is None]
@@ -90,6 +92,18 @@ class ProgramStore:
         digest = self._digest.copy()
         digest.update(name.encode())
         return self.directory / f"{digest.hexdigest()}.program"
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Tracing makes many objects and hardly a cycle of them, yet the collector looks through all, again and again."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 @cache

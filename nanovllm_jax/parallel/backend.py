@@ -25,7 +25,7 @@ def _process_of_backend() -> int:
 def prepare_backend(config: EngineConfig) -> None:
     """Join the other processes, share the GPU's memory out, name the compilation cache, and begin to start the devices.
 
-    Starting them takes seconds, and so does importing transformers, which the caller goes on to do.
+    Starting them takes seconds, and so does importing transformers, which the caller goes on to do for a tokenizer.
     Raises RuntimeError in a process that was forked from one with an engine.
     """
     if _process_of_backend() != os.getpid():

@@ -2,6 +2,7 @@
 
 import functools
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -143,3 +144,18 @@ def test_a_cpu_gets_the_oracle_alone(make):
     lowered = jax.jit(f).lower(*args)
     assert custom_calls(lowered.as_text()) == []
     assert "conditional" not in lowered.compile().as_text()
+
+
+def test_lowering_looks_for_no_module_of_types(monkeypatch):
+    """There is none of Triton's: to look along the whole path at each value would take longer than all the rest."""
+    searched = []
+
+    class Recorder:
+        @staticmethod
+        def find_spec(name, path=None, target=None):
+            searched.append(name)
+
+    monkeypatch.setattr(sys, "meta_path", [Recorder, *sys.meta_path])
+    f, args = decode_case(3, 2, cache())
+    lowered_for_cuda(f, *args)
+    assert len(searched) < 20, searched
