@@ -21,7 +21,10 @@ def store(directory, settings="settings"):
 @pytest.fixture(scope="module")
 def program():
     x = jax.ShapeDtypeStruct((4, 4), jnp.float32)
-    return jax.jit(lambda xs, pair: (Pair(xs[0] + pair.second, pair.first), xs)).lower([x, x], Pair(x, x)).compile()
+    lowered = jax.jit(lambda xs, pair: (Pair(xs[0] + pair.second, pair.first), xs)).lower([x, x], Pair(x, x))
+    jax.config.update("jax_enable_compilation_cache", False)  # a CPU's program from there cannot be kept once more
+    yield lowered.compile()
+    jax.config.update("jax_enable_compilation_cache", True)
 
 
 def test_what_is_saved_is_loaded(tmp_path, program):

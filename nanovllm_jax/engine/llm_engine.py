@@ -74,6 +74,7 @@ class LLMEngine:
             enable_prefix_caching=config.enable_prefix_caching,
             num_steps=runner.buckets.num_steps,
             multi_step_rows=runner.buckets.multi_step_rows,
+            multi_step_tokens=runner.buckets.multi_step_tokens,
         )
         groups = config.data_parallel_size
         self.scheduler = make_scheduler() if groups == 1 else DataGroups(groups, make_scheduler)

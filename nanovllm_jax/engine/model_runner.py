@@ -1,6 +1,7 @@
 """The device: weights, KV cache, compiled programs, dispatch and collect. The only file of the engine with jax."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -41,9 +42,11 @@ from nanovllm_jax.parallel.sizes import split_config
 
 logger = logging.getLogger(__name__)
 
-# Up to this many rows, a step takes the GPU less time than the host needs to dispatch it: so several go in one program.
-MULTI_STEP_ROWS = 8
+# The host takes about 1.5 ms to dispatch a step, in which a GPU reads so many bytes. One that reads less (of weights,
+# keys and values) would make it wait: so several steps go in one program.
+DISPATCH_BYTES = 6 * GIB
 GPU_STEPS = 4
+MULTI_STEP_ROWS = 64
 PROMPT_CHUNK = 256  # positions whose logits are made at a time where a prompt's log probabilities are asked for
 
 
@@ -261,8 +264,7 @@ class ModelRunner:
         ratio, mixed = (2, {min(32, most), most}) if self.on_gpu else (16, {most})
         self.buckets = Buckets(
             *(most, self.max_num_batched_tokens, width, ratio, tuple(sorted(mixed))),
-            num_steps=config.num_scheduler_steps or (GPU_STEPS if self.on_gpu else 1),
-            multi_step_rows=MULTI_STEP_ROWS,
+            **self._multi_step(),
         )
         logger.info(
             "memory a device: %.2f GiB weights, %.2f GiB workspace, %.2f GiB cache = %d blocks of %d tokens = "
@@ -275,6 +277,15 @@ class ModelRunner:
             self.num_blocks * config.block_size,
             self.max_model_len,
         )
+
+    def _multi_step(self) -> dict[str, Any]:
+        """When a program decodes how many steps, as Buckets has it: as the user says, or where the host is too slow."""
+        steps, tokens = self.config.num_scheduler_steps, math.inf
+        if steps is None:
+            room = DISPATCH_BYTES - self.weight_bytes
+            tokens = max(0, room * self.num_shards // self.model_config.kv_bytes_per_token(self.dtype.itemsize))
+            steps = GPU_STEPS if self.on_gpu and tokens else 1
+        return dict(num_steps=steps, multi_step_rows=MULTI_STEP_ROWS, multi_step_tokens=tokens)
 
     def _bytes_in_use(self) -> int:
         """What others hold of a GPU: another LLM of this process."""
@@ -334,10 +345,11 @@ class ModelRunner:
         # functions do cannot be told from their names, and of a program over several processes each would have a part.
         kept = self.on_gpu and self.config.compilation_cache_dir and not self.config.probe and self.num_processes == 1
         directory = jax.config.jax_compilation_cache_dir if kept else None
+        settings = replace(self.config, seed=0, load_format="auto")  # what weights there are decides no program
         return ProgramStore(
             Path(directory) / "programs" if directory else None,
             list(self.mesh.devices.flat),
-            repr((replace(self.config, seed=0), self.model_config, self.dtype, self.leaves, self._layout())),
+            repr((settings, self.model_config, self.dtype, self.leaves, self._layout())),
         )
 
     def _compiler_options(self, shape: BatchShape) -> dict[str, bool | str]:

@@ -6,6 +6,7 @@ it counts on what the dispatched steps will have done. The device runs steps in 
 freed while a step is in flight can be given to a later step at once.
 """
 
+import math
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -72,8 +73,11 @@ class Scheduler:
         enable_prefix_caching: bool = True,
         num_steps: int = 1,
         multi_step_rows: int = 0,
+        multi_step_tokens: float = math.inf,
     ):
-        """Up to `multi_step_rows` sequences that only decode compute `num_steps` tokens each in one program."""
+        """Up to `multi_step_rows` sequences that only decode compute `num_steps` tokens each in one program, while they
+        have no more than `multi_step_tokens` in the cache together.
+        """
         assert max_num_seqs > 0, max_num_seqs
         assert max_num_batched_tokens > 0, max_num_batched_tokens
         self.block_manager = BlockManager(num_blocks, block_size, enable_prefix_caching)
@@ -83,6 +87,7 @@ class Scheduler:
         self.max_model_len = max_model_len
         self.num_steps = num_steps
         self.multi_step_rows = multi_step_rows
+        self.multi_step_tokens = multi_step_tokens
         self.waiting: OrderedDict[int, Sequence] = OrderedDict()  # by seq_id, in arrival order
         self.running: dict[int, Sequence] = {}  # the admitted ones, by seq_id, in arrival order
         self.num_unfinished_prompt_tokens = 0  # of all waiting and running sequences
@@ -240,9 +245,11 @@ class Scheduler:
         return decoding, prefilling
 
     def _can_run_ahead(self, decoding: list[Sequence]) -> bool:
-        """Whether each of these can compute `num_steps` tokens without preemption or reaching its end."""
+        """Whether each of these should compute `num_steps` tokens, and can without preemption or reaching its end."""
         steps, manager = self.num_steps, self.block_manager
         if steps == 1 or not 0 < len(decoding) <= self.multi_step_rows:
+            return False
+        if sum(seq.num_computed for seq in decoding) > self.multi_step_tokens:
             return False
         if any(seq.num_computed + steps >= seq.max_len for seq in decoding):
             return False

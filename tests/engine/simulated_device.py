@@ -250,8 +250,11 @@ class Simulation:
         assert {seq.seq_id for seq in schedule.admitted} <= {seq.seq_id for seq in rows}
 
     def _check_progress(self, oldest: Sequence) -> None:
-        """The oldest sequence is in every step, but for those in flight behind its last one."""
-        progress = (oldest.seq_id, oldest.num_tokens + oldest.num_pending + oldest.num_computed)
+        """The oldest sequence is in every step, but for those in flight behind its last one.
+
+        (That none preempts it is checked elsewhere: here a preemption is one of all, asked for from outside.)
+        """
+        progress = (oldest.seq_id, oldest.num_preemptions, oldest.num_tokens + oldest.num_pending + oldest.num_computed)
         self.stall = (progress, self.stall[1] + 1 if self.stall[0] == progress else 0)
         assert self.stall[1] <= len(self.in_flight) + 1, f"starved: {oldest}"
 

@@ -14,6 +14,15 @@ def test_no_step_is_scheduled_beyond_max_len(depth):
     assert (seq.num_completion_tokens, simulation.num_steps) == (5, 5)
 
 
+def test_several_steps_in_one_program_only_while_few_tokens_are_cached():
+    simulation = simulate(num_steps=2, multi_step_rows=2, multi_step_tokens=18)
+    for number in (1, 2):
+        simulation.add(prompt(number, 6), max_tokens=10)
+    simulation.drain()
+    # The first step makes one token of each. Then 12, 16 and 20 are cached: two programs of two steps, five of one.
+    assert (simulation.num_steps, simulation.num_steps_ahead) == (1 + 2 + 5, 2)
+
+
 def test_tokens_after_the_end_are_ignored():
     alone = simulate()
     reference = alone.add(prompt(1, 6), max_tokens=10)

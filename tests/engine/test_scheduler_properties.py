@@ -1,6 +1,7 @@
 """Random work on the scheduler with a simulated device behind it: whatever happens, every request gets the tokens that
 it gets alone, the books balance after every call, and nobody waits forever."""
 
+import math
 import random
 
 import pytest
@@ -118,8 +119,9 @@ def random_simulation(rng: random.Random) -> Simulation:
         max_num_batched_tokens=rng.choice((rng.randint(1, max_num_seqs), rng.randint(1, 20), rng.randint(20, 150))),
         max_model_len=max_model_len,
         enable_prefix_caching=rng.random() < 0.85,
-        num_steps=rng.choice((1, 1, 2, 4, 7)),
+        num_steps=rng.choice((1, 2, 4, 7)),
         multi_step_rows=rng.randint(1, max_num_seqs),
+        multi_step_tokens=math.inf if rng.random() < 0.8 else rng.randint(0, 200),
     )
 
 
