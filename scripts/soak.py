@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from textwrap import shorten
 
 from soaking.company import Company
 from soaking.compare import Result, largest_difference, other_differences, token_differences
@@ -179,7 +180,7 @@ class Soak:
                 words.append(f"token {difference.at} of text {index}: {difference.tokens}")
         self.logprob_difference = max(self.logprob_difference, largest_difference(found, alone))
         if words:
-            self.mismatches.append(f"{'; '.join(words)} of {case}")
+            self.mismatches.append(f"{'; '.join(words)} of {shorten(str(case), 2000, placeholder=' ...')}")
 
     def _count_leaks(self) -> None:
         """Books that balance, and a pool that is free."""

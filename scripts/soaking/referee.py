@@ -24,7 +24,8 @@ class Referee:
     The largest error of the same pass in the model's own 16 bits, over the vocabulary, is what 16 bits cost at this
     place. A token could be drawn if there are logits that far from the exact ones which draw it: its own is raised by
     the error, and that of whichever is drawn in its place is lowered by it, once each. (So a token at the edge of
-    top_k, top_p or min_p may be in or out.)
+    top_k, top_p or min_p may be in or out.) Where min_p asks, the likeliest token may also be off by the error: its
+    edge goes by that one alone, and with it go all that share top_p's part.
     """
 
     def __init__(self, llm: LLM):
@@ -45,7 +46,18 @@ class Referee:
         return all(self._may_draw(seq, exact, token, error) for token in pair)
 
     def _may_draw(self, seq: Sequence, exact: np.ndarray, token: int, error: float) -> bool:
-        logits, rivals = exact.copy(), set()
+        if seq.params.min_p == 0:
+            return self._may_draw_from(seq, exact.copy(), token, error)
+        likeliest = self._draw(seq, exact, temperature=0.0)
+        for shift in (0, -error, error):
+            logits = exact.copy()
+            logits[likeliest] += shift
+            if self._may_draw_from(seq, logits, token, error):
+                return True
+        return False
+
+    def _may_draw_from(self, seq: Sequence, logits: np.ndarray, token: int, error: float) -> bool:
+        rivals: set[int] = set()
         logits[token] += error
         while len(rivals) < MOST_RIVALS:
             drawn = self._draw(seq, logits)
@@ -76,8 +88,8 @@ class Referee:
 
         return jax.jit(forward, static_argnums=3)
 
-    def _draw(self, seq: Sequence, logits: np.ndarray) -> int:
-        row = sampling_row(seq)
+    def _draw(self, seq: Sequence, logits: np.ndarray, **changes: float) -> int:
+        row = sampling_row(seq)._replace(**changes)
         bits = [np.float32(x).view(np.int32) if name in FLOATS else x for name, x in zip(row._fields, row)]
         counts, bias = token_tables(seq, len(logits))
         state = DeviceState(jnp.zeros(1, jnp.int32), jnp.asarray(counts[None]), jnp.asarray(bias[None]))

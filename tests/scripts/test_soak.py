@@ -14,6 +14,7 @@ from soaking.watch import Memory
 
 from nanovllm_jax import SamplingParams
 from nanovllm_jax.engine.llm_engine import LLMEngine
+from nanovllm_jax.engine.sequence import Sequence
 from nanovllm_jax.outputs import CompletionOutput, Logprob, RequestOutput
 
 
@@ -137,6 +138,8 @@ def test_the_slope_of_memory():
     assert memory.slope() is None
     memory.samples = [(i, 2**30 - 7 * i) for i in range(4)] + [(i, 2**30 + 2048 * i) for i in range(4, 8)]
     assert memory.slope() == pytest.approx(2000)
+    memory.samples = [(i, 2**30 + 1024 * i + 2**25 * (i > 15)) for i in range(20)]
+    assert memory.slope() == pytest.approx(1000), "one large piece more is no leak"
 
 
 # --- comparing ---
@@ -228,6 +231,22 @@ def test_a_tie(llm, referee):
     assert min(map(len, gaps.values())) > 2
     assert max(gaps[True]) < np.median(gaps[False])
     assert not referee.is_tie([1], params, 0, [], (1, None)), "an end is no tie"
+
+
+def test_the_edge_of_min_p_goes_by_the_likeliest(llm, referee):
+    """With the likeliest a little lower, min_p lets so many in that top_p takes the third as well."""
+    logits = np.full(512, -10, np.float32)
+    logits[:3], logits[3:18], logits[18:48] = (2.60, 2.58, 2.48), 2.3, 2.17
+    lower = logits - 0.03 * np.eye(1, 512, dtype=np.float32)[0]
+    params, seen = SamplingParams(temperature=0.6, top_p=0.15, min_p=0.5), 0
+    for seed in range(40):
+        seq = Sequence(0, "", [100], replace(params, seed=seed), stop_token_ids=frozenset(), min_len=1, max_len=100)
+        assert referee._draw(seq, logits) in (0, 1)
+        if referee._draw(seq, lower) == 2:
+            seen += 1
+            assert referee._may_draw(seq, logits, 2, 0.03)
+        assert not referee._may_draw(seq, logits, 40, 0.03)
+    assert seen > 3
 
 
 def test_float32_has_no_ties(llm):
