@@ -75,8 +75,15 @@ def prefill_seconds(config: ModelConfig, itemsize: int, card: Card, prompts: lis
 
 
 def decode_step_seconds(config: ModelConfig, itemsize: int, card: Card, contexts: list[float]) -> float:
-    """The limit of a decode step in bytes: all weights, and the keys and values of these contexts."""
-    return (weight_bytes(config, itemsize) + sum(contexts) * config.kv_bytes_per_token(itemsize)) / card.bytes
+    """The limit of a decode step with these contexts: its matmuls, and then its keys and values."""
+    rows, read = len(contexts), sum(contexts) * config.kv_bytes_per_token(itemsize)
+    return matmul_seconds(config, itemsize, card, rows) + read / card.bytes
+
+
+def matmul_seconds(config: ModelConfig, itemsize: int, card: Card, rows: int) -> float:
+    """A step's matmuls with so many rows, each sampled: the larger of all weights' bytes and the FLOPs."""
+    phases = phase_costs(config, itemsize, tokens=rows, sampled=rows, context=0, attended=0).values()
+    return Cost(weight_bytes(config, itemsize), sum(p.flops for p in phases)).seconds(card)
 
 
 def generate_seconds(
@@ -84,7 +91,7 @@ def generate_seconds(
 ) -> float:
     """The limit of a whole workload: prompts at once, then every sequence decoding from the start.
 
-    A decode step takes the larger of its weights' bytes and its matmuls' FLOPs, and then its keys and values.
+    A decode step takes its matmuls, and then its keys and values.
     """
     # Output token i (from 1) of a prompt of p tokens is computed from p + i - 1; the first comes from prefill.
     context = sum(prompt * (n - 1) + n * (n - 1) // 2 for prompt, n in zip(prompts, outputs, strict=True))
@@ -93,6 +100,5 @@ def generate_seconds(
     running, matmuls = len(outputs), 0.0
     for step in range(1, max(outputs)):
         running -= ends[step]
-        phases = phase_costs(config, itemsize, tokens=running, sampled=running, context=0, attended=0).values()
-        matmuls += Cost(weight_bytes(config, itemsize), sum(p.flops for p in phases)).seconds(card)
+        matmuls += matmul_seconds(config, itemsize, card, running)
     return prefill_seconds(config, itemsize, card, prompts, cached) + matmuls + read

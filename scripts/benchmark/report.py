@@ -211,7 +211,7 @@ def notes(record: dict[str, Any]) -> str:
     lines = [
         f"{machine['gpu'] or card['device']}; commit {machine['commit']}",
         f"model: {record['model']}, {config.num_parameters / 1e9:.3g} billion parameters",
-        f"limit: copies at {terabytes:.3g} TB/s, matmuls at {teraflops:.3g} TFLOP/s",
+        f"limit: memory at {terabytes:.3g} TB/s, matmuls at {teraflops:.3g} TFLOP/s",
     ]
     for engine, rounds in record["engines"].items():
         versions = ", ".join(f"{package} {version}" for package, version in rounds[0]["versions"].items())

@@ -253,7 +253,7 @@ def test_table_and_notes(record):
     assert " 2 x " in nano
     notes = report.notes(record)
     assert "KV cache of 384 tokens" in notes
-    assert "copies at 0.00694 TB/s" in notes
+    assert "memory at 0.00694 TB/s" in notes
 
 
 def test_engines_that_drew_other_requests_are_not_compared(record):
