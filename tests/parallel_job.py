@@ -57,8 +57,8 @@ def run(directory, cache, data, model):
     for leaf in llm.runner.leaves:
         report["shares"]["matrices" if leaf.ndim > 1 else "norms"].add(share_of(leaf))
     report["shares"] = {kind: list(shares) for kind, shares in report["shares"].items()}
-    program = next(program for shape, program in llm.runner.programs.items() if not shape.prefill_tokens)
-    report["collectives"] = collectives(program.as_text())
+    decoding = max((s for s in llm.runner.programs if not s.prefill_tokens), key=lambda shape: shape.decode_rows)
+    report["collectives"] = collectives(llm.runner.programs[decoding].as_text())
     return report
 
 
