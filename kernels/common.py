@@ -4,6 +4,7 @@ Shapes: B sequences, K kv heads, G = N / K query heads to a kv head, H head_dim,
 """
 
 import functools
+import importlib.util
 import math
 import sys
 import types
@@ -21,7 +22,9 @@ warnings.filterwarnings("ignore", message="The Pallas Triton backend is deprecat
 
 # At each value of one of Triton's types MLIR looks for a Python module of them, along the whole path, as there is none:
 # a thousand times a step. An empty one ends that, and with it a third of the time that lowering takes.
-sys.modules.setdefault("jaxlib.mlir.dialects.tt", types.ModuleType("jaxlib.mlir.dialects.tt"))
+TRITON_TYPES = "jaxlib.mlir.dialects.tt"
+if TRITON_TYPES not in sys.modules and importlib.util.find_spec(TRITON_TYPES) is None:
+    sys.modules[TRITON_TYPES] = types.ModuleType(TRITON_TYPES)
 
 LOG2E = math.log2(math.e)
 SMS = 132  # of an H100 or H200
