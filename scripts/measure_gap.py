@@ -33,7 +33,7 @@ class Trainer:
     """The training forward with the engine's own weights."""
 
     def __init__(self, llm: LLM):
-        self.model = jax.tree.unflatten(llm.runner.treedef, llm.runner.leaves)
+        self.model = llm.model
         self.logprobs = jax.jit(lambda model, tokens: token_logprobs(model, tokens[None])[0])
 
     def __call__(self, prompt: list[int], completion: list[int]) -> np.ndarray:

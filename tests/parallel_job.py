@@ -54,7 +54,7 @@ def run(directory, cache, data, model):
     report["hits"] = llm.scheduler.num_prefix_hit_tokens
     report["preemptions"] = llm.scheduler.num_preemptions
     report["shares"] = {"matrices": set(), "norms": set(), "cache": {share_of(llm.runner.caches[0].k)}}
-    for leaf in llm.runner.leaves:
+    for leaf in llm.runner.weights.leaves:
         report["shares"]["matrices" if leaf.ndim > 1 else "norms"].add(share_of(leaf))
     report["shares"] = {kind: list(shares) for kind, shares in report["shares"].items()}
     decoding = max((s for s in llm.runner.programs if not s.prefill_tokens), key=lambda shape: shape.decode_rows)

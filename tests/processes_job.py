@@ -33,8 +33,8 @@ def answers(llm):
 def whole_weights(llm):
     """All numbers of the weights, by path."""
     whole = jax.jit(lambda x: x, out_shardings=NamedSharding(llm.runner.mesh, Spec()))
-    arrays = [np.asarray(whole(leaf).addressable_data(0)) for leaf in llm.runner.leaves]
-    return dict(zip(llm.runner.targets, arrays))
+    arrays = [np.asarray(whole(leaf).addressable_data(0)) for leaf in llm.runner.weights.leaves]
+    return dict(zip(llm.runner.weights.targets, arrays))
 
 
 def scaled(weights, factor):

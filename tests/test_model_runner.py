@@ -136,7 +136,7 @@ def test_start_up_log(directory, caplog):
 def test_dtype_option(directory, dtype):
     llm = small_llm(directory, dtype=dtype)
     wanted = jnp.dtype({"half": "float16"}.get(dtype, dtype))
-    assert {leaf.dtype for leaf in llm.runner.leaves} == {wanted}
+    assert {leaf.dtype for leaf in llm.runner.weights.leaves} == {wanted}
     assert {pages.dtype for pages in jax.tree.leaves(llm.runner.caches)} == {wanted}
     (output,) = llm.generate([1, 2, 3], GREEDY, use_tqdm=False)
     assert len(output["token_ids"]) == 2

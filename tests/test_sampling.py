@@ -32,12 +32,13 @@ def logits_of(llm):
 
     @jax.jit
     def forward(leaves, tokens):
-        model = jax.tree.unflatten(llm.runner.treedef, leaves)
+        model = jax.tree.unflatten(llm.runner.weights.treedef, leaves)
         return model.logits(model(tokens, jnp.arange(len(tokens)), None, causal_attention)[0])
 
     @cache
     def padded(tokens):
-        return np.asarray(forward(llm.runner.leaves, jnp.array(tokens + (0,) * (128 - len(tokens)))))[: len(tokens)]
+        rows = jnp.array(tokens + (0,) * (128 - len(tokens)))
+        return np.asarray(forward(llm.runner.weights.leaves, rows))[: len(tokens)]
 
     return lambda tokens: padded(tuple(tokens))
 

@@ -29,7 +29,7 @@ def llm(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(llm):
     """trained(prompt, completion): what the training forward says."""
-    model = jax.tree.unflatten(llm.runner.treedef, llm.runner.leaves)
+    model = llm.model
 
     @jax.jit
     def logprobs(tokens):

@@ -90,7 +90,7 @@ def test_arrays_are_shared(llm, models):
     model = jax.tree.map(jnp.copy, models[1])
     given = pointers(arrays_of(model).values())
     llm.update_weights(model)
-    assert pointers(llm.runner.leaves) == given
+    assert pointers(llm.runner.weights.leaves) == given
     before = run(llm)
     del model
     assert run(llm) == before
@@ -111,7 +111,7 @@ def test_other_dtypes_are_cast_on_the_device(directories, models, donate):
     arrays = {path: jnp.copy(array) for path, array in arrays_of(models[1]).items()}
     wanted = [np.asarray(array.astype(jnp.bfloat16)) for array in arrays.values()]
     llm.update_weights(arrays, donate=donate)
-    for leaf, array, want in zip(llm.runner.leaves, arrays.values(), wanted, strict=True):
+    for leaf, array, want in zip(llm.runner.weights.leaves, arrays.values(), wanted, strict=True):
         assert leaf.dtype == jnp.bfloat16
         np.testing.assert_array_equal(np.asarray(leaf), want)
         assert array.is_deleted() == donate
@@ -235,10 +235,10 @@ def deleted():
     ],
 )
 def test_bad_arrays_are_named(llm, models, expected, array, message):
-    leaves = list(llm.runner.leaves)
+    leaves = list(llm.runner.weights.leaves)
     with pytest.raises(ValueError, match=message):
         llm.update_weights(changed(models, NORM, array))
-    assert all(now is before for now, before in zip(llm.runner.leaves, leaves, strict=True))
+    assert all(now is before for now, before in zip(llm.runner.weights.leaves, leaves, strict=True))
     assert run(llm) == [expected(0, prompt) for prompt in PROMPTS]
 
 
@@ -255,7 +255,7 @@ def test_bad_names(llm, models):
 
 def test_what_is_no_weights(llm, models):
     with pytest.raises(TypeError, match="weights must be a Qwen3ForCausalLM or a dict of arrays by path, not <class"):
-        llm.update_weights(llm.runner.leaves)
+        llm.update_weights(llm.runner.weights.leaves)
     with pytest.raises(ValueError, match="in_flight must be None, 'finish' or 'recompute', not 'now'"):
         llm.update_weights(models[1], in_flight="now")
 

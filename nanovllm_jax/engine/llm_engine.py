@@ -180,7 +180,7 @@ class LLMEngine:
     @property
     def model(self) -> Any:
         """The Qwen3ForCausalLM that is served. Its arrays are the engine's own: to be read, and never donated."""
-        return self.runner.model
+        return self.runner.weights.model
 
     def stats(self) -> EngineStats:
         """What runs and waits, what the caches hold, totals and rates: from the thread that calls `step`."""
@@ -253,7 +253,7 @@ class LLMEngine:
         if in_flight not in (None, "finish", "recompute"):
             raise ValueError(f"in_flight must be None, 'finish' or 'recompute', not {in_flight!r}")
         self._check_usable()
-        arrays = self.runner.check_weights(weights)
+        arrays = self.runner.weights.check(weights)
         if self._requests and in_flight is None:
             raise RuntimeError(
                 f"{len(self._requests)} requests are unfinished: say what becomes of them, by in_flight='finish' (they "
@@ -266,7 +266,7 @@ class LLMEngine:
         self.scheduler.preempt_all()  # what dispatched steps have drawn will still be read
         for request in self._requests.values():
             request.score_again()
-        self.runner.update_weights(arrays, donate)
+        self.runner.weights.update(arrays, donate)
 
     def _step(self) -> list[RequestOutput]:
         self._check_usable()

@@ -1,4 +1,4 @@
-"""The device: weights, KV cache, compiled programs, dispatch and collect. The only file of the engine with jax."""
+"""The device: KV cache, compiled programs, dispatch and collect. Of engine/, only this and weights.py import jax."""
 
 import logging
 import math
@@ -29,11 +29,11 @@ from nanovllm_jax.engine.memory import (
     decide_num_blocks,
     estimate_workspace,
 )
+from nanovllm_jax.engine.weights import ServedWeights
 from nanovllm_jax.layers.attention import KVCache
 from nanovllm_jax.models.draw import DeviceState, LogprobArrays, write_tables
-from nanovllm_jax.models.parameters import ParameterPath, checked_weights, digest_of
+from nanovllm_jax.models.parameters import ParameterPath, digest_of
 from nanovllm_jax.models.programs import ProgramStore
-from nanovllm_jax.models.qwen3 import Qwen3ForCausalLM
 from nanovllm_jax.models.step import StepOutput, engine_step, prompt_logprobs
 from nanovllm_jax.parallel.backend import compiler_options
 from nanovllm_jax.parallel.processes import largest, same_everywhere
@@ -70,21 +70,18 @@ class ModelRunner:
         loader = ModelLoader(directory, model_config, dtype=self.dtype, mesh=self.mesh, **loading)
         if config.probe:
             config.probe.check(loader.model, self.dtype)
-        self.leaves, self.treedef = jax.tree.flatten(loader.model)  # shapes, so far
-        paths = {id(target): path for path, target in loader.targets.items()}
-        self.targets = {paths[id(leaf)]: leaf for leaf in self.leaves}  # by path, in the order of the leaves
-        self.weight_bytes = loader.device_bytes
+        self.weights = ServedWeights(loader)
         self.bytes_in_use = self._bytes_in_use()
         self._score_programs: dict[int, Callable] = {}
         workspace = self._estimate_workspace()
         self._size_cache(workspace)
         with ThreadPoolExecutor(1) as thread:  # while programs compile
-            weights = thread.submit(self._load, directory, loader)
+            leaves = thread.submit(self.weights.load, directory, loader)
             compiled_workspace = largest(self._compile())
             if self.on_gpu and compiled_workspace > workspace:
                 self._size_cache(compiled_workspace)
                 self._compile()
-            self.leaves = weights.result()
+            self.weights.leaves = leaves.result()
         self._allocate()
 
     # ------------------------------------------------------------ one step
@@ -92,7 +89,7 @@ class ModelRunner:
     def dispatch(self, shape: BatchShape, buffer: np.ndarray) -> StepOutput:
         """Start one step; returns its output without waiting for the device."""
         buffer = self._on_devices(buffer)
-        output, self.caches, self.state = self.programs[shape](self.leaves, self.caches, self.state, buffer)
+        output, self.caches, self.state = self.programs[shape](self.weights.leaves, self.caches, self.state, buffer)
         output.tokens.copy_to_host_async()
         return output
 
@@ -100,11 +97,6 @@ class ModelRunner:
         """Set a slot's lines [V] int32 and float32 of a group's state, for the steps dispatched from now on."""
         line = group * (self.max_num_seqs + 1) + slot
         self.state = self.table_writer(self.state, line, token_counts, logit_bias)
-
-    @property
-    def model(self) -> Qwen3ForCausalLM:
-        """The module that is served, with the arrays that it is served with."""
-        return jax.tree.unflatten(self.treedef, self.leaves)
 
     def write_steering(self, slot: int, steering: tuple[float, ...] | None) -> None:
         """Set what a slot's sequence brings for the probe, for the steps dispatched from now on; None: zeros."""
@@ -122,7 +114,7 @@ class ModelRunner:
             part = np.array(wanted[start : start + size], np.int32)
             columns = np.full((3, size), [[0], [0], [-1]], np.int32)
             columns[:, : len(part)] = part.T
-            parts.append(self._score_program(size)(self.leaves, output.hidden, *columns))
+            parts.append(self._score_program(size)(self.weights.leaves, output.hidden, *columns))
         return parts
 
     def collect(self, output: StepOutput) -> list[list[int]]:
@@ -169,7 +161,7 @@ class ModelRunner:
 
     def _step(self, shape: BatchShape, leaves, caches, state, buffer):
         # A module is a pytree; passed flat, it costs no Python at a call.
-        model = jax.tree.unflatten(self.treedef, leaves)
+        model = jax.tree.unflatten(self.weights.treedef, leaves)
         static = dict(shape=shape, block_size=self.config.block_size, probe=self.config.probe)
         output, caches, state = engine_step(model, caches, state, buffer, **static)
         tokens, logprobs = jax.tree.map(partial(gather_groups, axis=1), (output.tokens, output.logprobs))
@@ -185,58 +177,13 @@ class ModelRunner:
             return buffer
         return jax.make_array_from_callback(buffer.shape, self.by_group, buffer.__getitem__)
 
-    # ------------------------------------------------------------ weights
+    # ------------------------------------------------------------ cache
 
     def _resolve_dtype(self) -> np.dtype:
         if self.config.dtype != "auto":
             return jnp.dtype(DTYPES[self.config.dtype])
         # CPUs compute in float32 whatever the weights' type: 16 bits would only round more.
         return jnp.dtype(DTYPES[self.model_config.dtype] if self.on_gpu else "float32")
-
-    def _load(self, directory: Path, loader: ModelLoader) -> list[jax.Array]:
-        start = time.perf_counter()
-        leaves = jax.tree.leaves(loader.load())
-        logger.info(
-            "loaded %s (%s weights): %.3f billion parameters in %s, %.2f GiB a device, %.1f s",
-            directory,
-            loader.source,
-            self.model_config.num_parameters / 1e9,
-            self.dtype.name,
-            self.weight_bytes / GIB,
-            time.perf_counter() - start,
-        )
-        return leaves
-
-    def check_weights(self, weights: Qwen3ForCausalLM | Mapping[ParameterPath, Any]) -> Mapping[ParameterPath, Any]:
-        """Arrays by path from what `update_weights` of the engine may be given; raises as it says."""
-        return checked_weights(weights, self.model_config, self.targets)
-
-    def update_weights(self, arrays: Mapping[ParameterPath, Any], donate: bool) -> None:
-        """Run the steps dispatched from now on with these arrays, which `check_weights` has passed.
-
-        They take their places one by one, so that the device needs room for the old weights and one array.
-        """
-        for i, (path, target) in enumerate(self.targets.items()):
-            given = arrays[path]
-            array = self._placed(given, target.sharding, donate)
-            if array.dtype != target.dtype:
-                array = _cast(array, target.dtype)
-                if donate and isinstance(given, jax.Array):
-                    given.delete()
-            self.leaves[i] = array
-
-    def _placed(self, given: Any, sharding: NamedSharding, donate: bool) -> jax.Array:
-        """A weight where it should lie: a jax.Array that does is shared. NumPy arrays are copied: they may change."""
-        # What another process has as well is taken from this one's own: JAX would compare it over the network.
-        own = self.num_processes > 1 and isinstance(given, jax.Array) and given.is_fully_addressable
-        if isinstance(given, jax.Array) and not own:
-            return jax.device_put(given, sharding, donate=donate)
-        values = np.array(given)
-        if own and donate:
-            given.delete()
-        return jax.make_array_from_callback(values.shape, sharding, values.__getitem__)
-
-    # ------------------------------------------------------------ cache
 
     def _estimate_workspace(self) -> int:
         tokens = self.max_num_batched_tokens + self.max_num_seqs
@@ -251,7 +198,7 @@ class ModelRunner:
         copies = 1 + 4 / model.num_hidden_layers if config.enforce_eager else 1
         plan = MemoryPlan(
             budget=-largest(-self.device.memory_stats()["bytes_limit"]) if self.on_gpu else None,
-            weights=largest(self.bytes_in_use) + self.weight_bytes,
+            weights=largest(self.bytes_in_use) + self.weights.device_bytes,
             workspace=workspace + self._state_bytes() + RESERVE,
             block=int(block * copies),
         )
@@ -269,7 +216,7 @@ class ModelRunner:
         logger.info(
             "memory a device: %.2f GiB weights, %.2f GiB workspace, %.2f GiB cache = %d blocks of %d tokens = "
             "%d tokens; max_model_len %d",
-            self.weight_bytes / GIB,
+            self.weights.device_bytes / GIB,
             plan.workspace / GIB,
             self.num_blocks * block / GIB,
             self.num_blocks,
@@ -282,7 +229,7 @@ class ModelRunner:
         """When a program decodes how many steps, as Buckets has it: as the user says, or where the host is too slow."""
         steps, tokens = self.config.num_scheduler_steps, math.inf
         if steps is None:
-            room = DISPATCH_BYTES - self.weight_bytes
+            room = DISPATCH_BYTES - self.weights.device_bytes
             tokens = max(0, room * self.num_shards // self.model_config.kv_bytes_per_token(self.dtype.itemsize))
             steps = GPU_STEPS if self.on_gpu and tokens else 1
         return dict(num_steps=steps, multi_step_rows=MULTI_STEP_ROWS, multi_step_tokens=tokens)
@@ -349,7 +296,7 @@ class ModelRunner:
         return ProgramStore(
             Path(directory) / "programs" if directory else None,
             list(self.mesh.devices.flat),
-            repr((settings, self.model_config, self.dtype, self.leaves, self._layout())),
+            repr((settings, self.model_config, self.dtype, self.weights.leaves, self._layout())),
         )
 
     def _compiler_options(self, shape: BatchShape) -> dict[str, bool | str]:
@@ -360,13 +307,13 @@ class ModelRunner:
         state = self._layout()
         out_shardings = (None, *jax.tree.map(lambda array: array.sharding, state))
         step = jax.jit(self._program(shape), donate_argnums=(1, 2), out_shardings=out_shardings)
-        return step.lower(self.leaves, *state, buffer)
+        return step.lower(self.weights.leaves, *state, buffer)
 
     def _program(self, shape: BatchShape) -> Callable:
         """The step of all devices, as a function of whole arrays."""
         donated = specs_of(self._layout())
         output = StepOutput(tokens=Spec(), logprobs=Spec(), hidden=Spec(None, DATA_AXIS), activations=Spec())
-        in_specs = (specs_of(self.leaves), *donated, Spec(DATA_AXIS))
+        in_specs = (specs_of(self.weights.leaves), *donated, Spec(DATA_AXIS))
         return per_device(partial(self._step, shape), self.mesh, in_specs, (output, *donated))
 
     def _score_program(self, size: int) -> Callable:
@@ -374,9 +321,9 @@ class ModelRunner:
         if size not in self._score_programs:
 
             def score(leaves, *args):
-                return prompt_logprobs(jax.tree.unflatten(self.treedef, leaves), *args)
+                return prompt_logprobs(jax.tree.unflatten(self.weights.treedef, leaves), *args)
 
-            in_specs = (specs_of(self.leaves), Spec(None, DATA_AXIS), Spec(), Spec(), Spec())
+            in_specs = (specs_of(self.weights.leaves), Spec(None, DATA_AXIS), Spec(), Spec(), Spec())
             whole, options = per_device(score, self.mesh, in_specs, Spec()), compiler_options(self.mesh, size)
             self._score_programs[size] = jax.jit(whole, compiler_options=options)
         return self._score_programs[size]
@@ -392,11 +339,6 @@ class ModelRunner:
 def _entries(tokens: np.ndarray, logprobs: Iterable[np.ndarray]) -> list[TokenLogprobs]:
     """Arrays over tokens as one TokenLogprobs a token."""
     return [TokenLogprobs(*values) for values in zip(tokens.tolist(), *(array.tolist() for array in logprobs))]
-
-
-@partial(jax.jit, static_argnums=1)
-def _cast(array: jax.Array, dtype: np.dtype) -> jax.Array:
-    return array.astype(dtype)
 
 
 @partial(jax.jit, donate_argnums=0)

@@ -54,7 +54,7 @@ def prompts_of_lengths(*lengths):
 
 def paged_logits(llm, tokens):
     """Logits of every position, through the kernels: a first chunk, then the rest against the cache."""
-    model = jax.tree.unflatten(llm.runner.treedef, llm.runner.leaves)
+    model = llm.model
     c = model.config
     pages = jnp.full((10, c.num_key_value_heads, 256, c.head_dim), jnp.nan, llm.runner.dtype)
     caches, table, parts = [KVCache(pages, pages)] * c.num_hidden_layers, jnp.array([[7, 2, 9, 4]]), []

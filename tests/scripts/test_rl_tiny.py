@@ -55,7 +55,7 @@ def spy(update_weights, given):
     def spied(llm, model, **options):
         update_weights(llm, model, **options)
         given.append(np.asarray(model.embed_tokens.weight[...]))
-        assert np.array_equal(given[-1], llm.runner.leaves[0])
+        assert np.array_equal(given[-1], llm.runner.weights.leaves[0])
 
     return spied
 

@@ -1,0 +1,85 @@
+"""The weights that are served: loaded when the engine starts, swapped between steps."""
+
+import logging
+import time
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from nanovllm_jax.checkpoints.load import ModelLoader
+from nanovllm_jax.engine.memory import GIB
+from nanovllm_jax.models.parameters import ParameterPath, checked_weights
+from nanovllm_jax.models.qwen3 import Qwen3ForCausalLM
+
+logger = logging.getLogger(__name__)
+
+
+class ServedWeights:
+    """A model's arrays as compiled programs take them: flat, in one order."""
+
+    def __init__(self, loader: ModelLoader):
+        # The loader's model comes to hold the arrays that it loads, which `update` is to let go: so it is not kept.
+        self.config, self.device_bytes = loader.config, loader.device_bytes
+        self.leaves, self.treedef = jax.tree.flatten(loader.model)  # shapes, until they are loaded
+        paths = {id(target): path for path, target in loader.targets.items()}
+        self.targets = {paths[id(leaf)]: leaf for leaf in self.leaves}  # by path, in the order of the leaves
+
+    @property
+    def model(self) -> Qwen3ForCausalLM:
+        """The module that is served, with the arrays that it is served with."""
+        return jax.tree.unflatten(self.treedef, self.leaves)
+
+    def load(self, directory: Path, loader: ModelLoader) -> list[jax.Array]:
+        """The checkpoint's arrays, to become the leaves."""
+        start = time.perf_counter()
+        leaves = jax.tree.leaves(loader.load())
+        logger.info(
+            "loaded %s (%s weights): %.3f billion parameters in %s, %.2f GiB a device, %.1f s",
+            directory,
+            loader.source,
+            self.config.num_parameters / 1e9,
+            leaves[0].dtype.name,
+            self.device_bytes / GIB,
+            time.perf_counter() - start,
+        )
+        return leaves
+
+    def check(self, weights: Qwen3ForCausalLM | Mapping[ParameterPath, Any]) -> Mapping[ParameterPath, Any]:
+        """Arrays by path from what `update_weights` of the engine may be given; raises as it says."""
+        return checked_weights(weights, self.config, self.targets)
+
+    def update(self, arrays: Mapping[ParameterPath, Any], donate: bool) -> None:
+        """Run the steps dispatched from now on with these arrays, which `check` has passed.
+
+        They take their places one by one, so that the device needs room for the old weights and one array.
+        """
+        for i, (path, target) in enumerate(self.targets.items()):
+            given = arrays[path]
+            array = _placed(given, target.sharding, donate)
+            if array.dtype != target.dtype:
+                array = _cast(array, target.dtype)
+                if donate and isinstance(given, jax.Array):
+                    given.delete()
+            self.leaves[i] = array
+
+
+def _placed(given: Any, sharding: NamedSharding, donate: bool) -> jax.Array:
+    """A weight where it should lie: a jax.Array that does is shared. NumPy arrays are copied: they may change."""
+    # What another process has as well is taken from this one's own: JAX would compare it over the network.
+    own = jax.process_count() > 1 and isinstance(given, jax.Array) and given.is_fully_addressable
+    if isinstance(given, jax.Array) and not own:
+        return jax.device_put(given, sharding, donate=donate)
+    values = np.array(given)
+    if own and donate:
+        given.delete()
+    return jax.make_array_from_callback(values.shape, sharding, values.__getitem__)
+
+
+@partial(jax.jit, static_argnums=1)
+def _cast(array: jax.Array, dtype: np.dtype) -> jax.Array:
+    return array.astype(dtype)
