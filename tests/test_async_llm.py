@@ -292,7 +292,7 @@ def test_an_engine_that_fails_while_weights_change(engine, monkeypatch):
         with monkeypatch.context() as patch:
             # From then on, so that no step before it fails.
             fails = partial(patch.setattr, engine.runner, "dispatch", lambda *_: 1 / 0)
-            patch.setattr(engine.runner, "check_weights", lambda _: fails())
+            patch.setattr(engine.runner.weights, "check", lambda _: fails())
             with pytest.raises(ZeroDivisionError):
                 await llm.update_weights(engine.model, "finish")
         for error in await asyncio.gather(*tasks, return_exceptions=True):
