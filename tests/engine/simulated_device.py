@@ -101,6 +101,7 @@ class Simulation:
         self.device = SimulatedDevice(options["num_blocks"], self.block_size, options["max_num_seqs"])
         self.in_flight: deque = deque()
         self.sequences: list[Sequence] = []
+        self.cut_short = False  # whether a sequence was ended with work on the device that nobody will look at
         self.num_steps = 0
         self.num_steps_ahead = 0  # those dispatched together with one before them
         self.num_failures = 0
@@ -126,6 +127,7 @@ class Simulation:
 
     def end(self, seq: Sequence) -> None:
         """A stop string is found in what was read of it."""
+        self.cut_short |= seq.status is Status.PREFILL or seq.num_pending > 0
         self.scheduler.finish(seq, "stop")
         assert (seq.slot, seq.block_table) == (-1, [])
         expected, _ = expected_completion(seq.prompt_token_ids, seq.max_len, seq.stop_token_ids)
@@ -205,8 +207,8 @@ class Simulation:
             self.step(depth)
         assert not self.live
         assert self.scheduler.block_manager.num_used_blocks == 0
-        # What depends on NaN is published before anyone has sampled from it, and an abort may come in between.
-        if not any(seq.finish_reason == "abort" for seq in self.sequences):
+        # What depends on NaN is published before anyone has sampled from it, and an abort or end may come in between.
+        if not self.cut_short and not any(seq.finish_reason == "abort" for seq in self.sequences):
             assert not any(self._holds_nan(block) for block in self.scheduler.block_manager._published.values())
 
     @staticmethod
