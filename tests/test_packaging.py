@@ -103,3 +103,8 @@ def test_one_handler_however_often_it_is_set_up():
     assert logger.handlers == handlers
     assert len(handlers) == 1
     assert logging.getLogger().handlers == root
+
+
+def test_torch_is_not_imported(program, tmp_path):
+    """It may be there, for others. transformers would import it, and take seconds, if it were asked for more."""
+    run(f"{program}\nimport sys\nassert 'torch' not in sys.modules", tmp_path)

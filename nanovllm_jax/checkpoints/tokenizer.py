@@ -41,13 +41,13 @@ def load_tokenizer(directory: Path) -> Any | None:
     for name in SETTINGS_FILES:
         if (directory / name).is_file():
             _check_settings(directory / name)
-    from transformers import AutoTokenizer, Qwen3Config
+    # Not AutoTokenizer: it would read the directory's config.json, of which only a part has been checked, and imports
+    # torch where there is one, which takes seconds.
+    from transformers import PreTrainedTokenizerFast, Qwen2TokenizerFast
 
+    kind = Qwen2TokenizerFast if _class_name(directory) in (None, "Qwen2Tokenizer") else PreTrainedTokenizerFast
     try:
-        # Given a config, transformers does not act on the directory's own, of which only a part has been checked.
-        tokenizer = AutoTokenizer.from_pretrained(
-            directory, config=Qwen3Config(), local_files_only=True, trust_remote_code=False
-        )
+        tokenizer = kind.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         problem = _problem(tokenizer)
     except (KeyboardInterrupt, SystemExit):
         raise
@@ -66,6 +66,13 @@ def _check_settings(path: Path) -> None:
     for name in REFUSED_SETTINGS:
         if settings.get(name) is not None:
             raise ValueError(f"{path}: {name}={settings[name]!r} is not supported; remove it")
+
+
+def _class_name(directory: Path) -> str | None:
+    """The tokenizer's class, of CLASSES, if the directory names one."""
+    path = directory / "tokenizer_config.json"
+    kind = read_json(path).get("tokenizer_class") if path.is_file() else None
+    return kind and kind.removesuffix("Fast")
 
 
 def _problem(tokenizer: Any) -> str | None:
