@@ -15,7 +15,8 @@ from functools import cache
 import numpy as np
 
 from nanovllm_jax.engine.batch import BatchPacker, Buckets
-from nanovllm_jax.engine.scheduler import Schedule, Scheduler
+from nanovllm_jax.engine.schedule import Schedule
+from nanovllm_jax.engine.scheduler import Scheduler
 from nanovllm_jax.engine.sequence import Sequence
 from nanovllm_jax.sampling_params import SamplingParams
 

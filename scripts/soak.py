@@ -23,11 +23,11 @@ from soaking.company import Company
 from soaking.compare import Result, largest_difference, other_differences, token_differences
 from soaking.referee import Referee
 from soaking.requests import Case, RequestMaker
-from soaking.watch import Memory, give_back_large_pieces, num_compiles
+from soaking.watch import Memory, num_compiles
 
 from nanovllm_jax import LLM, SamplingParams
 from nanovllm_jax.checkpoints.load import TINY_MODEL, find_checkpoint
-from nanovllm_jax.engine.scheduler import Schedule
+from nanovllm_jax.engine.schedule import Schedule
 
 ROUND = 200  # requests in company, before each is run alone
 TOLERANCE = {4: 1e-5, 2: 0.25}  # of log probabilities, by bytes of a number: 16 bits are noisy
@@ -55,7 +55,6 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status."""
     args = parse_args(arguments)
-    give_back_large_pieces()
     with tempfile.TemporaryDirectory() as scratch:
         soak = Soak(start_engine(args, Path(scratch)), args.seed)
         soak.warm_up()

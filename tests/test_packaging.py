@@ -32,7 +32,7 @@ def imported(statement, cwd):
     return run(f"{statement}\nimport sys\nprint(*[m for m in {heavy} if m in sys.modules])", cwd)[0].split()
 
 
-@pytest.mark.parametrize("module", ["scheduler", "block_manager", "sequence", "batch"])
+@pytest.mark.parametrize("module", ["schedule", "scheduler", "block_manager", "sequence", "batch"])
 def test_scheduling_needs_no_jax(tmp_path, module):
     assert imported(f"import nanovllm_jax.engine.{module}", tmp_path) == []
 

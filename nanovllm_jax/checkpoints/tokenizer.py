@@ -38,16 +38,15 @@ def load_tokenizer(directory: Path) -> Any | None:
         return None
     if not (directory / "tokenizer.json").is_file():
         raise ValueError(f"{directory} has no tokenizer.json; save the tokenizer anew with transformers")
-    for name in SETTINGS_FILES:
-        if (directory / name).is_file():
-            _check_settings(directory / name)
+    settings = {name: _read_settings(directory / name) for name in SETTINGS_FILES}
+    kind = settings["tokenizer_config.json"].get("tokenizer_class") or "Qwen2Tokenizer"
     # Not AutoTokenizer: it would read the directory's config.json, of which only a part has been checked, and imports
     # torch where there is one, which takes seconds.
     from transformers import PreTrainedTokenizerFast, Qwen2TokenizerFast
 
-    kind = Qwen2TokenizerFast if _class_name(directory) in (None, "Qwen2Tokenizer") else PreTrainedTokenizerFast
+    tokenizer_class = Qwen2TokenizerFast if kind.startswith("Qwen2Tokenizer") else PreTrainedTokenizerFast
     try:
-        tokenizer = kind.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        tokenizer = tokenizer_class.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         problem = _problem(tokenizer)
     except (KeyboardInterrupt, SystemExit):
         raise
@@ -58,7 +57,10 @@ def load_tokenizer(directory: Path) -> Any | None:
     return tokenizer
 
 
-def _check_settings(path: Path) -> None:
+def _read_settings(path: Path) -> dict[str, Any]:
+    """What a file says, where there is one; raises ValueError for what it must not say."""
+    if not path.is_file():
+        return {}
     settings = read_json(path)
     kind = settings.get("tokenizer_class")
     if kind is not None and str(kind).removesuffix("Fast") not in CLASSES:
@@ -66,13 +68,7 @@ def _check_settings(path: Path) -> None:
     for name in REFUSED_SETTINGS:
         if settings.get(name) is not None:
             raise ValueError(f"{path}: {name}={settings[name]!r} is not supported; remove it")
-
-
-def _class_name(directory: Path) -> str | None:
-    """The tokenizer's class, of CLASSES, if the directory names one."""
-    path = directory / "tokenizer_config.json"
-    kind = read_json(path).get("tokenizer_class") if path.is_file() else None
-    return kind and kind.removesuffix("Fast")
+    return settings
 
 
 def _problem(tokenizer: Any) -> str | None:

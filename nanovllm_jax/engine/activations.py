@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nanovllm_jax.engine.scheduler import Schedule
+from nanovllm_jax.engine.schedule import Schedule
 from nanovllm_jax.engine.sequence import Sequence
 
 

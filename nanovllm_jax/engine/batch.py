@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nanovllm_jax.engine.scheduler import Schedule
+from nanovllm_jax.engine.schedule import Schedule
 from nanovllm_jax.engine.sequence import Sequence
 
 
@@ -146,10 +146,8 @@ class Buckets:
     mixed_decode_rows: tuple[int, ...]
     """Sizes of the decode part beside a prefill: few, as a padded row costs little there. The last takes any number."""
     num_steps: int = 1
-    """Tokens that a step computes for each of at most `multi_step_rows` sequences, when it only decodes,"""
+    """Tokens that a step computes for each of at most `multi_step_rows` sequences, when it only decodes."""
     multi_step_rows: int = 0
-    multi_step_tokens: float = math.inf
-    """and these have no more tokens in the cache than that."""
 
     @cached_property
     def decode_rows(self) -> tuple[int, ...]:

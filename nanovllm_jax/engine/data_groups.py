@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from nanovllm_jax.engine.batch import BatchPacker, BatchShape, Buckets
-from nanovllm_jax.engine.scheduler import Schedule, Scheduler
+from nanovllm_jax.engine.schedule import Schedule
+from nanovllm_jax.engine.scheduler import Scheduler
 from nanovllm_jax.engine.sequence import Sequence
 
 

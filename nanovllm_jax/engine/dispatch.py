@@ -10,7 +10,7 @@ from nanovllm_jax.engine.activations import CapturedRows, captured_rows
 from nanovllm_jax.engine.batch import BatchPacker
 from nanovllm_jax.engine.data_groups import GroupPacker
 from nanovllm_jax.engine.model_runner import ModelRunner
-from nanovllm_jax.engine.scheduler import Schedule
+from nanovllm_jax.engine.schedule import Schedule
 from nanovllm_jax.engine.sequence import Scored
 
 

@@ -21,7 +21,8 @@ from nanovllm_jax.engine.metrics import EngineMetrics
 from nanovllm_jax.engine.model_runner import ModelRunner
 from nanovllm_jax.engine.prompts import Prompt
 from nanovllm_jax.engine.requests import Completion, Request
-from nanovllm_jax.engine.scheduler import Schedule, Scheduler
+from nanovllm_jax.engine.schedule import Schedule
+from nanovllm_jax.engine.scheduler import Scheduler
 from nanovllm_jax.engine.sequence import Sequence
 from nanovllm_jax.engine.tables import token_tables
 from nanovllm_jax.outputs import EngineStats, RequestOutput
@@ -74,7 +75,7 @@ class LLMEngine:
             enable_prefix_caching=config.enable_prefix_caching,
             num_steps=runner.buckets.num_steps,
             multi_step_rows=runner.buckets.multi_step_rows,
-            multi_step_tokens=runner.buckets.multi_step_tokens,
+            multi_step_tokens=runner.multi_step_tokens,
         )
         groups = config.data_parallel_size
         self.scheduler = make_scheduler() if groups == 1 else DataGroups(groups, make_scheduler)

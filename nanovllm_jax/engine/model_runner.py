@@ -76,13 +76,19 @@ class ModelRunner:
         workspace = self._estimate_workspace()
         self._size_cache(workspace)
         with ThreadPoolExecutor(1) as thread:  # while programs compile
-            leaves = thread.submit(self.weights.load, directory, loader)
+            loading = thread.submit(self.weights.load, directory, loader)
             compiled_workspace = largest(self._compile())
             if self.on_gpu and compiled_workspace > workspace:
                 self._size_cache(compiled_workspace)
                 self._compile()
-            self.weights.leaves = leaves.result()
+            loading.result()
         self._allocate()
+
+    def _resolve_dtype(self) -> np.dtype:
+        if self.config.dtype != "auto":
+            return jnp.dtype(DTYPES[self.config.dtype])
+        # CPUs compute in float32 whatever the weights' type: 16 bits would only round more.
+        return jnp.dtype(DTYPES[self.model_config.dtype] if self.on_gpu else "float32")
 
     # ------------------------------------------------------------ one step
 
@@ -179,12 +185,6 @@ class ModelRunner:
 
     # ------------------------------------------------------------ cache
 
-    def _resolve_dtype(self) -> np.dtype:
-        if self.config.dtype != "auto":
-            return jnp.dtype(DTYPES[self.config.dtype])
-        # CPUs compute in float32 whatever the weights' type: 16 bits would only round more.
-        return jnp.dtype(DTYPES[self.model_config.dtype] if self.on_gpu else "float32")
-
     def _estimate_workspace(self) -> int:
         tokens = self.max_num_batched_tokens + self.max_num_seqs
         rows = 2 * self.max_num_seqs
@@ -209,9 +209,11 @@ class ModelRunner:
         # A CPU is for small models: there few shapes to compile are worth more than little padding.
         most = self.max_num_seqs
         ratio, mixed = (2, {min(32, most), most}) if self.on_gpu else (16, {most})
+        num_steps, self.multi_step_tokens = self._multi_step()
         self.buckets = Buckets(
             *(most, self.max_num_batched_tokens, width, ratio, tuple(sorted(mixed))),
-            **self._multi_step(),
+            num_steps=num_steps,
+            multi_step_rows=MULTI_STEP_ROWS,
         )
         logger.info(
             "memory a device: %.2f GiB weights, %.2f GiB workspace, %.2f GiB cache = %d blocks of %d tokens = "
@@ -225,14 +227,13 @@ class ModelRunner:
             self.max_model_len,
         )
 
-    def _multi_step(self) -> dict[str, Any]:
-        """When a program decodes how many steps, as Buckets has it: as the user says, or where the host is too slow."""
-        steps, tokens = self.config.num_scheduler_steps, math.inf
-        if steps is None:
-            room = DISPATCH_BYTES - self.weights.device_bytes
-            tokens = max(0, room * self.num_shards // self.model_config.kv_bytes_per_token(self.dtype.itemsize))
-            steps = GPU_STEPS if self.on_gpu and tokens else 1
-        return dict(num_steps=steps, multi_step_rows=MULTI_STEP_ROWS, multi_step_tokens=tokens)
+    def _multi_step(self) -> tuple[int, float]:
+        """How many steps one program decodes, and up to how many cached tokens: as the user says, or a GPU needs."""
+        if self.config.num_scheduler_steps:
+            return self.config.num_scheduler_steps, math.inf
+        room = DISPATCH_BYTES - self.weights.device_bytes
+        tokens = max(0, room * self.num_shards // self.model_config.kv_bytes_per_token(self.dtype.itemsize))
+        return (GPU_STEPS if self.on_gpu and tokens else 1), tokens
 
     def _bytes_in_use(self) -> int:
         """What others hold of a GPU: another LLM of this process."""
@@ -296,7 +297,7 @@ class ModelRunner:
         return ProgramStore(
             Path(directory) / "programs" if directory else None,
             list(self.mesh.devices.flat),
-            repr((settings, self.model_config, self.dtype, self.weights.leaves, self._layout())),
+            repr((settings, self.model_config, self.dtype, self.weights.shapes, self._layout())),
         )
 
     def _compiler_options(self, shape: BatchShape) -> dict[str, bool | str]:
@@ -307,13 +308,13 @@ class ModelRunner:
         state = self._layout()
         out_shardings = (None, *jax.tree.map(lambda array: array.sharding, state))
         step = jax.jit(self._program(shape), donate_argnums=(1, 2), out_shardings=out_shardings)
-        return step.lower(self.weights.leaves, *state, buffer)
+        return step.lower(self.weights.shapes, *state, buffer)
 
     def _program(self, shape: BatchShape) -> Callable:
         """The step of all devices, as a function of whole arrays."""
         donated = specs_of(self._layout())
         output = StepOutput(tokens=Spec(), logprobs=Spec(), hidden=Spec(None, DATA_AXIS), activations=Spec())
-        in_specs = (specs_of(self.weights.leaves), *donated, Spec(DATA_AXIS))
+        in_specs = (specs_of(self.weights.shapes), *donated, Spec(DATA_AXIS))
         return per_device(partial(self._step, shape), self.mesh, in_specs, (output, *donated))
 
     def _score_program(self, size: int) -> Callable:
@@ -323,7 +324,7 @@ class ModelRunner:
             def score(leaves, *args):
                 return prompt_logprobs(jax.tree.unflatten(self.weights.treedef, leaves), *args)
 
-            in_specs = (specs_of(self.weights.leaves), Spec(None, DATA_AXIS), Spec(), Spec(), Spec())
+            in_specs = (specs_of(self.weights.shapes), Spec(None, DATA_AXIS), Spec(), Spec(), Spec())
             whole, options = per_device(score, self.mesh, in_specs, Spec()), compiler_options(self.mesh, size)
             self._score_programs[size] = jax.jit(whole, compiler_options=options)
         return self._score_programs[size]

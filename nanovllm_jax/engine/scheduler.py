@@ -8,10 +8,10 @@ freed while a step is in flight can be given to a later step at once.
 
 import math
 from collections import OrderedDict
-from dataclasses import dataclass, field
 from operator import attrgetter
 
 from nanovllm_jax.engine.block_manager import BlockManager
+from nanovllm_jax.engine.schedule import PrefillChunk, Schedule
 from nanovllm_jax.engine.sequence import Sequence, Status
 
 WAITING, PREFILL, DECODE, FINISHED = Status
@@ -20,39 +20,6 @@ _context = attrgetter("num_computed")
 # One block in so many stays free when a sequence is admitted beside others, for these to grow into. Without it, a full
 # pool computes a fifth of all tokens twice: whoever was admitted last is preempted right away, again and again.
 SPARE_SHARE = 50
-
-
-@dataclass(slots=True)
-class PrefillChunk:
-    """The `num_tokens` tokens of `seq` before position `seq.num_computed` (read right after `schedule()`)."""
-
-    seq: Sequence
-    num_tokens: int
-    samples: bool  # the chunk reaches the end of the sequence: its last token's logits give the next token
-
-
-@dataclass(slots=True)
-class Schedule:
-    """What one step computes.
-
-    A row of `decodes` computes the one token at position `seq.num_computed - 1`, and samples. Where the host has not
-    read that token yet (`seq.num_pending` is over 1), the device has it under `seq.slot`. `admitted` are those
-    sequences of the step that have just got their slot and blocks. With `num_steps` over 1, where nothing prefills,
-    each row computes so many tokens, each from the one sampled before it: up to position `seq.num_computed - 1`.
-    """
-
-    decodes: list[Sequence] = field(default_factory=list)
-    prefills: list[PrefillChunk] = field(default_factory=list)
-    admitted: list[Sequence] = field(default_factory=list)
-    num_steps: int = 1
-
-    def __bool__(self):
-        return bool(self.decodes or self.prefills)
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens that the step computes."""
-        return len(self.decodes) + sum(chunk.num_tokens for chunk in self.prefills)
 
 
 class Scheduler:

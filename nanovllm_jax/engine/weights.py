@@ -25,29 +25,29 @@ class ServedWeights:
     def __init__(self, loader: ModelLoader):
         # The loader's model comes to hold the arrays that it loads, which `update` is to let go: so it is not kept.
         self.config, self.device_bytes = loader.config, loader.device_bytes
-        self.leaves, self.treedef = jax.tree.flatten(loader.model)  # shapes, until they are loaded
+        self.shapes, self.treedef = jax.tree.flatten(loader.model)
         paths = {id(target): path for path, target in loader.targets.items()}
-        self.targets = {paths[id(leaf)]: leaf for leaf in self.leaves}  # by path, in the order of the leaves
+        self.targets = {paths[id(shape)]: shape for shape in self.shapes}  # by path, in the same order
+        self.leaves: list[jax.Array] = []  # the arrays of these shapes, when they are loaded
 
     @property
     def model(self) -> Qwen3ForCausalLM:
         """The module that is served, with the arrays that it is served with."""
         return jax.tree.unflatten(self.treedef, self.leaves)
 
-    def load(self, directory: Path, loader: ModelLoader) -> list[jax.Array]:
-        """The checkpoint's arrays, to become the leaves."""
+    def load(self, directory: Path, loader: ModelLoader) -> None:
+        """Take in the checkpoint's arrays."""
         start = time.perf_counter()
-        leaves = jax.tree.leaves(loader.load())
+        self.leaves = jax.tree.leaves(loader.load())
         logger.info(
             "loaded %s (%s weights): %.3f billion parameters in %s, %.2f GiB a device, %.1f s",
             directory,
             loader.source,
             self.config.num_parameters / 1e9,
-            leaves[0].dtype.name,
+            self.leaves[0].dtype.name,
             self.device_bytes / GIB,
             time.perf_counter() - start,
         )
-        return leaves
 
     def check(self, weights: Qwen3ForCausalLM | Mapping[ParameterPath, Any]) -> Mapping[ParameterPath, Any]:
         """Arrays by path from what `update_weights` of the engine may be given; raises as it says."""

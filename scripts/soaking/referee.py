@@ -46,19 +46,14 @@ class Referee:
         return all(self._may_draw(seq, exact, token, error) for token in pair)
 
     def _may_draw(self, seq: Sequence, exact: np.ndarray, token: int, error: float) -> bool:
-        if seq.params.min_p == 0:
-            return self._may_draw_from(seq, exact.copy(), token, error)
         likeliest = self._draw(seq, exact, temperature=0.0)
-        for shift in (0, -error, error):
-            logits = exact.copy()
-            logits[likeliest] += shift
-            if self._may_draw_from(seq, logits, token, error):
-                return True
-        return False
+        shifts = (0, -error, error) if seq.params.min_p else (0,)
+        return any(self._may_draw_with(seq, exact, {likeliest: shift}, token, error) for shift in shifts)
 
-    def _may_draw_from(self, seq: Sequence, logits: np.ndarray, token: int, error: float) -> bool:
-        rivals: set[int] = set()
-        logits[token] += error
+    def _may_draw_with(self, seq: Sequence, exact: np.ndarray, shifts: dict, token: int, error: float) -> bool:
+        logits, rivals = exact.copy(), set()
+        for entry, shift in (*shifts.items(), (token, error)):
+            logits[entry] += shift
         while len(rivals) < MOST_RIVALS:
             drawn = self._draw(seq, logits)
             if drawn == token or drawn in rivals:

@@ -8,18 +8,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-# The C library keeps what was freed, in pieces, and these pile up for a long while: that is no leak. So large pieces
-# are to be had from the system one by one, and the others given back when memory is measured.
-_libc = ctypes.CDLL(None)
-_trim = getattr(_libc, "malloc_trim", lambda keep: None)
-M_MMAP_THRESHOLD, LARGE = -3, 1 << 16
-
-
-def give_back_large_pieces() -> None:
-    """From now on, in this process: what is freed of 64 KiB and more is no longer there."""
-    if hasattr(_libc, "mallopt"):
-        _libc.mallopt(M_MMAP_THRESHOLD, LARGE)
-
+# The C library keeps what was freed, in pieces, and these pile up for a long while: that is no leak.
+_trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda keep: None)
 
 _compiled: list[str] = []
 jax.monitoring.register_event_duration_secs_listener(

@@ -9,7 +9,8 @@ prefix gives another token than `expected_completion`, which has no cache at all
 from collections import deque
 from collections.abc import Callable
 
-from nanovllm_jax.engine.scheduler import Schedule, Scheduler
+from nanovllm_jax.engine.schedule import Schedule
+from nanovllm_jax.engine.scheduler import Scheduler
 from nanovllm_jax.engine.sequence import Scored, Sequence, Status
 
 VOCAB = 50
@@ -101,7 +102,7 @@ class Simulation:
         self.device = SimulatedDevice(options["num_blocks"], self.block_size, options["max_num_seqs"])
         self.in_flight: deque = deque()
         self.sequences: list[Sequence] = []
-        self.cut_short = False  # whether a sequence was ended with work on the device that nobody will look at
+        self.cut_short: list[Sequence] = []  # ended with work on the device that nobody will look at
         self.num_steps = 0
         self.num_steps_ahead = 0  # those dispatched together with one before them
         self.num_failures = 0
@@ -127,14 +128,19 @@ class Simulation:
 
     def end(self, seq: Sequence) -> None:
         """A stop string is found in what was read of it."""
-        self.cut_short |= seq.status is Status.PREFILL or seq.num_pending > 0
+        self._note_unread(seq)
         self.scheduler.finish(seq, "stop")
         assert (seq.slot, seq.block_table) == (-1, [])
         expected, _ = expected_completion(seq.prompt_token_ids, seq.max_len, seq.stop_token_ids)
         assert seq.completion_token_ids == expected[: seq.num_completion_tokens], seq
         self.check()
 
+    def _note_unread(self, seq: Sequence) -> None:
+        if seq.status is Status.PREFILL or seq.num_pending:
+            self.cut_short.append(seq)
+
     def abort(self, seq: Sequence) -> None:
+        self._note_unread(seq)
         self.scheduler.abort(seq)
         assert (seq.is_finished, seq.slot, seq.block_table) == (True, -1, [])
         self.check()
@@ -208,8 +214,9 @@ class Simulation:
         assert not self.live
         assert self.scheduler.block_manager.num_used_blocks == 0
         # What depends on NaN is published before anyone has sampled from it, and an abort or end may come in between.
-        if not self.cut_short and not any(seq.finish_reason == "abort" for seq in self.sequences):
-            assert not any(self._holds_nan(block) for block in self.scheduler.block_manager._published.values())
+        unread = {digest for seq in self.cut_short for digest in seq.block_hashes}
+        for digest, block in self.scheduler.block_manager._published.items():
+            assert digest in unread or not self._holds_nan(block), block
 
     @staticmethod
     def _scored(schedule: Schedule) -> list[tuple[Scored, int, list[int]]]:
