@@ -1,4 +1,5 @@
-"""Paged attention (a function each to write the KV cache, decode from it and prefill against it), a norm, sampling.
+"""Paged attention (a function each to write the KV cache, decode from it and prefill against it), a norm, linear layers
+of one row, sampling.
 
 On an NVIDIA GPU each runs its Pallas kernel, anywhere else its plain-jnp oracle (in the files called reference, same
 signature). Which one is settled when a program is lowered, so a compiled step holds one of the two. Each sits in a jit
@@ -13,9 +14,10 @@ import functools
 
 import jax
 
-from . import adjust, decode, logprobs, matmul, norm, prefill, reference, reference_sampling, store, threshold
+from . import adjust, decode, logprobs, matmul, norm, prefill, reference, reference_sampling, row, store, threshold
 from .common import kernel
 from .reference_sampling import ENDS, MAX_LOGPROBS, PROMPT
+from .row import fits as is_row
 
 __all__ = [
     "ENDS",
@@ -24,9 +26,12 @@ __all__ = [
     "add_norm",
     "adjust_logits",
     "fixed_matmul",
+    "is_row",
     "norm_rope_store",
     "paged_decode_attention",
     "paged_prefill_attention",
+    "row_linear",
+    "row_norm_linear",
     "sampling_threshold",
     "token_logprobs",
 ]
@@ -152,6 +157,48 @@ def _add_norm(x, delta, gain, *, eps):
 @add_norm.defjvp
 def _add_norm_jvp(eps, primals, tangents):
     return jax.jvp(functools.partial(reference.add_norm, eps=eps), primals, tangents)
+
+
+@jax.custom_jvp
+def row_linear(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x [1, D] @ weight [F, D].T in float32, rounded to x's dtype: [1, F]. For what `is_row` says. Differentiable."""
+    return _row_linear(x, weight)
+
+
+@kernel
+def _row_linear(x, weight):
+    return jax.lax.platform_dependent(x, weight, cuda=row.row_linear, default=reference.row_linear)
+
+
+@row_linear.defjvp
+def _row_linear_jvp(primals, tangents):
+    return jax.jvp(reference.row_linear, primals, tangents)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
+def row_norm_linear(
+    x: jax.Array, delta: jax.Array, gain: jax.Array, weight: jax.Array, eps: float
+) -> tuple[jax.Array, jax.Array]:
+    """`add_norm` of one row and a linear layer of the norm, for what `is_row` says. Differentiable.
+
+    x, delta [1, D]; gain [D]; weight [1, F, D], or [2, F, D] for SwiGLU: silu(first) * second.
+    Returns (x + delta [1, D], the layer's output [1, F]).
+    """
+    return _row_norm_linear(x, delta, gain, weight, eps=eps)
+
+
+@functools.partial(kernel, static_argnames="eps")
+def _row_norm_linear(x, delta, gain, weight, *, eps):
+    return jax.lax.platform_dependent(
+        *(x, delta, gain, weight),
+        cuda=functools.partial(row.row_norm_linear, eps=eps),
+        default=functools.partial(reference.row_norm_linear, eps=eps),
+    )
+
+
+@row_norm_linear.defjvp
+def _row_norm_linear_jvp(eps, primals, tangents):
+    return jax.jvp(functools.partial(reference.row_norm_linear, eps=eps), primals, tangents)
 
 
 @kernel

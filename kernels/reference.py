@@ -32,6 +32,18 @@ def add_norm(x, delta, gain, *, eps):
     return total, _rms_norm(total, gain, eps)
 
 
+def row_linear(x, weight):
+    """See nanovllm_jax.kernels.row_linear."""
+    return jnp.matmul(x, weight.T, precision="highest", preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+def row_norm_linear(x, delta, gain, weight, *, eps):
+    """See nanovllm_jax.kernels.row_norm_linear."""
+    total, normed = add_norm(x, delta, gain, eps=eps)
+    y = [row_linear(normed, part) for part in weight]
+    return total, y[0] if len(y) == 1 else jax.nn.silu(y[0]) * y[1]
+
+
 def fixed_matmul(x, weight, *, dtype):
     """See nanovllm_jax.kernels.fixed_matmul."""
 

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from nanovllm_jax.kernels import decode, norm, prefill, reference, store
+from nanovllm_jax.kernels import decode, norm, prefill, reference, row, store
 
 # (batch, shortest and longest context), (sequences, new tokens and context of each), tokens, tokens
 DECODE = [(1, 1000, 1000), (1, 32000, 32000), (8, 1000, 1000), (64, 1000, 1000), (64, 200, 1486)]
@@ -32,6 +32,7 @@ DECODE += [(256, 1000, 1000), (256, 200, 1486)]
 PREFILL = [(16, 1024, 1024), (1, 16384, 16384), (64, 256, 256), (4, 2048, 8192), (1, 1000, 1000)]
 STORE = [1, 64, 256, 16384]
 NORM = [1, 256, 16384]
+ROW = [(1, 4096), (2, 3072)]  # (weights, features of each): q/k/v, gate and up
 CHAINED_CALLS = 128
 TABLE_TOKENS = 4096  # a block table's width: at least so many tokens, as an engine's goes by its longest context
 
@@ -42,6 +43,7 @@ PREFILL_CUTS = [(128, 128, 8, 3), (128, 128, 8, 2), (128, 128, 8, 4), (128, 64, 
 PREFILL_CUTS += [(128, 64, 4, 3), (128, 32, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 4), (64, 128, 4, 3)]
 PREFILL_CUTS += [(64, 32, 4, 3), (32, 64, 4, 3), (32, 64, 2, 3), (256, 64, 8, 3), (256, 128, 8, 2)]
 STORE_CUTS = [*itertools.product((1, 2, 4), (1, 2, 4)), (8, 2), (8, 4), (8, 8), (16, 4), (16, 8), (32, 8)]
+ROW_CUTS = [*itertools.product((1, 2, 4, 8), (2, 4, 8, 16))]
 NORM_CUTS = [*itertools.product((1, 2), (1, 2, 4, 8, 16)), (4, 2), (4, 4), (4, 8), (8, 4), (8, 8)]
 
 
@@ -161,6 +163,14 @@ def norm_case(rng, shape: Shape, pool, tokens) -> Case:
     return Case("norm", f"{tokens}", *functions, sets, norm.default_tiles(shape.hidden), moved, state=(x,))
 
 
+def row_case(rng, shape: Shape, pool, weights, features) -> Case:
+    moved = float(weights * features * shape.hidden * shape.dtype.itemsize)
+    x, delta, gain = (shape.random(rng, *size, shape.hidden) for size in ((1,), (1,), ()))
+    sets = [(x, delta, gain, shape.random(rng, weights, features, shape.hidden)) for _ in range(sets_for(moved))]
+    functions = kernel_and_oracle(row, "row_norm_linear", eps=1e-6)
+    return Case("row", f"{weights} x {features}", *functions, sets, row.default_tiles(shape.hidden), moved)
+
+
 def compiled(case: Case, call):
     """A program that makes a call on each input set, or enough calls that dispatching it is quicker than running it."""
     call = jax.jit(call)  # of one trace, however many calls
@@ -231,11 +241,13 @@ def bench(case: Case, shape: Shape, args) -> None:
 
 def settings(case: Case, shape: Shape) -> list:
     """What to try on a case, its default first."""
-    tokens, cuts = len(case.sets[0][0]), {"prefill": PREFILL_CUTS, "store": STORE_CUTS, "norm": NORM_CUTS}
+    tokens, cuts = len(case.sets[0][0]), {"prefill": PREFILL_CUTS, "store": STORE_CUTS}
+    cuts |= {"norm": NORM_CUTS, "row": ROW_CUTS}
     if case.kernel == "decode":
         tried = [decode.Tiles(k, extra, *rest) for (k, *rest), extra in itertools.product(DECODE_CUTS, DECODE_EXTRA)]
-    else:  # a tile of more tokens than there are is of use in prefill alone
-        tried = [type(case.default)(*cut) for cut in cuts[case.kernel] if case.kernel == "prefill" or cut[0] <= tokens]
+    else:  # a tile of more tokens than there are is of use in prefill alone, and a row's is of features
+        anyway = case.kernel in ("prefill", "row")
+        tried = [type(case.default)(*cut) for cut in cuts[case.kernel] if anyway or cut[0] <= tokens]
     return list(dict.fromkeys([case.default, *tried]))
 
 
@@ -271,7 +283,7 @@ def sweep(cases: list[Case], shape: Shape, args) -> None:
 
 
 KERNELS = {"decode": (decode_case, DECODE), "prefill": (prefill_case, PREFILL)}
-KERNELS |= {"store": (store_case, STORE), "norm": (norm_case, NORM)}
+KERNELS |= {"store": (store_case, STORE), "norm": (norm_case, NORM), "row": (row_case, ROW)}
 
 
 def main() -> None:
@@ -282,7 +294,7 @@ def main() -> None:
     parser.add_argument("--block-size", type=int, default=256)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--tokens", type=int, default=2**19, help="size of the KV cache")
-    parser.add_argument("--hidden", type=int, default=1024, help="what add_norm works on")
+    parser.add_argument("--hidden", type=int, default=1024, help="what norm and row work on")
     parser.add_argument("--only", nargs="+", choices=KERNELS, default=list(KERNELS))
     parser.add_argument("--sweep", action="store_true", help="time many tile settings")
     parser.add_argument("--top", type=int, default=6, help="how many of a sweep's settings to print for each problem")

@@ -24,7 +24,7 @@ from nanovllm_jax.engine.batch import FLOATS, SamplingRows, sampling_row
 from nanovllm_jax.engine.sequence import Sequence
 from nanovllm_jax.engine.tables import ENDS, PROMPT
 from nanovllm_jax.layers.sampler import sample
-from nanovllm_jax.models.draw import DeviceState, draw
+from nanovllm_jax.models.draw import DeviceState, columns, draw
 
 CALLS = 4  # to a program, each on logits of its own
 CONTEXT = 1000  # tokens of each sequence, half of them its prompt
@@ -109,7 +109,7 @@ def seconds_per_call(call, inputs: list[tuple], state: tuple = (), samples: int 
 def make_and_draw(scale, logits, sampling, slots, context_lens, *state):
     """`draw` where nobody else holds the logits, as in a step."""
     (made,) = make(scale, logits)
-    *outputs, state = draw(made, sampling, slots, context_lens, DeviceState(*state))
+    *outputs, state = draw(made, columns(sampling), slots, context_lens, DeviceState(*state))
     return outputs, *state
 
 

@@ -11,7 +11,7 @@ from small_model import SMALL, assert_idle, join, random_tensors, small_llm, who
 
 from nanovllm_jax import SamplingParams
 from nanovllm_jax.engine.batch import SamplingRows
-from nanovllm_jax.models.draw import DeviceState, draw
+from nanovllm_jax.models.draw import DeviceState, columns, draw
 
 POISONED = 300  # a token whose embedding is NaN
 VOCAB = 7
@@ -175,8 +175,10 @@ def test_rows_without_a_token_to_draw(settings):
     )
     slots = jnp.arange(count, dtype=jnp.int32)
     run = jax.jit(draw)
-    tokens, _, after = run(jnp.array(logits), packed([own] * count), slots, jnp.full(count, 9, jnp.int32), state)
-    alone, _, _ = run(jnp.array(logits[-1:]), packed([own]), slots[:1], jnp.full(1, 9, jnp.int32), state)
+    tokens, _, after = run(
+        jnp.array(logits), columns(packed([own] * count)), slots, jnp.full(count, 9, jnp.int32), state
+    )
+    alone, _, _ = run(jnp.array(logits[-1:]), columns(packed([own])), slots[:1], jnp.full(1, 9, jnp.int32), state)
     assert tokens.tolist() == [-1, int(alone[0])] * len(BAD_ROWS) + [int(alone[0])]
     assert ((after.last_tokens >= 0) & (after.last_tokens < VOCAB)).all()
     assert after.token_counts.sum(axis=1).tolist() == [own["adjusts"]] * count

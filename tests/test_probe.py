@@ -181,9 +181,9 @@ def plain_model(model, tokens, positions, caches, attend, run_layer):
 
 def plain_layer(layer, residual, x, cos, sin, cache, attend):
     residual, x = layer.input_layernorm.add(residual, x)
-    x, cache = layer.self_attn(x, cos, sin, cache, attend)
+    x, cache = layer.self_attn(layer.self_attn.qkv_proj(x), cos, sin, cache, attend)
     residual, x = layer.post_attention_layernorm.add(residual, x)
-    return residual, layer.mlp(x), cache
+    return residual, layer.mlp.down_proj(layer.mlp.gate_up_proj(x)), cache
 
 
 # --- bad input ---

@@ -1,4 +1,4 @@
-"""The one linear layer: weights stored [out..., in], as in Hugging Face checkpoints."""
+"""Linear layers: weights stored [out..., in], as in Hugging Face checkpoints."""
 
 from collections.abc import Callable
 
@@ -21,6 +21,8 @@ def matmul(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype | None = None) 
 
     float32 inputs use full-precision products: on a GPU the default would be TF32.
     """
+    if out_dtype is None and kernels.is_row(x, weight, normed=False):
+        return kernels.row_linear(x, weight.reshape(-1, weight.shape[-1])).reshape(1, *weight.shape[:-1])
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     contract = (((x.ndim - 1,), (weight.ndim - 1,)), ((), ()))
     return lax.dot_general(x, weight, contract, precision=precision, preferred_element_type=out_dtype or x.dtype)
@@ -38,6 +40,8 @@ def fixed_matmul(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype | None = 
 
 class Linear(nnx.Module):
     """y = x @ weight.T (+ bias). One output may be several dimensions: [..., in] -> [..., *out]."""
+
+    parts = 1  # products of which the output is made
 
     def __init__(
         self,
@@ -62,3 +66,24 @@ class Linear(nnx.Module):
         """x [..., in] -> [..., *out]."""
         y = sum_over(self.in_axis, self.matmul(x, self.weight[...]))
         return y if self.bias is None else y + self.bias[...]
+
+    def of_sum(self, norm: nnx.Module, x: jax.Array, delta: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """x and delta [..., in] -> their sum, and this layer of the sum's norm (an RMSNorm)."""
+        weight = self.weight[...]
+        if self.matmul is matmul and self.bias is None and kernels.is_row(x, weight, normed=True):
+            parts = weight.reshape(self.parts, -1, weight.shape[-1])
+            total, y = kernels.row_norm_linear(x, delta, norm.weight[...], parts, norm.eps)
+            return total, y.reshape(1, *weight.shape[self.parts - 1 : -1])
+        total, normed = norm.add(x, delta)
+        return total, self(normed)
+
+
+class GatedLinear(Linear):
+    """SwiGLU (Shazeer 2020), silu(gate(x)) * up(x): weights [2, out, in], and x [..., in] -> [..., out]."""
+
+    parts = 2
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., in] -> [..., out]."""
+        gate_up = super().__call__(x)  # (..., 2, out)
+        return jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]

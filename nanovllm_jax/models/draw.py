@@ -45,7 +45,7 @@ class LogprobArrays(NamedTuple):
 
 def draw(
     logits: jax.Array,
-    sampling: jax.Array,
+    rows: SamplingRows,
     slots: jax.Array,
     context_lens: jax.Array,
     state: DeviceState,
@@ -54,11 +54,10 @@ def draw(
 ) -> tuple[jax.Array, LogprobArrays, DeviceState]:
     """Draw each row's next token, which goes to position context_lens [R] of its sequence.
 
-    logits [R, V] float32 (or a device's part of V); sampling [R, 12] int32: SamplingRows by column; slots [R]
-    int32. Returns tokens [R] int32, their log probabilities, and the state with the tokens taken in. A row whose best
-    logit is NaN or infinite has no token to draw: it returns -1, and the state has some token of the vocabulary.
+    logits [R, V] float32 (or a device's part of V); rows: from `columns`; slots [R] int32. Returns tokens [R] int32,
+    their log probabilities, and the state with the tokens taken in. A row whose best logit is NaN or infinite has no
+    token to draw: it returns -1, and the state has some token of the vocabulary.
     """
-    rows = _columns(sampling)
     seeds = jnp.stack((rows.seed_low, rows.seed_high), axis=1).astype(jnp.uint32)
     ends_too_early = (context_lens < rows.min_len).astype(jnp.int32)
     penalties = rows.repetition, rows.frequency, rows.presence
@@ -87,7 +86,7 @@ def write_tables(state: DeviceState, line: jax.Array, token_counts: jax.Array, l
     )
 
 
-def _columns(sampling: jax.Array) -> SamplingRows:
-    """[R, 12] int32 as columns of their own types."""
+def columns(sampling: jax.Array) -> SamplingRows:
+    """BatchView.sampling [R, 12] int32 as columns [R] of their own types."""
     columns = SamplingRows(*sampling.T)
     return columns._replace(**{name: lax.bitcast_convert_type(getattr(columns, name), jnp.float32) for name in FLOATS})

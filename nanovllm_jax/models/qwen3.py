@@ -13,7 +13,7 @@ from flax import nnx
 
 from nanovllm_jax.config import ModelConfig
 from nanovllm_jax.layers.embedding import Embedding
-from nanovllm_jax.layers.linear import Linear, MatMul, fixed_matmul, matmul
+from nanovllm_jax.layers.linear import GatedLinear, Linear, MatMul, fixed_matmul, matmul
 from nanovllm_jax.layers.norm import RMSNorm
 from nanovllm_jax.layers.rope import rope_angles
 
@@ -37,26 +37,20 @@ class Attention(nnx.Module):
         self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps, dtype=dtype)
         self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps, dtype=dtype)
 
-    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, cache, attend: Attend):
-        """x [T, D] -> [T, D] and the cache."""
-        qkv = self.qkv_proj(x)  # (T, K, G + 2, H)
+    def __call__(self, qkv: jax.Array, cos: jax.Array, sin: jax.Array, cache, attend: Attend):
+        """What qkv_proj makes of the input, [T, K, G + 2, H] -> [T, D] and the cache."""
         with jax.named_scope("attend"):
             out, cache = attend(qkv, self.q_norm, self.k_norm, cos, sin, cache)  # (T, N, H)
-        return self.o_proj(out.reshape(*x.shape[:-1], -1)), cache
+        return self.o_proj(out.reshape(*qkv.shape[:-3], -1)), cache
 
 
 class MLP(nnx.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x))."""
+    """SwiGLU, down(silu(gate(x)) * up(x)); the layer runs the two, as the first takes in the norm before it."""
 
     def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs, matmul: MatMul):
         d, f, options = config.hidden_size, config.intermediate_size, dict(dtype=dtype, rngs=rngs, matmul=matmul)
-        self.gate_up_proj = Linear(d, (2, f), axes=(None, "mlp", "embed"), **options)
+        self.gate_up_proj = GatedLinear(d, (2, f), axes=(None, "mlp", "embed"), **options)
         self.down_proj = Linear(f, (d,), axes=("embed", "mlp"), **options)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x [T, D] -> [T, D]."""
-        gate_up = self.gate_up_proj(x)  # (T, 2, F)
-        return self.down_proj(jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :])
 
 
 class DecoderLayer(nnx.Module):
@@ -76,14 +70,14 @@ class DecoderLayer(nnx.Module):
     @jax.named_scope("attention")
     def attention_half(self, residual: jax.Array, x: jax.Array, cos: jax.Array, sin: jax.Array, cache, attend: Attend):
         """The first half of a layer: the x that comes back is the attention's output [T, D]."""
-        residual, x = self.input_layernorm.add(residual, x)
-        return residual, *self.self_attn(x, cos, sin, cache, attend)
+        residual, qkv = self.self_attn.qkv_proj.of_sum(self.input_layernorm, residual, x)
+        return residual, *self.self_attn(qkv, cos, sin, cache, attend)
 
     @jax.named_scope("mlp")
     def mlp_half(self, residual: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The second half: residual and x [T, D], and the same two after it."""
-        residual, x = self.post_attention_layernorm.add(residual, x)
-        return residual, self.mlp(x)
+        residual, x = self.mlp.gate_up_proj.of_sum(self.post_attention_layernorm, residual, x)
+        return residual, self.mlp.down_proj(x)
 
 
 # A module is a pytree, and the layers differ only in their arrays: the inner jit traces one of them for all.

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from nanovllm_jax.engine.batch import BatchShape, BatchView
 from nanovllm_jax.layers.attention import KVCache, PagedAttention
-from nanovllm_jax.models.draw import DeviceState, LogprobArrays, draw
+from nanovllm_jax.models.draw import DeviceState, LogprobArrays, columns, draw
 from nanovllm_jax.models.qwen3 import Qwen3ForCausalLM, run_layer
 from nanovllm_jax.models.watch import Watch
 from nanovllm_jax.parallel import vocabulary
@@ -47,6 +47,7 @@ def engine_step(
     buffer: the batch, packed by engine.batch. The caches and the state come back updated; compiled, they are donated.
     """
     batch = shape.views(buffer)
+    batch = batch._replace(sampling=columns(batch.sampling))  # once: for one row each column is a copy
 
     def step(carry, number):
         """Decode rows go on from the token that the step before left in last_tokens."""

@@ -13,7 +13,7 @@ from nanovllm_jax.engine.batch import FLOATS, sampling_row
 from nanovllm_jax.engine.sequence import Sequence
 from nanovllm_jax.engine.tables import token_tables
 from nanovllm_jax.layers.attention import causal_attention
-from nanovllm_jax.models.draw import DeviceState, draw
+from nanovllm_jax.models.draw import DeviceState, columns, draw
 
 MOST_RIVALS = 256  # that may have to be lowered: where a filter's edge runs through a flat distribution, they are many
 
@@ -90,7 +90,7 @@ class Referee:
         counts, bias = token_tables(seq, len(logits))
         state = DeviceState(jnp.zeros(1, jnp.int32), jnp.asarray(counts[None]), jnp.asarray(bias[None]))
         at = jnp.full(1, seq.num_tokens, jnp.int32)
-        args = jnp.asarray(logits)[None], jnp.array([bits], jnp.int32), jnp.zeros(1, jnp.int32), at, state
+        args = jnp.asarray(logits)[None], columns(jnp.array([bits], jnp.int32)), jnp.zeros(1, jnp.int32), at, state
         return int(self._draw_one(*args)[0][0])
 
     @cached_property

@@ -15,6 +15,8 @@ from nanovllm_jax.kernels import (
     paged_prefill_attention,
     prefill,
     reference,
+    row_linear,
+    row_norm_linear,
     store,
 )
 from paged_cases import paged
@@ -162,6 +164,25 @@ def test_add_norm(tokens, features, dtype):
     assert_rounded_alike(add_norm(*args, 1e-6), expected, dtype)
     tiled = functools.partial(norm.add_norm, eps=1e-6, tiles=norm.Tiles(1 if tokens == 1 else 2, 4))
     assert_rounded_alike(jax.jit(tiled)(*args), expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(
+    ("weights", "features", "depth"),  # of 0.6B, 1.7B, 4B, 8B
+    [(1, 4096, 1024), (2, 3072, 1024), (1, 1024, 3072), (2, 6144, 2048), (1, 2560, 4096), (1, 6144, 2560)],
+)
+def test_linear_layers_of_a_row(weights, features, depth, dtype):
+    rng = np.random.default_rng(depth)
+    sizes = (1, depth), (1, depth), (depth,), (weights, features, depth)
+    args = [jnp.asarray(rng.standard_normal(size) / len(size) ** 3, dtype) for size in sizes]
+    total, y = row_norm_linear(*args, 1e-6)
+    want_total, want_y = jax.jit(functools.partial(reference.row_norm_linear, eps=1e-6))(*args)
+    np.testing.assert_array_equal(np.asarray(total), np.asarray(want_total))
+    x, weight = args[0], args[3][0]
+    for pair in ((y, want_y), (row_linear(x, weight), reference.row_linear(x, weight))):
+        got, want = (np.asarray(array, np.float32) for array in pair)
+        assert got.shape == want.shape == (1, features)
+        assert np.abs(got - want).max() <= TOLERANCE[dtype] * np.abs(want).max()
 
 
 def test_a_compiled_step_has_no_branch_and_no_copy_of_the_cache():

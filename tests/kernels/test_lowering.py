@@ -14,6 +14,8 @@ from nanovllm_jax.kernels import (
     norm_rope_store,
     paged_decode_attention,
     paged_prefill_attention,
+    row_linear,
+    row_norm_linear,
 )
 
 KV_HEADS = 8  # of every published Qwen3; the group sizes of 0.6B and 1.7B, 4B and 8B, 14B, 32B
@@ -101,6 +103,17 @@ def test_fixed_matmul_lowers_to_one_kernel(features, depth):
     for rows, dtype in ((1, jnp.bfloat16), (300, jnp.float32), (16384, jnp.float16)):
         f, args = matmul_case(rows, features, depth, dtype)
         assert custom_calls(lowered_for_cuda(f, *args)) == [PALLAS]
+
+
+@pytest.mark.parametrize(("weights", "features", "depth"), [(1, 4096, 1024), (2, 3072, 1024), (1, 1024, 2560)])
+def test_linear_layers_of_a_row_lower_to_one_kernel(weights, features, depth):
+    row, gain, weight = (
+        jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((1, depth), (depth,), (weights, features, depth))
+    )
+    fused = functools.partial(row_norm_linear, eps=1e-6)
+    assert custom_calls(lowered_for_cuda(fused, row, row, gain, weight)) == [PALLAS]
+    part = jax.ShapeDtypeStruct((features, depth), jnp.bfloat16)
+    assert custom_calls(lowered_for_cuda(row_linear, row, part)) == [PALLAS]
 
 
 @pytest.mark.parametrize(("group", "pool"), SHAPES, ids=str)
