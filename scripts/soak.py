@@ -5,17 +5,19 @@
 
 Requests of every kind share a pool that is too small for them, so that they are preempted; others are aborted,
 streamed and left, or refused. Then each one that ended runs again, alone in the idle engine and with nothing in the
-prefix cache. In float32 its tokens must be the same, and its log probabilities to 1e-5 (of those below -1: of their
+prefix cache. In float32 its tokens must be the same, and its log probabilities to 5e-5 (of those below -1: of their
 size). In 16 bits the first token that differs must be a tie (see soaking/referee.py), and what follows it is not
 compared. The exit status is 1 where anything differs, a block leaks, memory grows or a program is compiled on the way.
 """
 
 import argparse
+import os
 import random
 import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from textwrap import shorten
 
@@ -30,8 +32,8 @@ from nanovllm_jax.checkpoints.load import TINY_MODEL, find_checkpoint
 from nanovllm_jax.engine.schedule import Schedule
 
 ROUND = 200  # requests in company, before each is run alone
-TOLERANCE = {4: 1e-5, 2: 0.25}  # of log probabilities, by bytes of a number: 16 bits are noisy
-MOST_GROWTH = 1024  # KiB for 1000 requests: one KiB each, where a healthy run was seen to have 0.4
+TOLERANCE = {4: 5e-5, 2: 0.25}  # of log probabilities, by bytes of a number: 16 bits are noisy
+MOST_GROWTH = 1024  # KiB for 1000 requests
 
 
 def parse_args(arguments: list[str] | None) -> argparse.Namespace:
@@ -58,7 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         soak = Soak(start_engine(args, Path(scratch)), args.seed)
         soak.warm_up()
-        soak.run(args.requests, time.monotonic() + args.seconds)
+        with suppress(KeyboardInterrupt):  # Ctrl-C ends a long run early
+            soak.run(args.requests, time.monotonic() + args.seconds)
     print(soak.report())
     return int(bool(soak.problems()))
 
@@ -105,16 +108,19 @@ class Soak:
         """So many requests, or as many as there is time for, in rounds."""
         start = time.monotonic()
         while self.counts["requests"] < requests and time.monotonic() < deadline:
-            compiled = num_compiles()
-            finished = self.company.run(min(ROUND, requests - self.counts["requests"]))
-            self._count_leaks()
-            pairs = self._run_alone(finished, deadline)
-            self.counts["compiles"] += num_compiles() - compiled
-            for case, found, alone in pairs:
-                self._compare(case, found, alone)
+            self._run_round(min(ROUND, requests - self.counts["requests"]), deadline)
             self.memory.sample(self.counts["requests"])
             self.seconds = time.monotonic() - start
-            print(f"{self.seconds:6.0f} s  {self.counts['requests']} requests  {self.memory.now} KiB", file=sys.stderr)
+            print(f"{self.seconds:6.0f} s  {self.counts['requests']} requests  {self.memory}", file=sys.stderr)
+
+    def _run_round(self, requests: int, deadline: float) -> None:
+        compiled = num_compiles()
+        finished = self.company.run(requests)
+        self._count_leaks()
+        pairs = self._run_alone(finished, deadline)
+        self.counts["compiles"] += num_compiles() - compiled
+        for case, found, alone in pairs:
+            self._compare(case, found, alone)
 
     def _run_every_program(self) -> None:
         """Once, with nothing but padding: a GPU takes host memory for a program when it first runs it."""
@@ -147,7 +153,8 @@ class Soak:
         rows += [
             ("mismatches", len(self.mismatches)),
             ("largest difference of logprobs", f"{self.logprob_difference:.1e}"),
-            ("memory, KiB for 1000 requests", "too short to say" if slope is None else f"{slope:.0f}"),
+            ("allocated, KiB for 1000 requests", "too short to say" if slope is None else f"{slope:.0f}"),
+            ("allocated, resident at the end", str(self.memory)),
         ]
         problems = self.problems()
         lines = [f"{name:<34} {value}" for name, value in rows] + [f"PROBLEM {problem}" for problem in problems[:10]]
@@ -189,4 +196,6 @@ class Soak:
 
 
 if __name__ == "__main__":
+    if "PYTHONMALLOC" not in os.environ:  # the C library can tell how much of its memory is in use
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"PYTHONMALLOC": "malloc"})
     sys.exit(main())

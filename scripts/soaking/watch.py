@@ -8,8 +8,15 @@ from pathlib import Path
 import jax
 import numpy as np
 
-# The C library keeps what was freed, in pieces, and these pile up for a long while: that is no leak.
-_trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda keep: None)
+_libc = ctypes.CDLL(None)
+
+
+class _MallInfo(ctypes.Structure):
+    """glibc's struct mallinfo2."""
+
+    _names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in _names.split()]
+
 
 _compiled: list[str] = []
 jax.monitoring.register_event_duration_secs_listener(
@@ -22,36 +29,49 @@ def num_compiles() -> int:
     return len(_compiled)
 
 
-class Memory:
-    """This process' own memory on the host over the requests done.
+def allocated() -> int:
+    """Bytes that this process has of the C library and has not given back; with PYTHONMALLOC=malloc Python's, too.
 
-    What it shares with the system does not count: a GPU's pinned memory lies there, of which JAX takes a piece twice as
-    large as the last when it runs out.
+    What is resident tells less: the C library keeps what was freed, in pieces that pile up for a long while, and JAX
+    takes a piece of pinned memory twice as large as the last when it runs out.
     """
+    if not hasattr(_libc, "mallinfo2"):
+        return resident()
+    _libc.mallinfo2.restype = _MallInfo
+    info = _libc.mallinfo2()
+    return info.uordblks + info.hblkhd
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory, and that it does not share."""
+    _, pages, shared, *_ = map(int, Path("/proc/self/statm").read_text().split())
+    return (pages - shared) * os.sysconf("SC_PAGE_SIZE")
+
+
+class Memory:
+    """This process' memory on the host over the requests done."""
 
     def __init__(self):
         self.samples: list[tuple[int, int]] = []
+        self.resident = 0
 
     def sample(self, requests: int) -> None:
         gc.collect()
-        _trim(0)
-        _, resident, shared, *_ = map(int, Path("/proc/self/statm").read_text().split())
-        self.samples.append((requests, (resident - shared) * os.sysconf("SC_PAGE_SIZE")))
+        self.samples.append((requests, allocated()))
+        self.resident = resident()
 
-    @property
-    def now(self) -> int:
-        """KiB at the last sample."""
-        return self.samples[-1][1] // 1024
+    def __str__(self) -> str:
+        return f"{self.samples[-1][1] // 1024:,}, {self.resident // 1024:,} KiB" if self.samples else "not measured"
 
     def slope(self) -> float | None:
-        """KiB for 1000 requests, in a typical round of the second half; None with fewer than four samples there.
+        """KiB allocated for 1000 requests over the second half of the rounds; None with fewer than four samples there.
 
-        The fifth of the rounds that grew most, and that which grew least, are left out: a leak grows in all, but a
-        buffer that becomes larger once and for all in one.
+        The least of its later part against the least of its earlier part: what a round leaves behind comes and goes.
         """
-        half = np.array(self.samples[len(self.samples) // 2 :], float).reshape(-1, 2)
+        half = self.samples[len(self.samples) // 2 :]
         if len(half) < 4:
             return None
-        requests, size = np.diff(half, axis=0).T
-        growth, out = np.sort(size / requests), len(requests) // 5
-        return float(growth[out : len(growth) - out].mean()) * 1000 / 1024
+        early, late = half[: len(half) // 2], half[len(half) // 2 :]
+        requests = np.mean([sample[0] for sample in late]) - np.mean([sample[0] for sample in early])
+        growth = min(size for _, size in late) - min(size for _, size in early)
+        return float(growth / requests * 1000 / 1024)
