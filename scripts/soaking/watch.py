@@ -64,14 +64,14 @@ class Memory:
         return f"{self.samples[-1][1] // 1024:,}, {self.resident // 1024:,} KiB" if self.samples else "not measured"
 
     def slope(self) -> float | None:
-        """KiB allocated for 1000 requests over the second half of the rounds; None with fewer than four samples there.
+        """KiB allocated for 1000 requests, in a typical round of the second half; None with under four samples there.
 
-        The least of its later part against the least of its earlier part: what a round leaves behind comes and goes.
+        The fifth of the rounds that grew most, and that which grew least, are left out: a leak grows in all, but a
+        buffer that becomes larger once and for all in one.
         """
-        half = self.samples[len(self.samples) // 2 :]
+        half = np.array(self.samples[len(self.samples) // 2 :], float).reshape(-1, 2)
         if len(half) < 4:
             return None
-        early, late = half[: len(half) // 2], half[len(half) // 2 :]
-        requests = np.mean([sample[0] for sample in late]) - np.mean([sample[0] for sample in early])
-        growth = min(size for _, size in late) - min(size for _, size in early)
-        return float(growth / requests * 1000 / 1024)
+        requests, size = np.diff(half, axis=0).T
+        growth, out = np.sort(size / requests), len(requests) // 5
+        return float(growth[out : len(growth) - out].mean()) * 1000 / 1024

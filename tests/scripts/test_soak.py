@@ -103,7 +103,7 @@ def logprobs_a_little_off(llm, patch):
 
     def wrong(output, rows):
         found = collect(output, rows)
-        off = 1e-4 * (len(rows) > 1)
+        off = 5e-4 * (len(rows) > 1)
         return [{row: entry._replace(logprob=entry.logprob - off) for row, entry in step.items()} for step in found]
 
     patch.setattr(llm.runner, "collect_logprobs", wrong)
@@ -138,8 +138,8 @@ def test_the_slope_of_memory():
     assert memory.slope() is None
     memory.samples = [(i, 2**30 - 7 * i) for i in range(4)] + [(i, 2**30 + 2048 * i) for i in range(4, 8)]
     assert memory.slope() == pytest.approx(2000)
-    memory.samples = [(i, 2**30 + 1024 * i + 2**25 * (i in (11, 13, 17, 18))) for i in range(20)]
-    assert memory.slope() == pytest.approx(1000), "what comes and goes is no leak"
+    memory.samples = [(i, 2**30 + 1024 * i + 2**25 * (i > 15)) for i in range(20)]
+    assert memory.slope() == pytest.approx(1000), "one large piece more is no leak"
 
 
 def test_memory_that_is_kept_is_seen():
