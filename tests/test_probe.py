@@ -180,10 +180,8 @@ def plain_model(model, tokens, positions, caches, attend, run_layer):
 
 
 def plain_layer(layer, residual, x, cos, sin, cache, attend):
-    residual, x = layer.input_layernorm.add(residual, x)
-    x, cache = layer.self_attn(layer.self_attn.qkv_proj(x), cos, sin, cache, attend)
-    residual, x = layer.post_attention_layernorm.add(residual, x)
-    return residual, layer.mlp.down_proj(layer.mlp.gate_up_proj(x)), cache
+    residual, x, cache = layer.self_attn(layer.input_layernorm, residual, x, cos, sin, cache, attend)
+    return *layer.mlp(layer.post_attention_layernorm, residual, x), cache
 
 
 # --- bad input ---

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nanovllm_jax.engine.schedule import Schedule
+from nanovllm_jax.engine.schedule import ONE_STEP, RunAhead, Schedule
 from nanovllm_jax.engine.sequence import Sequence
 
 
@@ -145,9 +145,7 @@ class Buckets:
     """How much larger each size is than the one before: the most that padding can cost."""
     mixed_decode_rows: tuple[int, ...]
     """Sizes of the decode part beside a prefill: few, as a padded row costs little there. The last takes any number."""
-    num_steps: int = 1
-    """Tokens that a step computes for each of at most `multi_step_rows` sequences, when it only decodes."""
-    multi_step_rows: int = 0
+    run_ahead: RunAhead = ONE_STEP
 
     @cached_property
     def decode_rows(self) -> tuple[int, ...]:
@@ -182,9 +180,9 @@ class Buckets:
             for rows in self.mixed_decode_rows
         ]
         several = [
-            BatchShape(rows, 0, 0, self.table_width, self.num_steps)
+            BatchShape(rows, 0, 0, self.table_width, self.run_ahead.num_steps)
             for rows in self.decode_rows
-            if rows <= self.multi_step_rows and self.num_steps > 1
+            if rows <= self.run_ahead.rows and self.run_ahead.num_steps > 1
         ]
         return sorted(decode + mixed + several, key=lambda s: (s.prefill_tokens, s.decode_rows))
 

@@ -73,9 +73,7 @@ class LLMEngine:
             max_num_batched_tokens=runner.max_num_batched_tokens,
             max_model_len=runner.max_model_len,
             enable_prefix_caching=config.enable_prefix_caching,
-            num_steps=runner.buckets.num_steps,
-            multi_step_rows=runner.buckets.multi_step_rows,
-            multi_step_tokens=runner.multi_step_tokens,
+            run_ahead=runner.buckets.run_ahead,
         )
         groups = config.data_parallel_size
         self.scheduler = make_scheduler() if groups == 1 else DataGroups(groups, make_scheduler)

@@ -1,7 +1,6 @@
 """The device: KV cache, compiled programs, dispatch and collect. Of engine/, only this and weights.py import jax."""
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +28,7 @@ from nanovllm_jax.engine.memory import (
     decide_num_blocks,
     estimate_workspace,
 )
+from nanovllm_jax.engine.schedule import ONE_STEP, RunAhead
 from nanovllm_jax.engine.weights import ServedWeights
 from nanovllm_jax.layers.attention import KVCache
 from nanovllm_jax.models.draw import DeviceState, LogprobArrays, write_tables
@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 # keys and values) would make it wait: so several steps go in one program.
 DISPATCH_BYTES = 6 * GIB
 GPU_STEPS = 4
-MULTI_STEP_ROWS = 64
+RUN_AHEAD_ROWS = 64
 PROMPT_CHUNK = 256  # positions whose logits are made at a time where a prompt's log probabilities are asked for
 
 
@@ -209,12 +209,8 @@ class ModelRunner:
         # A CPU is for small models: there few shapes to compile are worth more than little padding.
         most = self.max_num_seqs
         ratio, mixed = (2, {min(32, most), most}) if self.on_gpu else (16, {most})
-        num_steps, self.multi_step_tokens = self._multi_step()
-        self.buckets = Buckets(
-            *(most, self.max_num_batched_tokens, width, ratio, tuple(sorted(mixed))),
-            num_steps=num_steps,
-            multi_step_rows=MULTI_STEP_ROWS,
-        )
+        sizes = most, self.max_num_batched_tokens, width, ratio, tuple(sorted(mixed))
+        self.buckets = Buckets(*sizes, self._run_ahead())
         logger.info(
             "memory a device: %.2f GiB weights, %.2f GiB workspace, %.2f GiB cache = %d blocks of %d tokens = "
             "%d tokens; max_model_len %d",
@@ -227,13 +223,13 @@ class ModelRunner:
             self.max_model_len,
         )
 
-    def _multi_step(self) -> tuple[int, float]:
-        """How many steps one program decodes, and up to how many cached tokens: as the user says, or a GPU needs."""
+    def _run_ahead(self) -> RunAhead:
+        """When one program decodes several steps: as the user says, or where a GPU would wait for the host."""
         if self.config.num_scheduler_steps:
-            return self.config.num_scheduler_steps, math.inf
+            return RunAhead(self.config.num_scheduler_steps, RUN_AHEAD_ROWS)
         room = DISPATCH_BYTES - self.weights.device_bytes
         tokens = max(0, room * self.num_shards // self.model_config.kv_bytes_per_token(self.dtype.itemsize))
-        return (GPU_STEPS if self.on_gpu and tokens else 1), tokens
+        return RunAhead(GPU_STEPS, RUN_AHEAD_ROWS, tokens) if self.on_gpu and tokens else ONE_STEP
 
     def _bytes_in_use(self) -> int:
         """What others hold of a GPU: another LLM of this process."""

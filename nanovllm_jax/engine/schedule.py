@@ -1,8 +1,24 @@
 """What one step computes: what the scheduler chooses, and the packer and the engine read."""
 
+import math
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from nanovllm_jax.engine.sequence import Sequence
+
+
+class RunAhead(NamedTuple):
+    """When a step that only decodes computes several tokens of each sequence, as one program."""
+
+    num_steps: int = 1
+    """Tokens of each."""
+    rows: int = 0
+    """For at most so many sequences,"""
+    tokens: float = math.inf
+    """with at most so many tokens in the cache together."""
+
+
+ONE_STEP = RunAhead()
 
 
 @dataclass(slots=True)

@@ -6,12 +6,11 @@ it counts on what the dispatched steps will have done. The device runs steps in 
 freed while a step is in flight can be given to a later step at once.
 """
 
-import math
 from collections import OrderedDict
 from operator import attrgetter
 
 from nanovllm_jax.engine.block_manager import BlockManager
-from nanovllm_jax.engine.schedule import PrefillChunk, Schedule
+from nanovllm_jax.engine.schedule import ONE_STEP, PrefillChunk, RunAhead, Schedule
 from nanovllm_jax.engine.sequence import Sequence, Status
 
 WAITING, PREFILL, DECODE, FINISHED = Status
@@ -38,13 +37,8 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_model_len: int,
         enable_prefix_caching: bool = True,
-        num_steps: int = 1,
-        multi_step_rows: int = 0,
-        multi_step_tokens: float = math.inf,
+        run_ahead: RunAhead = ONE_STEP,
     ):
-        """Up to `multi_step_rows` sequences that only decode compute `num_steps` tokens each in one program, while they
-        have no more than `multi_step_tokens` in the cache together.
-        """
         assert max_num_seqs > 0, max_num_seqs
         assert max_num_batched_tokens > 0, max_num_batched_tokens
         self.block_manager = BlockManager(num_blocks, block_size, enable_prefix_caching)
@@ -52,9 +46,7 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
-        self.num_steps = num_steps
-        self.multi_step_rows = multi_step_rows
-        self.multi_step_tokens = multi_step_tokens
+        self.run_ahead = run_ahead
         self.waiting: OrderedDict[int, Sequence] = OrderedDict()  # by seq_id, in arrival order
         self.running: dict[int, Sequence] = {}  # the admitted ones, by seq_id, in arrival order
         self.num_unfinished_prompt_tokens = 0  # of all waiting and running sequences
@@ -148,7 +140,7 @@ class Scheduler:
         decoding, prefilling = self._phases()
         schedule = Schedule()
         if run_ahead and not prefilling and not self.waiting and self._can_run_ahead(decoding):
-            schedule.num_steps = self.num_steps
+            schedule.num_steps = self.run_ahead.num_steps
         self._schedule_decodes(schedule, decoding)
         # The budget is never short here. Whoever decodes had a token in the step before. So had the one sequence, at
         # most, that is in the middle of its prompt: it took what the step before had left.
@@ -212,11 +204,11 @@ class Scheduler:
         return decoding, prefilling
 
     def _can_run_ahead(self, decoding: list[Sequence]) -> bool:
-        """Whether each of these should compute `num_steps` tokens, and can without preemption or reaching its end."""
-        steps, manager = self.num_steps, self.block_manager
-        if steps == 1 or not 0 < len(decoding) <= self.multi_step_rows:
+        """Whether each of these should compute several tokens, and can without preemption or reaching its end."""
+        (steps, rows, tokens), manager = self.run_ahead, self.block_manager
+        if steps == 1 or not 0 < len(decoding) <= rows:
             return False
-        if sum(seq.num_computed for seq in decoding) > self.multi_step_tokens:
+        if sum(seq.num_computed for seq in decoding) > tokens:
             return False
         if any(seq.num_computed + steps >= seq.max_len for seq in decoding):
             return False

@@ -37,20 +37,26 @@ class Attention(nnx.Module):
         self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps, dtype=dtype)
         self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps, dtype=dtype)
 
-    def __call__(self, qkv: jax.Array, cos: jax.Array, sin: jax.Array, cache, attend: Attend):
-        """What qkv_proj makes of the input, [T, K, G + 2, H] -> [T, D] and the cache."""
+    def __call__(self, norm: RMSNorm, residual: jax.Array, x: jax.Array, cos, sin, cache, attend: Attend):
+        """residual and x [T, D] -> their sum, the attention over that sum's norm [T, D], and the cache."""
+        residual, qkv = self.qkv_proj.of_sum(norm, residual, x)  # (T, K, G + 2, H)
         with jax.named_scope("attend"):
             out, cache = attend(qkv, self.q_norm, self.k_norm, cos, sin, cache)  # (T, N, H)
-        return self.o_proj(out.reshape(*qkv.shape[:-3], -1)), cache
+        return residual, self.o_proj(out.reshape(*x.shape[:-1], -1)), cache
 
 
 class MLP(nnx.Module):
-    """SwiGLU, down(silu(gate(x)) * up(x)); the layer runs the two, as the first takes in the norm before it."""
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
 
     def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs, matmul: MatMul):
         d, f, options = config.hidden_size, config.intermediate_size, dict(dtype=dtype, rngs=rngs, matmul=matmul)
         self.gate_up_proj = GatedLinear(d, (2, f), axes=(None, "mlp", "embed"), **options)
         self.down_proj = Linear(f, (d,), axes=("embed", "mlp"), **options)
+
+    def __call__(self, norm: RMSNorm, residual: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """residual and x [T, D] -> their sum, and what the layers make of that sum's norm [T, D]."""
+        residual, gated = self.gate_up_proj.of_sum(norm, residual, x)  # (T, F)
+        return residual, self.down_proj(gated)
 
 
 class DecoderLayer(nnx.Module):
@@ -70,14 +76,12 @@ class DecoderLayer(nnx.Module):
     @jax.named_scope("attention")
     def attention_half(self, residual: jax.Array, x: jax.Array, cos: jax.Array, sin: jax.Array, cache, attend: Attend):
         """The first half of a layer: the x that comes back is the attention's output [T, D]."""
-        residual, qkv = self.self_attn.qkv_proj.of_sum(self.input_layernorm, residual, x)
-        return residual, *self.self_attn(qkv, cos, sin, cache, attend)
+        return self.self_attn(self.input_layernorm, residual, x, cos, sin, cache, attend)
 
     @jax.named_scope("mlp")
     def mlp_half(self, residual: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The second half: residual and x [T, D], and the same two after it."""
-        residual, x = self.mlp.gate_up_proj.of_sum(self.post_attention_layernorm, residual, x)
-        return residual, self.mlp.down_proj(x)
+        return self.mlp(self.post_attention_layernorm, residual, x)
 
 
 # A module is a pytree, and the layers differ only in their arrays: the inner jit traces one of them for all.

@@ -7,6 +7,7 @@ from simulated_device import SimulatedDevice, expected_completion, prompt
 
 from nanovllm_jax.engine.batch import BatchPacker, Buckets
 from nanovllm_jax.engine.data_groups import DataGroups, GroupPacker
+from nanovllm_jax.engine.schedule import RunAhead
 from nanovllm_jax.engine.scheduler import Scheduler
 from nanovllm_jax.engine.sequence import Sequence
 
@@ -93,7 +94,7 @@ def test_texts_of_a_request_stay_together():
 def test_random_work_gives_every_sequence_its_own_tokens(seed):
     """Several tokens a program too, with preemption in a small pool."""
     rng = random.Random(seed)
-    run = Run(rng.choice([2, 3]), num_blocks=14, num_steps=rng.choice([1, 3]), multi_step_rows=4)
+    run = Run(rng.choice([2, 3]), num_blocks=14, run_ahead=RunAhead(rng.choice([1, 3]), rows=4))
     for _ in range(30):
         if rng.random() < 0.5:
             run.add(prompt(rng.randrange(3), rng.randint(1, 30)), rng.randint(1, 20))
@@ -106,7 +107,7 @@ def test_random_work_gives_every_sequence_its_own_tokens(seed):
 
 
 def test_steps_ahead_need_every_busy_group():
-    run = Run(2, num_steps=3, multi_step_rows=4)
+    run = Run(2, run_ahead=RunAhead(3, rows=4))
     run.add(prompt(1, 8), 20)
     run.step()
     assert run.step().num_steps == 3, "the other group is idle"

@@ -3,6 +3,7 @@
 import pytest
 from simulated_device import prompt, simulate
 
+from nanovllm_jax.engine.schedule import RunAhead
 from nanovllm_jax.engine.sequence import Status
 
 
@@ -15,7 +16,7 @@ def test_no_step_is_scheduled_beyond_max_len(depth):
 
 
 def test_several_steps_in_one_program_only_while_few_tokens_are_cached():
-    simulation = simulate(num_steps=2, multi_step_rows=2, multi_step_tokens=18)
+    simulation = simulate(run_ahead=RunAhead(num_steps=2, rows=2, tokens=18))
     for number in (1, 2):
         simulation.add(prompt(number, 6), max_tokens=10)
     simulation.drain()

@@ -3,6 +3,7 @@
 import pytest
 from simulated_device import SIZE, Simulation, chunks, prompt, simulate
 
+from nanovllm_jax.engine.schedule import RunAhead
 from nanovllm_jax.engine.sequence import Sequence, Status
 
 
@@ -136,7 +137,7 @@ def test_alone_a_sequence_may_fill_the_pool():
 @pytest.mark.parametrize("depth", [0, 1, 2])
 def test_all_are_preempted_at_once(depth):
     """As for an update of the weights, at any time: in the middle of prompts, and with tokens still to be read."""
-    simulation = simulate(num_blocks=30, max_num_batched_tokens=9, num_steps=3, multi_step_rows=2)
+    simulation = simulate(num_blocks=30, max_num_batched_tokens=9, run_ahead=RunAhead(num_steps=3, rows=2))
     scheduler = simulation.scheduler
     for i in range(6):
         simulation.add([5] * 9 + [i] * i, max_tokens=4 * i + 1)

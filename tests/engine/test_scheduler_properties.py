@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from simulated_device import VOCAB, Simulation
 
+from nanovllm_jax.engine.schedule import RunAhead
+
 MAX_DEPTH = 3
 
 
@@ -39,8 +41,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_num_batched_tokens=budget,
             max_model_len=max_model_len,
             enable_prefix_caching=caching,
-            num_steps=num_steps,
-            multi_step_rows=3,
+            run_ahead=RunAhead(num_steps, rows=3),
         )
         self.simulation.device.is_faulty = self.take_fault
         self.max_model_len = max_model_len
@@ -119,9 +120,11 @@ def random_simulation(rng: random.Random) -> Simulation:
         max_num_batched_tokens=rng.choice((rng.randint(1, max_num_seqs), rng.randint(1, 20), rng.randint(20, 150))),
         max_model_len=max_model_len,
         enable_prefix_caching=rng.random() < 0.85,
-        num_steps=rng.choice((1, 2, 4, 7)),
-        multi_step_rows=rng.randint(1, max_num_seqs),
-        multi_step_tokens=math.inf if rng.random() < 0.8 else rng.randint(0, 200),
+        run_ahead=RunAhead(
+            num_steps=rng.choice((1, 2, 4, 7)),
+            rows=rng.randint(1, max_num_seqs),
+            tokens=math.inf if rng.random() < 0.8 else rng.randint(0, 200),
+        ),
     )
 
 
