@@ -1,6 +1,7 @@
 """soak.py: it passes on an engine that is right, and fails on one that is not."""
 
 import random
+import re
 from dataclasses import replace
 
 import jax.numpy as jnp
@@ -62,6 +63,21 @@ def test_the_command_line(directory, monkeypatch, capsys, llm):
     out = capsys.readouterr().out
     assert "requests                           16\n" in out  # with those of the streams that are left
     assert out.endswith("passed\n")
+
+
+def test_ctrl_c_ends_it_with_its_report(monkeypatch, capsys, llm):
+    run_round, rounds = soak.Soak._run_round, iter([True, False])
+
+    def interrupted(self, *args):
+        if not next(rounds):
+            raise KeyboardInterrupt
+        run_round(self, *args)
+
+    monkeypatch.setattr(soak, "start_engine", lambda args, scratch: llm)
+    monkeypatch.setattr(soak, "ROUND", 8)
+    monkeypatch.setattr(soak.Soak, "_run_round", interrupted)
+    assert soak.main(["--requests", "100", "--seed", "3"]) == 0
+    assert re.search(r"^requests +8$", capsys.readouterr().out, re.M)
 
 
 def test_a_directory_without_a_tokenizer_borrows_one(tmp_path, directory, monkeypatch):
