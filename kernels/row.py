@@ -15,8 +15,8 @@ from jax.experimental.pallas import triton as plgpu
 
 from .common import pallas_call
 
-# Each program normalises the row anew: on an H200 that gains at a depth of 1,024 and loses at 4,096, where a plain layer
-# still gains; at 12,288 XLA's matmuls are as fast.
+# Each program normalises the row anew: on an H200 that gains at a depth of 1,024 and loses at 4,096, where a plain
+# layer still gains; at 12,288 XLA's matmuls are as fast.
 MOST_DEPTH, MOST_NORMED_DEPTH = 4096, 2048
 
 

@@ -1,7 +1,6 @@
 """soak.py: it passes on an engine that is right, and fails on one that is not."""
 
 import random
-import re
 from dataclasses import replace
 
 import jax.numpy as jnp
@@ -77,7 +76,9 @@ def test_ctrl_c_ends_it_with_its_report(monkeypatch, capsys, llm):
     monkeypatch.setattr(soak, "ROUND", 8)
     monkeypatch.setattr(soak.Soak, "_run_round", interrupted)
     assert soak.main(["--requests", "100", "--seed", "3"]) == 0
-    assert re.search(r"^requests +8$", capsys.readouterr().out, re.M)
+    shown = capsys.readouterr()
+    assert shown.out.endswith("passed\n")
+    assert len(shown.err.splitlines()) == 1, "one round"
 
 
 def test_a_directory_without_a_tokenizer_borrows_one(tmp_path, directory, monkeypatch):
@@ -150,7 +151,7 @@ def test_other_problems(llm, capsys):
 def test_the_slope_of_memory():
     memory = Memory()
     memory.sample(0)
-    assert 2**26 < memory.samples[0][1] < 2**40
+    assert 2**20 < memory.samples[0][1] < 2**40
     assert memory.slope() is None
     memory.samples = [(i, 2**30 - 7 * i) for i in range(4)] + [(i, 2**30 + 2048 * i) for i in range(4, 8)]
     assert memory.slope() == pytest.approx(2000)
