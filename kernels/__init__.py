@@ -11,6 +11,8 @@ W blocks in a row of a block table, D hidden, R rows to sample, V vocabulary, S 
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 
@@ -35,6 +37,18 @@ __all__ = [
     "sampling_threshold",
     "token_logprobs",
 ]
+
+
+def _differentiable(cuda: Callable, oracle: Callable, **static: Any) -> Callable:
+    """The kernel on a GPU and its oracle anywhere else, with the oracle's derivatives."""
+    cuda, oracle = (functools.partial(function, **static) for function in (cuda, oracle))
+
+    @jax.custom_jvp
+    def function(*args):
+        return jax.lax.platform_dependent(*args, cuda=cuda, default=oracle)
+
+    function.defjvp(functools.partial(jax.jvp, oracle))
+    return function
 
 
 @functools.partial(kernel, static_argnames=("eps", "fixed"))
@@ -136,46 +150,22 @@ def fixed_matmul(x: jax.Array, weight: jax.Array, *, dtype: jax.typing.DTypeLike
     )
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
+@functools.partial(kernel, static_argnames="eps")
 def add_norm(x: jax.Array, delta: jax.Array, gain: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
     """The residual sum, and its RMS norm as transformers rounds it: to x's dtype before the gain and after.
 
     x, delta [T, D], of one dtype; gain [D]. Returns (x + delta, its norm times gain), both [T, D]. Differentiable.
     """
-    return _add_norm(x, delta, gain, eps=eps)
-
-
-@functools.partial(kernel, static_argnames="eps")
-def _add_norm(x, delta, gain, *, eps):
-    return jax.lax.platform_dependent(
-        *(x, delta, gain),
-        cuda=functools.partial(norm.add_norm, eps=eps),
-        default=functools.partial(reference.add_norm, eps=eps),
-    )
-
-
-@add_norm.defjvp
-def _add_norm_jvp(eps, primals, tangents):
-    return jax.jvp(functools.partial(reference.add_norm, eps=eps), primals, tangents)
-
-
-@jax.custom_jvp
-def row_linear(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x [1, D] @ weight [F, D].T in float32, rounded to x's dtype: [1, F]. For what `is_row` says. Differentiable."""
-    return _row_linear(x, weight)
+    return _differentiable(norm.add_norm, reference.add_norm, eps=eps)(x, delta, gain)
 
 
 @kernel
-def _row_linear(x, weight):
-    return jax.lax.platform_dependent(x, weight, cuda=row.row_linear, default=reference.row_linear)
+def row_linear(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x [1, D] @ weight [F, D].T in float32, rounded to x's dtype: [1, F]. For what `is_row` says. Differentiable."""
+    return _differentiable(row.row_linear, reference.row_linear)(x, weight)
 
 
-@row_linear.defjvp
-def _row_linear_jvp(primals, tangents):
-    return jax.jvp(reference.row_linear, primals, tangents)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
+@functools.partial(kernel, static_argnames="eps")
 def row_norm_linear(
     x: jax.Array, delta: jax.Array, gain: jax.Array, weight: jax.Array, eps: float
 ) -> tuple[jax.Array, jax.Array]:
@@ -184,21 +174,7 @@ def row_norm_linear(
     x, delta [1, D]; gain [D]; weight [1, F, D], or [2, F, D] for SwiGLU: silu(first) * second.
     Returns (x + delta [1, D], the layer's output [1, F]).
     """
-    return _row_norm_linear(x, delta, gain, weight, eps=eps)
-
-
-@functools.partial(kernel, static_argnames="eps")
-def _row_norm_linear(x, delta, gain, weight, *, eps):
-    return jax.lax.platform_dependent(
-        *(x, delta, gain, weight),
-        cuda=functools.partial(row.row_norm_linear, eps=eps),
-        default=functools.partial(reference.row_norm_linear, eps=eps),
-    )
-
-
-@row_norm_linear.defjvp
-def _row_norm_linear_jvp(eps, primals, tangents):
-    return jax.jvp(functools.partial(reference.row_norm_linear, eps=eps), primals, tangents)
+    return _differentiable(row.row_norm_linear, reference.row_norm_linear, eps=eps)(x, delta, gain, weight)
 
 
 @kernel

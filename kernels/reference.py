@@ -34,7 +34,7 @@ def add_norm(x, delta, gain, *, eps):
 
 def row_linear(x, weight):
     """See nanovllm_jax.kernels.row_linear."""
-    return jnp.matmul(x, weight.T, precision="highest", preferred_element_type=jnp.float32).astype(x.dtype)
+    return _product(x, weight).astype(x.dtype)
 
 
 def row_norm_linear(x, delta, gain, weight, *, eps):
@@ -46,11 +46,11 @@ def row_norm_linear(x, delta, gain, weight, *, eps):
 
 def fixed_matmul(x, weight, *, dtype):
     """See nanovllm_jax.kernels.fixed_matmul."""
+    return _in_tiles(lambda tile: _product(tile, weight), x).astype(dtype)
 
-    def product(tile):
-        return jnp.matmul(tile, weight.T, precision="highest", preferred_element_type=jnp.float32)
 
-    return _in_tiles(product, x).astype(dtype)
+def _product(x, weight):
+    return jnp.matmul(x, weight.T, precision="highest", preferred_element_type=jnp.float32)
 
 
 def _in_tiles(function, *arrays):

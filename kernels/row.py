@@ -46,7 +46,7 @@ def _row_kernel(*refs, names: tuple[str, ...], features: int, width: int, eps: f
     ref = dict(zip(names, refs))
     weights, _, depth = ref["weight"].shape
     dtype, program, row = ref["x"].dtype, pl.program_id(0), jnp.zeros((), jnp.int32)
-    whole, own = pl.ds(0, width), pl.ds(pl.program_id(0) * features, features)
+    whole, own = pl.ds(0, width), pl.ds(program * features, features)
     used = jnp.arange(width, dtype=jnp.int32) < depth  # of D rounded up to a power of two
 
     def rounded(x):

@@ -241,8 +241,8 @@ def bench(case: Case, shape: Shape, args) -> None:
 
 def settings(case: Case, shape: Shape) -> list:
     """What to try on a case, its default first."""
-    tokens, cuts = len(case.sets[0][0]), {"prefill": PREFILL_CUTS, "store": STORE_CUTS}
-    cuts |= {"norm": NORM_CUTS, "row": ROW_CUTS}
+    tokens = len(case.sets[0][0])
+    cuts = {"prefill": PREFILL_CUTS, "store": STORE_CUTS, "norm": NORM_CUTS, "row": ROW_CUTS}
     if case.kernel == "decode":
         tried = [decode.Tiles(k, extra, *rest) for (k, *rest), extra in itertools.product(DECODE_CUTS, DECODE_EXTRA)]
     else:  # a tile of more tokens than there are is of use in prefill alone, and a row's is of features

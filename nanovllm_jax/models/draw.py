@@ -88,5 +88,5 @@ def write_tables(state: DeviceState, line: jax.Array, token_counts: jax.Array, l
 
 def columns(sampling: jax.Array) -> SamplingRows:
     """BatchView.sampling [R, 12] int32 as columns [R] of their own types."""
-    columns = SamplingRows(*sampling.T)
-    return columns._replace(**{name: lax.bitcast_convert_type(getattr(columns, name), jnp.float32) for name in FLOATS})
+    bits = SamplingRows(*sampling.T)
+    return bits._replace(**{name: lax.bitcast_convert_type(getattr(bits, name), jnp.float32) for name in FLOATS})

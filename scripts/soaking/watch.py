@@ -8,8 +8,6 @@ from pathlib import Path
 import jax
 import numpy as np
 
-_libc = ctypes.CDLL(None)
-
 
 class _MallInfo(ctypes.Structure):
     """glibc's struct mallinfo2."""
@@ -17,6 +15,10 @@ class _MallInfo(ctypes.Structure):
     _names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
     _fields_ = [(name, ctypes.c_size_t) for name in _names.split()]
 
+
+_mallinfo = getattr(ctypes.CDLL(None), "mallinfo2", None)
+if _mallinfo is not None:
+    _mallinfo.restype = _MallInfo
 
 _compiled: list[str] = []
 jax.monitoring.register_event_duration_secs_listener(
@@ -35,10 +37,9 @@ def allocated() -> int:
     What is resident tells less: the C library keeps what was freed, in pieces that pile up for a long while, and JAX
     takes a piece of pinned memory twice as large as the last when it runs out.
     """
-    if not hasattr(_libc, "mallinfo2"):
+    if _mallinfo is None:
         return resident()
-    _libc.mallinfo2.restype = _MallInfo
-    info = _libc.mallinfo2()
+    info = _mallinfo()
     return info.uordblks + info.hblkhd
 
 
