@@ -120,7 +120,7 @@ def logprobs_a_little_off(llm, patch):
 
     def wrong(output, rows):
         found = collect(output, rows)
-        off = 5e-4 * (len(rows) > 1)
+        off = 1e-4 * (len(rows) > 1)
         return [{row: entry._replace(logprob=entry.logprob - off) for row, entry in step.items()} for step in found]
 
     patch.setattr(llm.runner, "collect_logprobs", wrong)
