@@ -35,6 +35,7 @@ __all__ = [
     "row_linear",
     "row_norm_linear",
     "sampling_threshold",
+    "store_and_decode",
     "token_logprobs",
 ]
 
@@ -105,6 +106,34 @@ def paged_decode_attention(
         context_lens,
         cuda=functools.partial(decode.paged_decode_attention, scale=scale),
         default=functools.partial(reference.paged_decode_attention, scale=scale),
+    )
+
+
+@functools.partial(kernel, static_argnames=("scale", "eps"))
+def store_and_decode(
+    qkv: jax.Array,
+    q_gain: jax.Array,
+    k_gain: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    slot_mapping: jax.Array,
+    k_cache: jax.Array,
+    v_cache: jax.Array,
+    block_tables: jax.Array,
+    context_lens: jax.Array,
+    *,
+    scale: float,
+    eps: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`norm_rope_store` of one new token per sequence, and its `paged_decode_attention`: of few as one kernel.
+
+    Arguments as in the two, with T = B. A token's slot is where its sequence's table has its last place.
+    Returns (out [B, K * G, H], k_cache, v_cache).
+    """
+    return jax.lax.platform_dependent(
+        *(qkv, q_gain, k_gain, cos, sin, slot_mapping, k_cache, v_cache, block_tables, context_lens),
+        cuda=functools.partial(decode.store_and_decode, scale=scale, eps=eps),
+        default=functools.partial(reference.store_and_decode, scale=scale, eps=eps),
     )
 
 

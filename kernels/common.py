@@ -118,6 +118,22 @@ def spread(column: jax.Array, shape: tuple[int, int]) -> jax.Array:
     return jnp.broadcast_to(column[:, None], shape)
 
 
+def norm_rope(halves, gains, cos, sin, *, eps: float, dtype) -> tuple[jax.Array, jax.Array]:
+    """RMS norm of heads, given as their two halves [..., H / 2] with the gains', and their rotation: float32 halves.
+
+    Rounded to dtype where transformers rounds. Halves may be [..., H], with each number twice; so are the results then.
+    """
+
+    def rounded(x):
+        return x.astype(dtype).astype(jnp.float32)
+
+    halves = [half.astype(jnp.float32) for half in halves]
+    squares = sum((half * half).sum(axis=-1) for half in halves)
+    scale = lax.rsqrt(squares / (2 * halves[0].shape[-1]) + eps)[..., None]
+    first, second = (rounded(rounded(x * scale) * gain.astype(jnp.float32)) for x, gain in zip(halves, gains))
+    return first * cos - second * sin, second * cos + first * sin
+
+
 def softmax_start(rows: int, head_dim: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(acc [R, H], m [R], l [R]) before any key: weighted sum of values, highest score, sum of weights."""
     acc = jnp.zeros((rows, head_dim), jnp.float32)

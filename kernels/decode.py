@@ -1,5 +1,7 @@
 """Pallas kernels: attention of one token per sequence over the paged cache, long contexts cut into parts.
 
+The same kernel may take the token in before it attends: normalise, rotate and store, what else is a kernel of its own.
+
 Flash-decoding (Dao et al. 2023). The contexts of a batch are cut into parts of about one size, so few that most stay
 whole: enough to fill the GPU at a small batch, and so that one long context does not keep a large batch waiting. A
 program that has a whole context writes the result; those with parts leave a normalised partial result and the log2 of
@@ -21,11 +23,15 @@ from .common import (
     cache_tile,
     dot,
     load_tile,
+    log2,
+    norm_rope,
     pallas_call,
     softmax_end,
     softmax_start,
     softmax_step,
+    spread,
 )
+from .store import norm_rope_store
 
 LARGE_BATCH = 1024  # programs without any cut: from here on the GPU is full
 
@@ -40,10 +46,11 @@ class Tiles(NamedTuple):
 
 
 def default_tiles(batch: int, kv_heads: int, head_dim: int, dtype: jnp.dtype) -> Tiles:
-    """Settings for an H200: 16 KiB of keys to a tile, twice that and hardly a cut where the batch fills the GPU."""
+    """Settings for an H200: 16 KiB of keys to a tile; small programs and hardly a cut where the batch fills the GPU."""
     size, large = jnp.dtype(dtype).itemsize, batch * kv_heads >= LARGE_BATCH
-    block_k = max(16, min(128, (32768 if large and size == 2 else 16384) // (head_dim * size)))
-    return Tiles(block_k, extra=16 if large else 64, num_warps=8 if size == 4 else 4, num_stages=3)
+    block_k = max(16, min(128, 16384 // (head_dim * size)))
+    num_warps = 8 if size == 4 else 2 if large else 4
+    return Tiles(block_k, extra=16 if large else 64, num_warps=num_warps, num_stages=3)
 
 
 class Work(NamedTuple):
@@ -81,11 +88,13 @@ def cut_contexts(context_lens: jax.Array, block_k: int, extra: int) -> Work:
     )
 
 
-def _decode_kernel(*refs, block_size: int, rows: int, scale: float, block_k: int, fused_exp2: bool):
-    q_ref, k_ref, v_ref, table_ref, context_ref, item_ref, o_ref, part_ref, lse_ref = refs
+def _decode_kernel(*refs, names: tuple[str, ...], rows: int, scale: float, eps: float, block_k: int, on_gpu: bool):
+    ref = dict(zip(names, refs))
+    k_ref, v_ref, table_ref, item_ref = (ref[name] for name in ("k_cache", "v_cache", "tables", "items"))
+    o_ref, part_ref, lse_ref = (ref[name] for name in ("out", "part", "lse"))
     head, item = pl.program_id(0), pl.program_id(1)
-    heads, head_dim = q_ref.shape[1:]
-    group = heads // k_ref.shape[1]
+    _, kv_heads, block_size, head_dim = k_ref.shape
+    group = o_ref.shape[1] // kv_heads
     b, first, last, kind = (item_ref[item, i] for i in range(4))
     row = jnp.arange(rows, dtype=jnp.int32)  # the G query heads of this kv head, padded to what tensor cores take
     live = row < group
@@ -93,8 +102,13 @@ def _decode_kernel(*refs, block_size: int, rows: int, scale: float, block_k: int
 
     @pl.when(kind != UNUSED)
     def _():
-        context = context_ref[b]
-        q = plgpu.load(q_ref.at[b, own, :], mask=live[:, None], other=0)
+        context = ref["context_lens"][b]
+        if "q" in ref:
+            q = plgpu.load(ref["q"].at[b, own, :], mask=live[:, None], other=0)
+        else:
+            q = _take_in_token(ref, b, head, row, last * block_k >= context, eps=eps)
+            if on_gpu:  # a program's threads are to see what others of them have stored
+                plgpu.debug_barrier()
 
         def step(i, state):
             start = i * block_k
@@ -103,7 +117,7 @@ def _decode_kernel(*refs, block_size: int, rows: int, scale: float, block_k: int
             scores = dot(q, load_tile(k_ref, blocks, head, offsets, valid), trans_b=True)
             scores = jnp.where(valid[None, :], scores, NEG_INF)
             v = load_tile(v_ref, blocks, head, offsets, valid)
-            return softmax_step(state, scores, v, scale=scale, fused_exp2=fused_exp2)
+            return softmax_step(state, scores, v, scale=scale, fused_exp2=on_gpu)
 
         state = lax.fori_loop(first, last, step, softmax_start(rows, head_dim))
         result, (_, m, l) = softmax_end(state), state
@@ -116,6 +130,41 @@ def _decode_kernel(*refs, block_size: int, rows: int, scale: float, block_k: int
         def _():
             plgpu.store(part_ref.at[item, own, :], result, mask=live[:, None])
             plgpu.store(lse_ref.at[item, own], m * (scale * LOG2E) + jnp.log2(l), mask=live)
+
+
+def _take_in_token(ref, b, head, row, owns, *, eps: float) -> jax.Array:
+    """Sequence b's new token: the normalised, rotated queries [R, H] of a kv head, whose key and value are stored.
+
+    Of the programs that share a context one `owns` its end, and stores. row: 0 to R - 1.
+    """
+    qkv_ref, k_ref, v_ref = ref["qkv"], ref["k_cache"], ref["v_cache"]
+    (_, _, parts, head_dim), block_size = qkv_ref.shape, k_ref.shape[2]
+    key, half, shape = parts - 2, head_dim // 2, (row.size, head_dim)
+    column, line = lax.broadcasted_iota(jnp.int32, shape, 1), spread(row, shape)
+    low = jnp.where(column < half, column, column - half)
+    sequence, heads = jnp.full(shape, b, jnp.int32), jnp.full(shape, head, jnp.int32)
+
+    def both(load):
+        """Of each number of a head the one that it is rotated with too: first half, second half."""
+        return [load(low + start) for start in (0, half)]
+
+    # The key is one row more. What it attends to is not stored.
+    halves = both(lambda at: plgpu.load(qkv_ref.at[sequence, heads, line, at], mask=line <= key, other=0))
+    gains = both(lambda at: jnp.where(line < key, ref["q_gain"][at], ref["k_gain"][at]))
+    angles = ref["cos"][sequence, low], ref["sin"][sequence, low]
+    first, second = norm_rope(halves, gains, *angles, eps=eps, dtype=qkv_ref.dtype)
+    rotated = jnp.where(column < half, first, second).astype(qkv_ref.dtype)
+
+    slot = ref["slots"][b]
+
+    @pl.when(owns & (slot >= 0))
+    def _():
+        block, offset = slot >> log2(block_size), slot & (block_size - 1)
+        new_key = jnp.where(line == key, rotated.astype(jnp.float32), 0).sum(axis=0)
+        k_ref[block, head, offset, :] = new_key.astype(k_ref.dtype)
+        v_ref[block, head, offset, :] = qkv_ref[b, head, key + 1, :]
+
+    return rotated
 
 
 def _combine_kernel(part_ref, lse_ref, cut_ref, _, o_ref, *, batch: int, rows: int):
@@ -144,34 +193,79 @@ def paged_decode_attention(
     interpret: bool = False,
 ) -> jax.Array:
     """nanovllm_jax.kernels.paged_decode_attention as two kernels, and jnp operations that every layer shares."""
-    batch, (_, heads, head_dim) = len(context_lens), q.shape
-    kv_heads, block_size = k_cache.shape[1:3]
-    tiles = tiles or default_tiles(batch, kv_heads, head_dim, q.dtype)
+    args = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "tables": block_tables, "context_lens": context_lens}
+    out, *_ = _decode(args, q.shape, scale=scale, tiles=tiles, interpret=interpret)
+    return out
+
+
+def store_and_decode(
+    qkv: jax.Array,
+    q_gain: jax.Array,
+    k_gain: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    slot_mapping: jax.Array,
+    k_cache: jax.Array,
+    v_cache: jax.Array,
+    block_tables: jax.Array,
+    context_lens: jax.Array,
+    *,
+    scale: float,
+    eps: float,
+    tiles: Tiles | None = None,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """nanovllm_jax.kernels.store_and_decode: paged_decode_attention's kernels, of many rows after norm_rope_store's."""
+    batch, kv_heads, parts, head_dim = qkv.shape
+    if batch * kv_heads >= LARGE_BATCH:  # the launch that would be spared is nothing there
+        token = qkv, q_gain, k_gain, cos, sin, slot_mapping
+        q, *caches = norm_rope_store(*token, k_cache, v_cache, eps=eps, interpret=interpret)
+        options = dict(scale=scale, tiles=tiles, interpret=interpret)
+        return paged_decode_attention(q, *caches, block_tables, context_lens, **options), *caches
+    args = {"qkv": qkv, "q_gain": q_gain, "k_gain": k_gain, "cos": cos, "sin": sin, "slots": slot_mapping}
+    args |= {"k_cache": k_cache, "v_cache": v_cache, "tables": block_tables, "context_lens": context_lens}
+    shape = batch, kv_heads * (parts - 2), head_dim
+    return _decode(args, shape, scale=scale, eps=eps, tiles=tiles, interpret=interpret)
+
+
+def _decode(args: dict[str, jax.Array], shape: tuple[int, int, int], *, scale, eps=0.0, tiles, interpret):
+    """The output, of `shape` [B or more, N, H], and the caches; args: those of one of the two functions above."""
+    k_cache, context_lens, (_, heads, head_dim) = args["k_cache"], args["context_lens"], shape
+    batch, kv_heads, dtype, fused = len(context_lens), k_cache.shape[1], k_cache.dtype, "qkv" in args
+    tiles = tiles or default_tiles(batch, kv_heads, head_dim, dtype)
     items, cut = cut_contexts(context_lens, tiles.block_k, tiles.extra)
+    args = args | {"items": items}
     part = jax.ShapeDtypeStruct((len(items), heads, head_dim), jnp.float32)
-    out, part, lse = pallas_call(
+    outs = {"out": jax.ShapeDtypeStruct(shape, dtype), "part": part}
+    outs |= {"lse": jax.ShapeDtypeStruct(part.shape[:-1], jnp.float32)}
+    # Caches that are written are results, in place of the arguments; and read where they are written.
+    caches = {name: jax.ShapeDtypeStruct(k_cache.shape, dtype) for name in ("k_cache", "v_cache") if fused}
+    names = list(args)
+    out, part, lse, *caches = pallas_call(
         _decode_kernel,
-        *(q, k_cache, v_cache, block_tables, context_lens, items),
+        *args.values(),
         grid=(kv_heads, len(items)),  # programs start in this order, the first index fastest
-        out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), part, jax.ShapeDtypeStruct(part.shape[:-1], jnp.float32)],
+        out_shape=[*outs.values(), *caches.values()],
+        aliases={names.index(name): len(outs) + i for i, name in enumerate(caches)},
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         interpret=interpret,
-        block_size=block_size,
+        names=(*names, *outs, *caches),
+        rows=max(16, pl.next_power_of_2(heads // kv_heads + fused)),
         block_k=tiles.block_k,
-        rows=max(16, pl.next_power_of_2(heads // kv_heads)),
         scale=scale,
-        fused_exp2=not interpret,
+        eps=eps,
+        on_gpu=not interpret,
     )
     [out] = pallas_call(
         _combine_kernel,
         *(part, lse, cut, out),
         grid=(heads, len(cut)),
-        out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype)],
+        out_shape=[outs["out"]],
         aliases={3: 0},
         num_warps=4,
         interpret=interpret,
         batch=batch,
         rows=pl.next_power_of_2(tiles.extra),
     )
-    return out
+    return out, *caches

@@ -95,6 +95,14 @@ def paged_decode_attention(q, k_cache, v_cache, block_tables, context_lens, *, s
     return out if len(q) == batch else jnp.zeros_like(q).at[:batch].set(out)
 
 
+def store_and_decode(
+    qkv, q_gain, k_gain, cos, sin, slot_mapping, k_cache, v_cache, block_tables, context_lens, *, scale, eps
+):
+    """See nanovllm_jax.kernels.store_and_decode."""
+    q, *caches = norm_rope_store(qkv, q_gain, k_gain, cos, sin, slot_mapping, k_cache, v_cache, eps=eps)
+    return paged_decode_attention(q, *caches, block_tables, context_lens, scale=scale), *caches
+
+
 def paged_prefill_attention(q, k_cache, v_cache, block_tables, query_starts, context_lens, out=None, *, scale):
     """See nanovllm_jax.kernels.paged_prefill_attention."""
     tiles = prefill_tiles(query_starts, context_lens, len(q), QUERIES_PER_TILE)

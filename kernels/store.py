@@ -12,7 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from .common import log2, pallas_call
+from .common import log2, norm_rope, pallas_call
 
 
 class Tiles(NamedTuple):
@@ -37,24 +37,16 @@ def _norm_rope_store_kernel(*refs, tile: int, rows: int, eps: float, block_size:
     halves = pl.ds(0, half), pl.ds(half, half)
     cos, sin = cos_ref[own, :], sin_ref[own, :]  # (tile, H / 2)
 
-    def rounded(x):
-        return x.astype(dtype).astype(jnp.float32)
-
-    def norm_rope(x, gain_ref, cos, sin):
-        """The two halves of heads, rounded where transformers rounds."""
-        x = [part.astype(jnp.float32) for part in x]
-        scale = lax.rsqrt(sum((part * part).sum(axis=-1) for part in x) / head_dim + eps)[..., None]
-        gains = (gain_ref[at].astype(jnp.float32) for at in halves)
-        first, second = (rounded(rounded(part * scale) * gain) for part, gain in zip(x, gains))
-        return first * cos - second * sin, second * cos + first * sin
+    def rotated(x, gain_ref, cos, sin):
+        return norm_rope(x, [gain_ref[at] for at in halves], cos, sin, eps=eps, dtype=dtype)
 
     # Rows: G rounded up to a power of two.
     live = jnp.broadcast_to((jnp.arange(rows) < group)[None, :, None], (tile, rows, half))
     q = [plgpu.load(qkv_ref.at[own, head, pl.ds(0, rows), at], mask=live, other=0) for at in halves]
-    for part, at in zip(norm_rope(q, q_gain_ref, cos[:, None], sin[:, None]), halves):
+    for part, at in zip(rotated(q, q_gain_ref, cos[:, None], sin[:, None]), halves):
         plgpu.store(q_ref.at[own, pl.ds(head * group, rows), at], part.astype(dtype), mask=live)
 
-    k = norm_rope([qkv_ref[own, head, group, at] for at in halves], k_gain_ref, cos, sin)
+    k = rotated([qkv_ref[own, head, group, at] for at in halves], k_gain_ref, cos, sin)
     v = [qkv_ref[own, head, group + 1, at] for at in halves]
     shape = (tile, half)
     slot, column = jnp.broadcast_to(slot_ref[own][:, None], shape), lax.broadcasted_iota(jnp.int32, shape, 1)

@@ -30,6 +30,7 @@ from nanovllm_jax.kernels import decode, norm, prefill, reference, row, store
 DECODE = [(1, 1000, 1000), (1, 32000, 32000), (8, 1000, 1000), (64, 1000, 1000), (64, 200, 1486)]
 DECODE += [(256, 1000, 1000), (256, 200, 1486)]
 PREFILL = [(16, 1024, 1024), (1, 16384, 16384), (64, 256, 256), (4, 2048, 8192), (1, 1000, 1000)]
+NEW = [(1, 1000), (8, 1000), (64, 128)]
 STORE = [1, 64, 256, 16384]
 NORM = [1, 256, 16384]
 ROW = [(1, 4096), (2, 3072)]  # (weights, features of each): q/k/v, gate and up
@@ -37,7 +38,7 @@ CHAINED_CALLS = 128
 TABLE_TOKENS = 4096  # a block table's width: at least so many tokens, as an engine's goes by its longest context
 
 DECODE_CUTS = [(64, 4, 3), (64, 4, 2), (64, 4, 4), (64, 4, 5), (64, 8, 3), (32, 4, 3), (32, 4, 5), (32, 2, 3)]
-DECODE_CUTS += [(32, 2, 5), (128, 4, 3), (128, 8, 3)]  # block_k, warps, stages
+DECODE_CUTS += [(64, 2, 3), (32, 2, 5), (128, 4, 3), (128, 8, 3)]  # block_k, warps, stages
 DECODE_EXTRA = [1, 16, 32, 64, 128]  # items beyond one a context
 PREFILL_CUTS = [(128, 128, 8, 3), (128, 128, 8, 2), (128, 128, 8, 4), (128, 64, 8, 3), (128, 64, 8, 4), (128, 64, 4, 2)]
 PREFILL_CUTS += [(128, 64, 4, 3), (128, 32, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 4), (64, 128, 4, 3)]
@@ -120,6 +121,24 @@ def decode_case(rng, shape: Shape, pool, batch, low, high) -> Case:
     default = decode.default_tiles(batch, shape.kv_heads, shape.head_dim, shape.dtype)
     flops = 4.0 * contexts.sum() * shape.heads * shape.head_dim
     return Case("decode", name, *functions, sets, default, moved, flops)
+
+
+def new_case(rng, shape: Shape, pool, batch, context) -> Case:
+    """A decode case that takes the new tokens in: few, so that it is one kernel."""
+
+    def pool_last(store_and_decode, tables, lens, *args, **tiles):
+        return store_and_decode(*args, tables, lens, **tiles)
+
+    attends = decode_case(rng, shape, pool, batch, context, context)
+    stores = store_case(rng, shape, pool, batch)
+    sets = []
+    for (_, _, _, tables, lens), (*token, _) in zip(attends.sets, itertools.cycle(stores.sets)):
+        slots = tables[:, (context - 1) // shape.block_size] * shape.block_size + (context - 1) % shape.block_size
+        sets.append((tables, lens, *token, slots))
+    options = dict(scale=shape.head_dim**-0.5, eps=1e-6)
+    functions = [functools.partial(pool_last, f) for f in kernel_and_oracle(decode, "store_and_decode", **options)]
+    moved = attends.bytes + stores.bytes
+    return Case("new", f"{batch} x {context}", *functions, sets, attends.default, moved, attends.flops, state=pool)
 
 
 def prefill_case(rng, shape: Shape, pool, sequences, new, context) -> Case:
@@ -243,7 +262,7 @@ def settings(case: Case, shape: Shape) -> list:
     """What to try on a case, its default first."""
     tokens = len(case.sets[0][0])
     cuts = {"prefill": PREFILL_CUTS, "store": STORE_CUTS, "norm": NORM_CUTS, "row": ROW_CUTS}
-    if case.kernel == "decode":
+    if case.kernel in ("decode", "new"):
         tried = [decode.Tiles(k, extra, *rest) for (k, *rest), extra in itertools.product(DECODE_CUTS, DECODE_EXTRA)]
     else:  # a tile of more tokens than there are is of use in prefill alone, and a row's is of features
         anyway = case.kernel in ("prefill", "row")
@@ -282,7 +301,7 @@ def sweep(cases: list[Case], shape: Shape, args) -> None:
     print(f"\nBest settings, {time.perf_counter() - start:.0f} s after the start:", *summary, sep="\n")
 
 
-KERNELS = {"decode": (decode_case, DECODE), "prefill": (prefill_case, PREFILL)}
+KERNELS = {"decode": (decode_case, DECODE), "new": (new_case, NEW), "prefill": (prefill_case, PREFILL)}
 KERNELS |= {"store": (store_case, STORE), "norm": (norm_case, NORM), "row": (row_case, ROW)}
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nanovllm_jax.kernels import norm_rope_store, paged_decode_attention, paged_prefill_attention
+from nanovllm_jax.kernels import norm_rope_store, paged_decode_attention, paged_prefill_attention, store_and_decode
 from nanovllm_jax.layers.norm import RMSNorm
 from nanovllm_jax.layers.rope import apply_rope
 
@@ -59,9 +59,12 @@ class PagedAttention:
     def __call__(self, qkv, q_norm: RMSNorm, k_norm: RMSNorm, cos, sin, cache: KVCache) -> tuple[jax.Array, KVCache]:
         """qkv [B + T, K, G + 2, H] -> output [B + T, N, H] and the cache with the new keys and values stored."""
         gains, angles = (q_norm.weight[...], k_norm.weight[...]), (cos[:, 0], sin[:, 0])
-        placing = dict(eps=q_norm.eps, fixed=self.deterministic)
-        q, *cache = norm_rope_store(qkv, *gains, *angles, self.slot_mapping, *cache, **placing)
-        rows, scale, out = self.decode_tables.shape[0], q.shape[-1] ** -0.5, None
+        new, decodes = (qkv, *gains, *angles, self.slot_mapping), (self.decode_tables, self.decode_context_lens)
+        rows, scale, eps, out = self.decode_tables.shape[0], qkv.shape[-1] ** -0.5, q_norm.eps, None
+        if len(qkv) == rows and not self.deterministic:
+            out, *cache = store_and_decode(*new, *cache, *decodes, scale=scale, eps=eps)
+            return out, KVCache(*cache)
+        q, *cache = norm_rope_store(*new, *cache, eps=eps, fixed=self.deterministic)
         if self.deterministic:  # a decode row is a chunk of one token
             tables = jnp.concatenate((self.decode_tables, self.prefill_tables))
             starts = jnp.concatenate((jnp.arange(rows), self.query_starts + rows))
@@ -69,10 +72,10 @@ class PagedAttention:
             out = paged_prefill_attention(q, *cache, tables, starts, lens, scale=scale, fixed=True)
             return out, KVCache(*cache)
         if rows:
-            out = paged_decode_attention(q, *cache, self.decode_tables, self.decode_context_lens, scale=scale)
-        if q.shape[0] > rows:  # the two share q and out: cutting and joining would copy them
-            lens = self.query_starts + rows, self.prefill_context_lens
-            out = paged_prefill_attention(q, *cache, self.prefill_tables, *lens, out, scale=scale)
+            out = paged_decode_attention(q, *cache, *decodes, scale=scale)
+        lens = self.query_starts + rows, self.prefill_context_lens
+        # The two share q and out: cutting and joining would copy them.
+        out = paged_prefill_attention(q, *cache, self.prefill_tables, *lens, out, scale=scale)
         return out, KVCache(*cache)
 
 

@@ -36,6 +36,32 @@ def paged(rng, contexts, *, kv_heads, head_dim, block_size, width, spare_blocks=
     return Paged(*caches, tables, np.array(contexts, np.int32))
 
 
+class NewTokens(NamedTuple):
+    """Projections of one new token per sequence, and where it goes in the cache: -1 for an empty context."""
+
+    qkv: np.ndarray
+    q_gain: np.ndarray
+    k_gain: np.ndarray
+    cos: np.ndarray
+    sin: np.ndarray
+    slot_mapping: np.ndarray
+
+
+def new_tokens(rng, case: Paged, group: int) -> NewTokens:
+    """New tokens that are their contexts' last ones; in `case` their slots become NaN, and so does what is padding."""
+    (_, kv_heads, block_size, head_dim), batch = case.k_cache.shape, len(case.context_lens)
+    live, last = case.context_lens > 0, np.maximum(case.context_lens - 1, 0)
+    block, offset = case.block_tables[np.arange(batch), last // block_size], last % block_size
+    for cache in (case.k_cache, case.v_cache):
+        cache[block[live], :, offset[live]] = np.nan
+    qkv = rng.standard_normal((batch, kv_heads, group + 2, head_dim))
+    qkv[~live] = np.nan
+    angles = rng.uniform(0, 100, (batch, head_dim // 2))
+    floats = (qkv, *rng.uniform(0.5, 2, (2, head_dim)), np.cos(angles), np.sin(angles))
+    slots = np.where(live, block * block_size + offset, -1).astype(np.int32)
+    return NewTokens(*(x.astype(np.float32) for x in floats), slots)
+
+
 def naive_attention(q, case: Paged, sequence: int, scale: float, positions=None) -> np.ndarray:
     """Causal attention of the last len(q) tokens of one sequence, or of those at `positions`, in float64.
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nanovllm_jax.kernels import decode, paged_decode_attention
-from paged_cases import decode_expected, paged
+from nanovllm_jax.kernels import decode, norm_rope_store, paged_decode_attention, store_and_decode
+from paged_cases import decode_expected, new_tokens, paged
 
 CONTEXTS = [5, 0, 64, 130, 17]
 SHAPES = [  # K, G, H, block_size, block_k: tiles inside a block, a block each, across several
@@ -42,6 +42,35 @@ def test_kernel_equals_float64_attention(shape, extra):
     tiles = decode.Tiles(block_k=shape[4], extra=extra, num_warps=4, num_stages=2)
     out = decode.paged_decode_attention(q, *cache, scale=scale, tiles=tiles, interpret=True)
     np.testing.assert_allclose(out, decode_expected(q, cache, scale), atol=2e-6)
+
+
+@pytest.mark.parametrize("large", [False, True], ids=["one kernel", "two kernels"])
+@pytest.mark.parametrize(
+    ("shape", "extra"), [(SHAPES[0], 4), (SHAPES[1], 1), (SHAPES[2], 64), ((2, 16, 16, 16, 16), 2)]
+)
+def test_new_tokens_are_stored_and_attended_to(shape, extra, large, monkeypatch):
+    monkeypatch.setattr(decode, "LARGE_BATCH", 1 if large else 10**9)
+    _, cache, scale = case(CONTEXTS, *shape[:4])
+    new = new_tokens(np.random.default_rng(1), cache, group=shape[1])
+    args = [jnp.asarray(x) for x in (*new, *cache)]
+    expected = store_and_decode(*args, scale=scale, eps=1e-6)
+    tiles = decode.Tiles(block_k=shape[4], extra=extra, num_warps=4, num_stages=2)
+    got = decode.store_and_decode(*args, scale=scale, eps=1e-6, tiles=tiles, interpret=True)
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6)
+    assert not np.isnan(got[0]).any()
+    assert np.isnan(cache.k_cache).sum() - np.isnan(got[1]).sum() == sum(n > 0 for n in CONTEXTS) * shape[0] * shape[2]
+
+
+def test_new_tokens_are_what_the_two_functions_make_of_them():
+    _, cache, scale = case(CONTEXTS, *SHAPES[1][:4])
+    new = new_tokens(np.random.default_rng(2), cache, group=SHAPES[1][1])
+    q, *caches = norm_rope_store(*map(jnp.asarray, new), *cache[:2], eps=1e-6)
+    out = paged_decode_attention(q, *caches, *cache[2:], scale=scale)
+    written = cache._replace(k_cache=np.asarray(caches[0]), v_cache=np.asarray(caches[1]))
+    np.testing.assert_allclose(out, decode_expected(np.asarray(q), written, scale), atol=2e-6)
+    for a, b in zip(store_and_decode(*new, *cache, scale=scale, eps=1e-6), (out, *caches), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
 
 
 def test_rows_past_the_sequences_are_left_alone():

@@ -18,8 +18,9 @@ from nanovllm_jax.kernels import (
     row_linear,
     row_norm_linear,
     store,
+    store_and_decode,
 )
-from paged_cases import paged
+from paged_cases import new_tokens, paged
 
 pytestmark = pytest.mark.gpu
 
@@ -77,10 +78,11 @@ def test_decode(shape):
     assert not np.asarray(out[np.array(CONTEXTS) == 0]).any()
 
 
+@pytest.mark.parametrize("shape", [*SHAPES[:3], SHAPES[-1]], ids=str)
 @pytest.mark.parametrize("contexts", [[1], CONTEXTS * 24], ids=["one", "many"])
-def test_decode_batches(contexts):
-    args = on_gpu(2, contexts, *SHAPES[0], rows=len(contexts))
-    assert_close(paged_decode_attention(*args, scale=0.1), decode_oracle, args, SHAPES[0][0], 0.1)
+def test_decode_batches(contexts, shape):
+    args = on_gpu(2, contexts, *shape, rows=len(contexts))
+    assert_close(paged_decode_attention(*args, scale=0.1), decode_oracle, args, shape[0], 0.1)
 
 
 @pytest.mark.parametrize("extra", [1, 2, 5, 64])
@@ -90,6 +92,29 @@ def test_decode_cuts(extra):
     tiles = decode.Tiles(block_k=64, extra=extra, num_warps=4, num_stages=3)
     out = jax.jit(functools.partial(decode.paged_decode_attention, scale=0.1, tiles=tiles))(*args)
     assert_close(out, decode_oracle, args, shape[0], 0.1)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("contexts", [[1], [1000], CONTEXTS, CONTEXTS * 12], ids=["first", "one", "some", "many"])
+def test_new_tokens(contexts, shape):
+    dtype, kv_heads, group, head_dim, block_size = shape
+    rng = np.random.default_rng(5)
+    width = -(-max(contexts) // block_size) + 3
+    cache = paged(rng, contexts, kv_heads=kv_heads, head_dim=head_dim, block_size=block_size, width=width)
+    new = new_tokens(rng, cache, group)
+    kinds = [dtype] * 3 + [jnp.float32] * 2 + [jnp.int32] + [dtype] * 2 + [jnp.int32] * 2
+    args = [jnp.asarray(x, kind) for x, kind in zip((*new, *cache), kinds, strict=True)]
+    options = dict(scale=head_dim**-0.5, eps=1e-6)
+    expected = jax.jit(functools.partial(reference.store_and_decode, **options))(*args)
+    stored = reference.norm_rope_store(*args[:8], eps=1e-6)[1:]
+    for _ in range(3):  # what one thread writes and another reads
+        out, *caches = store_and_decode(*args, **options)
+        for a, b in zip(caches, stored, strict=True):
+            a, b = (np.asarray(x, np.float32) for x in (a, b))
+            np.testing.assert_array_equal(np.isnan(a), np.isnan(b))
+            assert_rounded_alike([np.nan_to_num(a)], [np.nan_to_num(b)], dtype)
+        out, want = np.asarray(out, np.float32), np.asarray(expected[0], np.float32)
+        assert np.abs(out - want).max() <= 2 * TOLERANCE[dtype] * np.abs(want).max()
 
 
 def prefill_args(sequences, shape, padding):
@@ -185,14 +210,18 @@ def test_linear_layers_of_a_row(weights, features, depth, dtype):
         assert np.abs(got - want).max() <= TOLERANCE[dtype] * np.abs(want).max()
 
 
-def test_a_compiled_step_has_no_branch_and_no_copy_of_the_cache():
+@pytest.mark.parametrize("apart", [True, False])
+def test_a_compiled_step_has_no_branch_and_no_copy_of_the_cache(apart):
     *_, tables, lens = on_gpu(0, [300, 20], *SHAPES[0], rows=2)
     qkv, *args, k_cache, v_cache = store_args(2, SHAPES[0], blocks=8)
 
     def layers(qkv, caches):
         for i, cache in enumerate(caches):
-            q, *caches[i] = norm_rope_store(qkv, *args, *cache, eps=1e-6)
-            q = paged_decode_attention(q, *caches[i], tables, lens, scale=0.1)
+            if apart:
+                q, *caches[i] = norm_rope_store(qkv, *args, *cache, eps=1e-6)
+                q = paged_decode_attention(q, *caches[i], tables, lens, scale=0.1)
+            else:
+                q, *caches[i] = store_and_decode(qkv, *args, *cache, tables, lens, scale=0.1, eps=1e-6)
             qkv = jnp.concatenate([q.reshape(2, 8, 2, 128), qkv[:, :, 2:]], axis=2)
         return qkv, caches
 

@@ -16,6 +16,7 @@ from nanovllm_jax.kernels import (
     paged_prefill_attention,
     row_linear,
     row_norm_linear,
+    store_and_decode,
 )
 
 KV_HEADS = 8  # of every published Qwen3; the group sizes of 0.6B and 1.7B, 4B and 8B, 14B, 32B
@@ -65,6 +66,12 @@ def decode_case(batch, group, pool):
     q = jax.ShapeDtypeStruct((batch, pool.shape[1] * group, pool.shape[3]), pool.dtype)
     f = functools.partial(paged_decode_attention, scale=0.1)
     return f, (q, pool, pool, ints(batch, 4096 // pool.shape[2]), ints(batch))
+
+
+def new_tokens_case(batch, group, pool):
+    _, (*new, k_cache, v_cache) = store_case(batch, group, pool)
+    f = functools.partial(store_and_decode, scale=0.1, eps=1e-6)
+    return f, (*new, k_cache, v_cache, ints(batch, 4096 // pool.shape[2]), ints(batch))
 
 
 def prefill_case(tokens, sequences, group, pool):
@@ -124,6 +131,16 @@ def test_decode_lowers_to_its_kernels(group, pool):
 
 
 @pytest.mark.parametrize(("group", "pool"), SHAPES, ids=str)
+def test_new_tokens_lower_to_kernels_that_alias_the_caches(group, pool):
+    for batch, kernels in ((1, 2), (127, 2), (2048, 3)):  # a large batch stores with a kernel of its own
+        f, args = new_tokens_case(batch, group, pool)
+        text = lowered_for_cuda(f, *args)
+        assert custom_calls(text) == [PALLAS] * kernels
+        aliases = re.findall(r"output_operand_alias<output_tuple_indices = \[(\d)\],\s*operand_index = (\d)", text)
+        assert aliases[:2] == ([("3", "6"), ("4", "7")] if kernels == 2 else [("1", "6"), ("2", "7")])
+
+
+@pytest.mark.parametrize(("group", "pool"), SHAPES, ids=str)
 def test_prefill_lowers_to_one_kernel(group, pool):
     f, args = prefill_case(2048, 16, group, pool)
     assert custom_calls(lowered_for_cuda(f, *args)) == [PALLAS]
@@ -148,9 +165,10 @@ def test_layers_share_one_lowering():
         lambda: norm_case(4, 64),
         lambda: matmul_case(4, 64, 32),
         lambda: decode_case(4, 2, cache()),
+        lambda: new_tokens_case(4, 2, cache()),
         lambda: prefill_case(64, 2, 2, cache()),
     ],
-    ids=["store", "norm", "matmul", "decode", "prefill"],
+    ids=["store", "norm", "matmul", "decode", "new tokens", "prefill"],
 )
 def test_a_cpu_gets_the_oracle_alone(make):
     f, args = make()
