@@ -222,7 +222,7 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     """Share of the GPU's memory for weights, workspace and KV cache together."""
     num_scheduler_steps: int | None = None
-    """Tokens that one program decodes for each of up to 64 sequences when nobody waits. None: 4 on a GPU where
+    """Tokens that one program decodes for each of up to 128 sequences when nobody waits. None: 4 on a GPU where
     model and contexts are so small that it would wait for the host, else 1."""
     tensor_parallel_size: int = 1
     """Number of devices that the model is spread over."""

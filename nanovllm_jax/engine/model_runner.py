@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 # keys and values) would make it wait: so several steps go in one program.
 DISPATCH_BYTES = 6 * GIB
 GPU_STEPS = 4
-RUN_AHEAD_ROWS = 64
+RUN_AHEAD_ROWS = 128
 PROMPT_CHUNK = 256  # positions whose logits are made at a time where a prompt's log probabilities are asked for
 
 
