@@ -105,7 +105,7 @@ def cudnn_attends(q: jax.Array) -> bool:
 def split_norm_rope(qkv, q_norm: RMSNorm, k_norm: RMSNorm, cos, sin) -> tuple[jax.Array, jax.Array, jax.Array]:
     """qkv [..., T, K, G + 2, H] -> normalised and rotated q [..., T, N, H] and k [..., T, K, H], and v like k."""
     q, k, v = qkv[..., :-2, :], qkv[..., -2, :], qkv[..., -1, :]
-    # Reshaped last: cut, reshaped and then normalised, XLA (0.11.2, on an H100) has read other heads' numbers for G = 5.
+    # Reshaped last: cut, reshaped and then normalised, XLA (jaxlib 0.11.2, H100) read other heads' numbers (G = 3, 5).
     q = apply_rope(q_norm(q), cos[..., None, :], sin[..., None, :])
     return q.reshape(*q.shape[:-3], -1, q.shape[-1]), apply_rope(k_norm(k), cos, sin), v
 

@@ -91,10 +91,12 @@ def generate_seconds(
 ) -> float:
     """The limit of a whole workload: prompts at once, then every sequence decoding from the start.
 
-    A decode step takes its matmuls, and then its keys and values.
+    A decode step takes its matmuls, and then its keys and values. cached: tokens of each prompt that are an earlier
+    prompt's too. A step need not read them again: the sequences that share them may be computed together.
     """
     # Output token i (from 1) of a prompt of p tokens is computed from p + i - 1; the first comes from prefill.
-    context = sum(prompt * (n - 1) + n * (n - 1) // 2 for prompt, n in zip(prompts, outputs, strict=True))
+    own = [prompt - known for prompt, known in zip(prompts, cached, strict=True)]
+    context = sum(prompt * (n - 1) + n * (n - 1) // 2 for prompt, n in zip(own, outputs, strict=True))
     read = context * config.kv_bytes_per_token(itemsize) / card.bytes
     ends = Counter(outputs)
     running, matmuls = len(outputs), 0.0

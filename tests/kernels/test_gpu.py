@@ -105,16 +105,15 @@ def test_new_tokens(contexts, shape):
     kinds = [dtype] * 3 + [jnp.float32] * 2 + [jnp.int32] + [dtype] * 2 + [jnp.int32] * 2
     args = [jnp.asarray(x, kind) for x, kind in zip((*new, *cache), kinds, strict=True)]
     options = dict(scale=head_dim**-0.5, eps=1e-6)
-    expected = jax.jit(functools.partial(reference.store_and_decode, **options))(*args)
-    stored = reference.norm_rope_store(*args[:8], eps=1e-6)[1:]
+    q, *stored = reference.norm_rope_store(*args[:8], eps=1e-6)
+    want = np.asarray(decode_oracle(q, *stored, *args[8:], scale=options["scale"]), np.float32)
     for _ in range(3):  # what one thread writes and another reads
         out, *caches = store_and_decode(*args, **options)
         for a, b in zip(caches, stored, strict=True):
             a, b = (np.asarray(x, np.float32) for x in (a, b))
             np.testing.assert_array_equal(np.isnan(a), np.isnan(b))
             assert_rounded_alike([np.nan_to_num(a)], [np.nan_to_num(b)], dtype)
-        out, want = np.asarray(out, np.float32), np.asarray(expected[0], np.float32)
-        assert np.abs(out - want).max() <= 2 * TOLERANCE[dtype] * np.abs(want).max()
+        assert np.abs(np.asarray(out, np.float32) - want).max() <= 2 * TOLERANCE[dtype] * np.abs(want).max()
 
 
 def prefill_args(sequences, shape, padding):
@@ -166,7 +165,8 @@ def assert_rounded_alike(got, expected, dtype):
 @pytest.mark.parametrize("tokens", [1, 257, 5001])
 def test_store(tokens, shape):
     args = store_args(tokens, shape, blocks=8192 // shape[-1])
-    expected = jax.jit(functools.partial(reference.norm_rope_store, eps=1e-6))(*args)
+    # Op by op: as one program for a GPU, XLA has made something else of 5,001 tokens with 5 query heads to a kv head.
+    expected = reference.norm_rope_store(*args, eps=1e-6)
     got = jax.jit(functools.partial(norm_rope_store, eps=1e-6), donate_argnums=(6, 7))(*args)
     assert_rounded_alike(got, expected, shape[0])
 
@@ -174,7 +174,7 @@ def test_store(tokens, shape):
 @pytest.mark.parametrize("tiles", [store.Tiles(1, 4), store.Tiles(4, 2), store.Tiles(16, 8)], ids=str)
 def test_store_tiles(tiles):
     args = store_args(259, SHAPES[2], blocks=4)
-    expected = jax.jit(functools.partial(reference.norm_rope_store, eps=1e-6))(*args)
+    expected = reference.norm_rope_store(*args, eps=1e-6)
     got = jax.jit(functools.partial(store.norm_rope_store, eps=1e-6, tiles=tiles))(*args)
     assert_rounded_alike(got, expected, SHAPES[2][0])
 

@@ -65,6 +65,15 @@ def test_limits_are_the_published_ones(name):
     assert 64 * 1024 / seconds == pytest.approx(prefill_rate, rel=0.005)
 
 
+def test_what_prompts_share_is_read_once_a_step():
+    config = qwen3("0.6B")
+    alone = limits.generate_seconds(config, 2, H200, [2100] * 9, [128] * 9, [0] * 9)
+    shared = limits.generate_seconds(config, 2, H200, [2100] * 9, [128] * 9, [0] + [2000] * 8)
+    prefill = [limits.prefill_seconds(config, 2, H200, [2100] * 9, cached) for cached in ([0] * 9, [0] + [2000] * 8)]
+    read = 127 * 8 * 2000 * config.kv_bytes_per_token(2) / H200.bytes
+    assert (alone - prefill[0]) - (shared - prefill[1]) == pytest.approx(read)
+
+
 @pytest.mark.parametrize(("batch", "context", "ms"), [(8, 1000, 0.49), (64, 128, 0.54), (128, 4000, 13.7)])
 def test_decode_step_limits_are_the_published_ones(batch, context, ms):
     contexts = [context + 32] * batch
