@@ -10,6 +10,7 @@ from nanovllm_jax.kernels import decode, norm_rope_store, paged_decode_attention
 from paged_cases import decode_expected, new_tokens, paged
 
 CONTEXTS = [5, 0, 64, 130, 17]
+EDGES = [1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 128, 129]  # of blocks, tiles and parts
 SHAPES = [  # K, G, H, block_size, block_k: tiles inside a block, a block each, across several
     (2, 1, 16, 64, 32),
     (1, 5, 32, 32, 32),
@@ -44,13 +45,14 @@ def test_kernel_equals_float64_attention(shape, extra):
     np.testing.assert_allclose(out, decode_expected(q, cache, scale), atol=2e-6)
 
 
+@pytest.mark.parametrize("contexts", [CONTEXTS, EDGES], ids=["mixed", "edges"])
 @pytest.mark.parametrize("large", [False, True], ids=["one kernel", "two kernels"])
 @pytest.mark.parametrize(
     ("shape", "extra"), [(SHAPES[0], 4), (SHAPES[1], 1), (SHAPES[2], 64), ((2, 16, 16, 16, 16), 2)]
 )
-def test_new_tokens_are_stored_and_attended_to(shape, extra, large, monkeypatch):
+def test_new_tokens_are_stored_and_attended_to(shape, extra, large, contexts, monkeypatch):
     monkeypatch.setattr(decode, "LARGE_BATCH", 1 if large else 10**9)
-    _, cache, scale = case(CONTEXTS, *shape[:4])
+    _, cache, scale = case(contexts, *shape[:4])
     new = new_tokens(np.random.default_rng(1), cache, group=shape[1])
     args = [jnp.asarray(x) for x in (*new, *cache)]
     expected = store_and_decode(*args, scale=scale, eps=1e-6)
@@ -59,7 +61,7 @@ def test_new_tokens_are_stored_and_attended_to(shape, extra, large, monkeypatch)
     for a, b in zip(got, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-6)
     assert not np.isnan(got[0]).any()
-    assert np.isnan(cache.k_cache).sum() - np.isnan(got[1]).sum() == sum(n > 0 for n in CONTEXTS) * shape[0] * shape[2]
+    assert np.isnan(cache.k_cache).sum() - np.isnan(got[1]).sum() == sum(n > 0 for n in contexts) * shape[0] * shape[2]
 
 
 def test_new_tokens_are_what_the_two_functions_make_of_them():
