@@ -63,6 +63,25 @@ def pallas_call(
     )(*args)
 
 
+def named_pallas_call(
+    body: Callable, args: dict[str, jax.Array], outs: dict[str, jax.ShapeDtypeStruct], **options: object
+) -> dict[str, jax.Array]:
+    """`pallas_call` of body(ref, **static) with its refs by name, for kernels whose arguments differ from call to call.
+
+    A result with an argument's name is that argument, written in place; the ref of that name is for both.
+    """
+    names = (*args, *outs)
+
+    @functools.wraps(body)
+    def by_name(*refs, **static):
+        return body(dict(zip(names, refs)), **static)
+
+    aliases = {list(args).index(name): number for number, name in enumerate(outs) if name in args}
+    return dict(
+        zip(outs, pallas_call(by_name, *args.values(), out_shape=list(outs.values()), aliases=aliases, **options))
+    )
+
+
 def kernel(function: Callable, *, static_argnames: str | tuple[str, ...] = ()) -> Callable:
     """jax.jit that holds under jax.disable_jit too: a bare pallas_call would be compiled anew at every call."""
     compiled = jax.jit(function, static_argnames=static_argnames)
@@ -118,19 +137,21 @@ def spread(column: jax.Array, shape: tuple[int, int]) -> jax.Array:
     return jnp.broadcast_to(column[:, None], shape)
 
 
+def rounded(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """float32 numbers with dtype's precision."""
+    return x.astype(dtype).astype(jnp.float32)
+
+
 def norm_rope(halves, gains, cos, sin, *, eps: float, dtype) -> tuple[jax.Array, jax.Array]:
     """RMS norm of heads, given as their two halves [..., H / 2] with the gains', and their rotation: float32 halves.
 
     Rounded to dtype where transformers rounds. Halves may be [..., H], with each number twice; so are the results then.
     """
-
-    def rounded(x):
-        return x.astype(dtype).astype(jnp.float32)
-
     halves = [half.astype(jnp.float32) for half in halves]
     squares = sum((half * half).sum(axis=-1) for half in halves)
     scale = lax.rsqrt(squares / (2 * halves[0].shape[-1]) + eps)[..., None]
-    first, second = (rounded(rounded(x * scale) * gain.astype(jnp.float32)) for x, gain in zip(halves, gains))
+    normed = (rounded(half * scale, dtype) for half in halves)
+    first, second = (rounded(x * gain.astype(jnp.float32), dtype) for x, gain in zip(normed, gains))
     return first * cos - second * sin, second * cos + first * sin
 
 

@@ -24,6 +24,7 @@ from .common import (
     dot,
     load_tile,
     log2,
+    named_pallas_call,
     norm_rope,
     pallas_call,
     softmax_end,
@@ -88,8 +89,7 @@ def cut_contexts(context_lens: jax.Array, block_k: int, extra: int) -> Work:
     )
 
 
-def _decode_kernel(*refs, names: tuple[str, ...], rows: int, scale: float, eps: float, block_k: int, on_gpu: bool):
-    ref = dict(zip(names, refs))
+def _decode_kernel(ref, *, rows: int, scale: float, eps: float, block_k: int, on_gpu: bool):
     k_ref, v_ref, table_ref, item_ref = (ref[name] for name in ("k_cache", "v_cache", "tables", "items"))
     o_ref, part_ref, lse_ref = (ref[name] for name in ("out", "part", "lse"))
     head, item = pl.program_id(0), pl.program_id(1)
@@ -194,8 +194,7 @@ def paged_decode_attention(
 ) -> jax.Array:
     """nanovllm_jax.kernels.paged_decode_attention as two kernels, and jnp operations that every layer shares."""
     args = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "tables": block_tables, "context_lens": context_lens}
-    out, *_ = _decode(args, q.shape, scale=scale, tiles=tiles, interpret=interpret)
-    return out
+    return _decode(args, q.shape, scale=scale, tiles=tiles, interpret=interpret)["out"]
 
 
 def store_and_decode(
@@ -225,32 +224,32 @@ def store_and_decode(
     args = {"qkv": qkv, "q_gain": q_gain, "k_gain": k_gain, "cos": cos, "sin": sin, "slots": slot_mapping}
     args |= {"k_cache": k_cache, "v_cache": v_cache, "tables": block_tables, "context_lens": context_lens}
     shape = batch, kv_heads * (parts - 2), head_dim
-    return _decode(args, shape, scale=scale, eps=eps, tiles=tiles, interpret=interpret)
+    results = _decode(args, shape, scale=scale, eps=eps, tiles=tiles, interpret=interpret)
+    return results["out"], results["k_cache"], results["v_cache"]
 
 
 def _decode(args: dict[str, jax.Array], shape: tuple[int, int, int], *, scale, eps=0.0, tiles, interpret):
-    """The output, of `shape` [B or more, N, H], and the caches; args: those of one of the two functions above."""
+    """By name the output, of `shape` [B or more, N, H], and the caches that were written.
+
+    args: those of one of the two functions above, by the names that the kernel knows them by.
+    """
     k_cache, context_lens, (_, heads, head_dim) = args["k_cache"], args["context_lens"], shape
     batch, kv_heads, dtype, fused = len(context_lens), k_cache.shape[1], k_cache.dtype, "qkv" in args
     tiles = tiles or default_tiles(batch, kv_heads, head_dim, dtype)
     items, cut = cut_contexts(context_lens, tiles.block_k, tiles.extra)
-    args = args | {"items": items}
     part = jax.ShapeDtypeStruct((len(items), heads, head_dim), jnp.float32)
     outs = {"out": jax.ShapeDtypeStruct(shape, dtype), "part": part}
     outs |= {"lse": jax.ShapeDtypeStruct(part.shape[:-1], jnp.float32)}
-    # Caches that are written are results, in place of the arguments; and read where they are written.
-    caches = {name: jax.ShapeDtypeStruct(k_cache.shape, dtype) for name in ("k_cache", "v_cache") if fused}
-    names = list(args)
-    out, part, lse, *caches = pallas_call(
+    if fused:
+        outs |= dict.fromkeys(("k_cache", "v_cache"), jax.ShapeDtypeStruct(k_cache.shape, dtype))
+    results = named_pallas_call(
         _decode_kernel,
-        *args.values(),
+        args | {"items": items},
+        outs,
         grid=(kv_heads, len(items)),  # programs start in this order, the first index fastest
-        out_shape=[*outs.values(), *caches.values()],
-        aliases={names.index(name): len(outs) + i for i, name in enumerate(caches)},
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         interpret=interpret,
-        names=(*names, *outs, *caches),
         rows=max(16, pl.next_power_of_2(heads // kv_heads + fused)),
         block_k=tiles.block_k,
         scale=scale,
@@ -259,7 +258,7 @@ def _decode(args: dict[str, jax.Array], shape: tuple[int, int, int], *, scale, e
     )
     [out] = pallas_call(
         _combine_kernel,
-        *(part, lse, cut, out),
+        *(results["part"], results["lse"], cut, results["out"]),
         grid=(heads, len(cut)),
         out_shape=[outs["out"]],
         aliases={3: 0},
@@ -268,4 +267,4 @@ def _decode(args: dict[str, jax.Array], shape: tuple[int, int, int], *, scale, e
         batch=batch,
         rows=pl.next_power_of_2(tiles.extra),
     )
-    return out, *caches
+    return results | {"out": out}

@@ -9,7 +9,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from .common import pallas_call
+from .common import pallas_call, rounded
 
 
 class Tiles(NamedTuple):
@@ -35,7 +35,7 @@ def _add_norm_kernel(x_ref, delta_ref, gain_ref, sum_ref, normed_ref, *, tile: i
     store(sum_ref.at[at], total)
     wide = total.astype(jnp.float32)
     scale = lax.rsqrt((wide * wide).sum(axis=1) / features + eps)
-    normed = (wide * scale[:, None]).astype(x_ref.dtype).astype(jnp.float32)  # rounded where transformers rounds
+    normed = rounded(wide * scale[:, None], x_ref.dtype)  # where transformers rounds
     gain = plgpu.load(gain_ref.at[pl.ds(0, width)], mask=used, other=0)
     store(normed_ref.at[at], (normed * gain.astype(jnp.float32)).astype(x_ref.dtype))
 

@@ -13,7 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from .common import pallas_call
+from .common import named_pallas_call, rounded
 
 # Each program normalises the row anew: on an H200 that gains at a depth of 1,024 and loses at 4,096, where a plain
 # layer still gains; at 12,288 XLA's matmuls are as fast.
@@ -42,35 +42,31 @@ def fits(x: jax.Array, weight: jax.Array, *, normed: bool) -> bool:
     return 512 <= depth <= most and weight.shape[-2] % default_tiles(depth).features == 0
 
 
-def _row_kernel(*refs, names: tuple[str, ...], features: int, width: int, eps: float):
-    ref = dict(zip(names, refs))
+def _row_kernel(ref, *, features: int, width: int, eps: float):
     weights, _, depth = ref["weight"].shape
     dtype, program, row = ref["x"].dtype, pl.program_id(0), jnp.zeros((), jnp.int32)
     whole, own = pl.ds(0, width), pl.ds(program * features, features)
     used = jnp.arange(width, dtype=jnp.int32) < depth  # of D rounded up to a power of two
-
-    def rounded(x):
-        return x.astype(dtype).astype(jnp.float32)
 
     def load(at, mask=used):
         return plgpu.load(at, mask=mask, other=0).astype(jnp.float32)
 
     x = load(ref["x"].at[row, whole])
     if "gain" in ref:  # rounded where transformers rounds
-        x = rounded(x + load(ref["delta"].at[row, whole]))
+        x = rounded(x + load(ref["delta"].at[row, whole]), dtype)
 
         @pl.when(program == 0)
         def _():
             plgpu.store(ref["sum"].at[row, whole], x.astype(dtype), mask=used)
 
         scale = lax.rsqrt((x * x).sum(axis=0) / depth + eps)
-        x = rounded(rounded(x * scale) * load(ref["gain"].at[whole]))
+        x = rounded(rounded(x * scale, dtype) * load(ref["gain"].at[whole]), dtype)
 
     live = jnp.broadcast_to(used[None], (features, width))
     y = [(load(ref["weight"].at[row + i, own, whole], live) * x[None]).sum(axis=1) for i in range(weights)]
     if weights == 2:
-        gate, up = map(rounded, y)
-        y = [rounded(gate / (1 + jnp.exp(-gate))) * up]
+        gate, up = (rounded(part, dtype) for part in y)
+        y = [rounded(gate / (1 + jnp.exp(-gate)), dtype) * up]
     plgpu.store(ref["out"].at[row, own], y[0].astype(dtype))
 
 
@@ -81,14 +77,13 @@ def _call(x, weight, delta=None, gain=None, *, eps: float = 0.0, tiles: Tiles | 
     if gain is not None:
         args |= {"delta": delta, "gain": gain}
         outs = {"sum": jax.ShapeDtypeStruct(x.shape, x.dtype)} | outs
-    return pallas_call(
+    return named_pallas_call(
         _row_kernel,
-        *args.values(),
+        args,
+        outs,
         grid=(features // tiles.features,),
-        out_shape=list(outs.values()),
         num_warps=tiles.num_warps,
         interpret=interpret,
-        names=(*args, *outs),
         features=tiles.features,
         width=pl.next_power_of_2(depth),
         eps=eps,
@@ -97,8 +92,7 @@ def _call(x, weight, delta=None, gain=None, *, eps: float = 0.0, tiles: Tiles | 
 
 def row_linear(x: jax.Array, weight: jax.Array, *, tiles: Tiles | None = None, interpret: bool = False) -> jax.Array:
     """nanovllm_jax.kernels.row_linear as one kernel."""
-    [out] = _call(x, weight[None], tiles=tiles, interpret=interpret)
-    return out
+    return _call(x, weight[None], tiles=tiles, interpret=interpret)["out"]
 
 
 def row_norm_linear(
@@ -112,5 +106,5 @@ def row_norm_linear(
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """nanovllm_jax.kernels.row_norm_linear as one kernel."""
-    total, out = _call(x, weight, delta, gain, eps=eps, tiles=tiles, interpret=interpret)
-    return total, out
+    results = _call(x, weight, delta, gain, eps=eps, tiles=tiles, interpret=interpret)
+    return results["sum"], results["out"]

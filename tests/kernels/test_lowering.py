@@ -34,6 +34,11 @@ def custom_calls(text: str) -> list[str]:
     return re.findall(r"custom_call @([\w.$]+)", text)
 
 
+def aliased(text: str) -> list[tuple[str, str]]:
+    """(result, argument) of each array that a kernel writes in place."""
+    return re.findall(r"output_operand_alias<output_tuple_indices = \[(\d)\],\s*operand_index = (\d)", text)
+
+
 def ints(*shape):
     return jax.ShapeDtypeStruct(shape, jnp.int32)
 
@@ -94,8 +99,7 @@ def test_store_lowers_to_one_kernel_that_aliases_the_caches(group, pool):
         f, args = store_case(tokens, group, pool)
         text = lowered_for_cuda(f, *args)
         assert custom_calls(text) == [PALLAS]
-        aliases = re.findall(r"output_operand_alias<output_tuple_indices = \[(\d)\],\s*operand_index = (\d)", text)
-        assert aliases == [("1", "6"), ("2", "7")]
+        assert aliased(text) == [("1", "6"), ("2", "7")]
 
 
 @pytest.mark.parametrize("features", [1024, 2048, 2560, 4096, 5120, 48])  # of 0.6B, 1.7B, 4B, 8B, 14B and 32B
@@ -136,8 +140,7 @@ def test_new_tokens_lower_to_kernels_that_alias_the_caches(group, pool):
         f, args = new_tokens_case(batch, group, pool)
         text = lowered_for_cuda(f, *args)
         assert custom_calls(text) == [PALLAS] * kernels
-        aliases = re.findall(r"output_operand_alias<output_tuple_indices = \[(\d)\],\s*operand_index = (\d)", text)
-        assert aliases[:2] == ([("3", "6"), ("4", "7")] if kernels == 2 else [("1", "6"), ("2", "7")])
+        assert aliased(text)[:2] == ([("3", "6"), ("4", "7")] if kernels == 2 else [("1", "6"), ("2", "7")])
 
 
 @pytest.mark.parametrize(("group", "pool"), SHAPES, ids=str)
