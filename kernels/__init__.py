@@ -16,7 +16,22 @@ from typing import Any
 
 import jax
 
-from . import adjust, decode, logprobs, matmul, norm, prefill, reference, reference_sampling, row, store, threshold
+from . import (
+    adjust,
+    decode,
+    hopper,
+    hopper_prefill,
+    hopper_swiglu,
+    logprobs,
+    matmul,
+    norm,
+    prefill,
+    reference,
+    reference_sampling,
+    row,
+    store,
+    threshold,
+)
 from .common import kernel
 from .reference_sampling import ENDS, MAX_LOGPROBS, PROMPT
 from .row import fits as is_row
@@ -28,6 +43,7 @@ __all__ = [
     "add_norm",
     "adjust_logits",
     "fixed_matmul",
+    "is_many_rows",
     "is_row",
     "norm_rope_store",
     "paged_decode_attention",
@@ -36,6 +52,7 @@ __all__ = [
     "row_norm_linear",
     "sampling_threshold",
     "store_and_decode",
+    "swiglu",
     "token_logprobs",
 ]
 
@@ -161,9 +178,15 @@ def paged_prefill_attention(
     """
     return jax.lax.platform_dependent(
         *(q, k_cache, v_cache, block_tables, query_starts, context_lens, out),
-        cuda=functools.partial(prefill.paged_prefill_attention, scale=scale, fixed=fixed),
+        cuda=functools.partial(_prefill, scale=scale, fixed=fixed),
         default=functools.partial(reference.paged_prefill_attention, scale=scale),
     )
+
+
+def _prefill(q, k_cache, *args, scale: float, fixed: bool) -> jax.Array:
+    if not fixed and hopper.available() and hopper_prefill.fits(q, k_cache):
+        return hopper_prefill.paged_prefill_attention(q, k_cache, *args, scale=scale)
+    return prefill.paged_prefill_attention(q, k_cache, *args, scale=scale, fixed=fixed)
 
 
 @functools.partial(kernel, static_argnames="dtype")
@@ -204,6 +227,20 @@ def row_norm_linear(
     Returns (x + delta [1, D], the layer's output [1, F]).
     """
     return _differentiable(row.row_norm_linear, reference.row_norm_linear, eps=eps)(x, delta, gain, weight)
+
+
+def is_many_rows(x: jax.Array, weight: jax.Array) -> bool:
+    """Whether `swiglu` has a kernel here for x [T, D] and weights [2, F, D]."""
+    return hopper.available() and hopper_swiglu.fits(x, weight)
+
+
+@kernel
+def swiglu(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """A gated linear layer, for what `is_many_rows` says: silu(x @ first.T) * (x @ second.T). Differentiable.
+
+    x [T, D], weight [2, F, D], of one dtype, to which the products, silu and the result are rounded: [T, F].
+    """
+    return _differentiable(hopper_swiglu.swiglu, reference.swiglu)(x, weight)
 
 
 @kernel

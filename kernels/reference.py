@@ -46,6 +46,12 @@ def row_norm_linear(x, delta, gain, weight, *, eps):
     return total, y[0] if len(y) == 1 else jax.nn.silu(y[0]) * y[1]
 
 
+def swiglu(x, weight):
+    """See nanovllm_jax.kernels.swiglu."""
+    gate, up = (row_linear(x, part) for part in weight)
+    return jax.nn.silu(gate) * up
+
+
 def fixed_matmul(x, weight, *, dtype):
     """See nanovllm_jax.kernels.fixed_matmul."""
     return _in_tiles(lambda tile: _product(tile, weight), x).astype(dtype)

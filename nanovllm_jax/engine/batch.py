@@ -146,6 +146,8 @@ class Buckets:
     mixed_decode_rows: tuple[int, ...]
     """Sizes of the decode part beside a prefill: few, as a padded row costs little there. The last takes any number."""
     run_ahead: RunAhead = ONE_STEP
+    alone_from: float = math.inf
+    """From so many prefill tokens on there are shapes without a decode part."""
 
     @cached_property
     def decode_rows(self) -> tuple[int, ...]:
@@ -162,13 +164,17 @@ class Buckets:
         rows = tokens if tokens == self.prefill_tokens[-1] else max(8, tokens // 16)
         return min(self.max_num_seqs, rows)
 
+    def beside(self, tokens: int) -> tuple[int, ...]:
+        """Sizes of the decode part beside a prefill part of this many tokens."""
+        return (0, *self.mixed_decode_rows) if tokens >= self.alone_from else self.mixed_decode_rows
+
     def shape_for(self, decodes: int, prefills: int, tokens: int, num_steps: int = 1) -> BatchShape:
         """The smallest shape for this many decode rows, and prefill sequences with this many tokens together."""
         if not prefills:
             rows = next(size for size in self.decode_rows if size >= decodes)
             return BatchShape(rows, 0, 0, self.table_width, num_steps)
-        rows = next(size for size in self.mixed_decode_rows if size >= decodes)
         padded = next(t for t in self.prefill_tokens if t >= tokens and self.prefill_rows(t) >= prefills)
+        rows = next(size for size in self.beside(padded) if size >= decodes)
         return BatchShape(rows, self.prefill_rows(padded), padded, self.table_width)
 
     def all_shapes(self) -> list[BatchShape]:
@@ -177,7 +183,7 @@ class Buckets:
         mixed = [
             BatchShape(rows, self.prefill_rows(tokens), tokens, self.table_width)
             for tokens in self.prefill_tokens
-            for rows in self.mixed_decode_rows
+            for rows in self.beside(tokens)
         ]
         several = [
             BatchShape(rows, 0, 0, self.table_width, self.run_ahead.num_steps)

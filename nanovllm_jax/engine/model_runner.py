@@ -1,6 +1,7 @@
 """The device: KV cache, compiled programs, dispatch and collect. Of engine/, only this and weights.py import jax."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -210,7 +211,8 @@ class ModelRunner:
         most = self.max_num_seqs
         ratio, mixed = (2, {min(32, most), most}) if self.on_gpu else (16, {most})
         sizes = most, self.max_num_batched_tokens, width, ratio, tuple(sorted(mixed))
-        self.buckets = Buckets(*sizes, self._run_ahead())
+        # Of fewer tokens a GPU's matmuls have rows to spare.
+        self.buckets = Buckets(*sizes, self._run_ahead(), alone_from=1024 if self.on_gpu else math.inf)
         logger.info(
             "memory a device: %.2f GiB weights, %.2f GiB workspace, %.2f GiB cache = %d blocks of %d tokens = "
             "%d tokens; max_model_len %d",

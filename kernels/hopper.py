@@ -1,0 +1,61 @@
+"""What the kernels for Hopper's tensor cores share. They are written for Mosaic GPU, Pallas' other backend, which has
+what Triton's has not: warpgroups with work of their own (one loads, two compute), and matrix products that run while
+their warpgroup does something else.
+"""
+
+import functools
+import re
+from collections.abc import Callable
+
+import jax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from .common import SMS
+
+MANY = 1024  # rows: for fewer a second to lower each kernel, at each start with an empty cache, is not worth it
+ROWS = 64  # of one warpgroup's matrix product
+COMPUTE = 2  # warpgroups; the one after them loads
+LOADER = COMPUTE
+SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # how tensor cores read 16-bit shared memory
+
+
+@functools.cache
+def available() -> bool:
+    """Whether these kernels run here: on compute capability 9.0, by a jax and a CUDA that compile them rightly."""
+    if jax.default_backend() != "gpu" or jax.__version_info__ < (0, 11):
+        return False
+    device = jax.local_devices()[0]
+    cuda = re.search(r"cuda (\d+)", device.client.platform_version)
+    # CUDA 12.8 and 12.9.0 compile causal masks wrongly: jax refuses them in its own kernel of this kind.
+    return device.compute_capability == "9.0" and cuda is not None and not 12080 <= int(cuda[1]) < 12091
+
+
+def hopper_call(
+    body: Callable, *args: jax.Array, out_type: tuple[jax.ShapeDtypeStruct, ...], interpret: object = None
+) -> tuple[jax.Array, ...]:
+    """Run body(*refs) in one program an SM, which finds its work by `program()`, with three warpgroups.
+
+    interpret: jax's InterpretGPUParams, for tests on any machine.
+    """
+    options = {} if interpret is None else {"interpret": interpret}
+    params = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup)
+    return plgpu.kernel(
+        body,
+        out_type=out_type,
+        grid=(SMS,),
+        grid_names=("sm",),
+        num_threads=COMPUTE + 1,
+        thread_name="wg",
+        compiler_params=params,
+        **options,
+    )(*args)
+
+
+def program() -> jax.Array:
+    """The number of this program, from 0."""
+    return jax.lax.axis_index("sm")
+
+
+def warpgroup() -> jax.Array:
+    """The number of this warpgroup: below COMPUTE it computes, LOADER loads."""
+    return jax.lax.axis_index("wg")
