@@ -166,7 +166,9 @@ class Buckets:
 
     def beside(self, tokens: int) -> tuple[int, ...]:
         """Sizes of the decode part beside a prefill part of this many tokens."""
-        return (0, *self.mixed_decode_rows) if tokens >= self.alone_from else self.mixed_decode_rows
+        few = tokens >= 16 * self.mixed_decode_rows[-1]  # then the largest is little beside them
+        sizes = self.mixed_decode_rows[-1:] if few else self.mixed_decode_rows
+        return (0, *sizes) if tokens >= self.alone_from else sizes
 
     def shape_for(self, decodes: int, prefills: int, tokens: int, num_steps: int = 1) -> BatchShape:
         """The smallest shape for this many decode rows, and prefill sequences with this many tokens together."""

@@ -7,7 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from nanovllm_jax.kernels import decode, paged_decode_attention, paged_prefill_attention, prefill
+from nanovllm_jax.kernels import (
+    decode,
+    hopper,
+    hopper_prefill,
+    paged_decode_attention,
+    paged_prefill_attention,
+    prefill,
+)
 from paged_cases import Paged, block_tables, decode_expected, naive_attention, prefill_expected
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}  # of a token's largest output
@@ -205,6 +212,16 @@ def test_decode_values_on_a_gpu(shape, make):
 def test_prefill_values_on_a_gpu(shape, make):
     poison, tolerance = POISONS[VALUES.index(make) % 3], GPU_TOLERANCE.get(make, 0)
     check_prefill(paged_prefill_attention, make, MEDIUM_CHUNKS, shape, poison, tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not hopper.available(), reason="this kernel is for compute capability 9.0")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("make", VALUES, ids=lambda make: make.__name__)
+def test_prefill_values_on_hopper(dtype, make):
+    poison, tolerance = POISONS[VALUES.index(make) % 3], GPU_TOLERANCE.get(make, 0)
+    shape = (dtype, 2, 4, 128, 256)
+    check_prefill(hopper_prefill.paged_prefill_attention, make, MEDIUM_CHUNKS, shape, poison, tolerance)
 
 
 @pytest.mark.gpu

@@ -1,0 +1,128 @@
+"""The kernels of Mosaic GPU on a machine without a GPU: prefill in jax's simulation of one, and what both lower to."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+from nanovllm_jax.kernels import (
+    hopper,
+    hopper_prefill,
+    hopper_swiglu,
+    is_many_rows,
+    swiglu,
+)
+from paged_cases import paged, prefill_expected
+from test_lowering import PALLAS, cache, custom_calls, lowered_for_cuda, prefill_case
+
+PROGRAMS = 3  # fewer than tiles, so that each has several
+WRITES_IN_PLACE = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="jax 0.10's kernels take no mutable arrays")
+CASES = [  # contexts, new tokens, kv heads, group, block_size, dtype
+    ([128], [128], 1, 1, 128, jnp.bfloat16),
+    ([100, 430, 0, 129], [100, 130, 0, 129], 1, 2, 256, jnp.bfloat16),
+    ([64, 65, 1, 700], [64, 1, 1, 3], 2, 3, 128, jnp.float16),
+]
+
+
+def prefill(contexts, queries, kv_heads, group, block_size, dtype, decodes=0):
+    """(the kernel's output, what it should be) behind some rows of decodes, with a tile of padding at the end.
+
+    Unused slots and padded queries are NaN.
+    """
+    rng = np.random.default_rng(sum(contexts))
+    options = dict(kv_heads=kv_heads, head_dim=128, block_size=block_size)
+    held = paged(rng, contexts, width=-(-max(contexts) // block_size) + 1, **options)
+    starts = np.cumsum([0, *queries]).astype(np.int32)
+    q = rng.standard_normal((starts[-1] + 128, kv_heads * group, 128)).astype(np.float32)
+    q[starts[-1] :] = np.nan
+    expected = prefill_expected(q, held, starts, 0.1)
+    q, *caches = (jnp.asarray(x, dtype) for x in (np.concatenate((q[:decodes], q)), *held[:2]))
+    out = (jnp.full_like(q, 3),) if decodes else ()
+    args = q, *caches, jnp.asarray(held.block_tables), starts + decodes, jnp.asarray(held.context_lens), *out
+    got = hopper_prefill.paged_prefill_attention(*args, scale=0.1, interpret=InterpretGPUParams())
+    return np.asarray(got, np.float32), expected
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch):
+    for module in (hopper, hopper_prefill):
+        monkeypatch.setattr(module, "SMS", PROGRAMS)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_prefill_equals_float64_attention(case):
+    got, expected = prefill(*case)
+    np.testing.assert_allclose(got, expected, atol=1e-2 * np.abs(expected).max())
+    assert not got[-128:].any()
+
+
+@WRITES_IN_PLACE
+def test_rows_of_decoding_sequences_before_the_first_stay():
+    got, expected = prefill(*CASES[1], decodes=7)
+    assert (got[:7] == 3).all()
+    np.testing.assert_allclose(got[7:], expected, atol=1e-2 * np.abs(expected).max())
+
+
+def swiglu_args(rows, depth, features, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct((rows, depth), dtype), jax.ShapeDtypeStruct((2, features, depth), dtype)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(("depth", "features"), [(1024, 3072), (2560, 9728), (4096, 1536), (5120, 17408)])
+def test_swiglu_lowers_to_one_kernel(depth, features, dtype):
+    for rows in (1024, 1056, 16384):
+        [call] = custom_calls(lowered_for_cuda(hopper_swiglu.swiglu, *swiglu_args(rows, depth, features, dtype)))
+        assert call.startswith("mosaic_gpu")
+
+
+def test_swiglu_and_its_derivative_are_the_oracles_here():
+    x = jax.random.normal(jax.random.key(0), (1024, 64), jnp.bfloat16)
+    weight = jax.random.normal(jax.random.key(1), (2, 128, 64), jnp.bfloat16)
+
+    def plain(x, weight):
+        gate, up = jnp.einsum("td,sfd->stf", x, weight)
+        return jax.nn.silu(gate) * up
+
+    np.testing.assert_allclose(*(np.asarray(f(x, weight), np.float32) for f in (swiglu, plain)), rtol=0.02, atol=0.02)
+    slopes = (jax.grad(lambda x, f=f: f(x, weight).astype(jnp.float32).sum())(x) for f in (swiglu, plain))
+    np.testing.assert_allclose(*(np.asarray(slope, np.float32) for slope in slopes), rtol=0.05, atol=1)
+
+
+def test_what_they_are_for(monkeypatch):
+    x, weight = swiglu_args(1024, 128, 256)
+    assert not is_many_rows(x, weight)  # no GPU here
+    monkeypatch.setattr(hopper, "available", lambda: True)
+    assert is_many_rows(x, weight)
+    for args in ((1023, 128, 256), (1028, 128, 256), (1024, 96, 256), (1024, 128, 200), (1024, 128, 256, jnp.float32)):
+        assert not is_many_rows(*swiglu_args(*args))
+    assert not is_many_rows(jax.ShapeDtypeStruct((2, 1024, 128), jnp.bfloat16), weight)
+
+
+def test_which_prefill_is_lowered(monkeypatch):
+    """Mosaic GPU's for many tokens, unless a token's bits must not depend on the batch; Triton's for the others."""
+    monkeypatch.setattr(hopper, "available", lambda: True)
+
+    def call(tokens, pool, **options):
+        f, args = prefill_case(tokens, 3, 2, pool)
+        return custom_calls(lowered_for_cuda(functools.partial(f, **options), *args))
+
+    assert call(1040, cache())[-1].startswith("mosaic_gpu")
+    assert call(1040, cache(block_size=128))[-1].startswith("mosaic_gpu")
+    assert call(1040, cache(), fixed=True) == [PALLAS]
+    for tokens, pool in ((1000, cache()), (1040, cache(block_size=64)), (1040, cache(head_dim=64))):
+        assert call(tokens, pool) == [PALLAS]
+    assert call(1040, cache(jnp.float32)) == [PALLAS]
+
+
+@WRITES_IN_PLACE
+def test_prefill_beside_decodes_is_written_in_place():
+    _, (q, *rest) = prefill_case(1088, 3, 2, cache())
+    text = lowered_for_cuda(functools.partial(hopper_prefill.paged_prefill_attention, scale=0.1), q, *rest, q)
+    assert "output_tuple_indices = [], operand_index = 6" in text
+
+
+def test_available_asks_for_a_gpu_first():
+    hopper.available.cache_clear()
+    assert not hopper.available()
