@@ -12,7 +12,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .common import SMS
 
-MANY = 1024  # rows: for fewer a second to lower each kernel, at each start with an empty cache, is not worth it
+# Rows from which on they are used. They are faster from 1,024 on, but each program with them takes a second longer to
+# lower: so the few programs with most to do have them, and a start with an empty cache stays what it was.
+MANY = 8192
 ROWS = 64  # of one warpgroup's matrix product
 COMPUTE = 2  # warpgroups; the one after them loads
 LOADER = COMPUTE

@@ -48,8 +48,8 @@ def row_norm_linear(x, delta, gain, weight, *, eps):
 
 def swiglu(x, weight):
     """See nanovllm_jax.kernels.swiglu."""
-    gate, up = (row_linear(x, part) for part in weight)
-    return jax.nn.silu(gate) * up
+    gate, up = (_rounded(_product(x, part), x.dtype) for part in weight)
+    return (_rounded(jax.nn.silu(gate), x.dtype) * up).astype(x.dtype)
 
 
 def fixed_matmul(x, weight, *, dtype):

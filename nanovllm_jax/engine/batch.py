@@ -147,7 +147,7 @@ class Buckets:
     """Sizes of the decode part beside a prefill: few, as a padded row costs little there. The last takes any number."""
     run_ahead: RunAhead = ONE_STEP
     alone_from: float = math.inf
-    """From so many prefill tokens on there are shapes without a decode part."""
+    """From so many prefill tokens on the decode part is empty or the largest, which then is little beside them."""
 
     @cached_property
     def decode_rows(self) -> tuple[int, ...]:
@@ -166,9 +166,7 @@ class Buckets:
 
     def beside(self, tokens: int) -> tuple[int, ...]:
         """Sizes of the decode part beside a prefill part of this many tokens."""
-        few = tokens >= 16 * self.mixed_decode_rows[-1]  # then the largest is little beside them
-        sizes = self.mixed_decode_rows[-1:] if few else self.mixed_decode_rows
-        return (0, *sizes) if tokens >= self.alone_from else sizes
+        return (0, self.mixed_decode_rows[-1]) if tokens >= self.alone_from else self.mixed_decode_rows
 
     def shape_for(self, decodes: int, prefills: int, tokens: int, num_steps: int = 1) -> BatchShape:
         """The smallest shape for this many decode rows, and prefill sequences with this many tokens together."""
@@ -180,7 +178,7 @@ class Buckets:
         return BatchShape(rows, self.prefill_rows(padded), padded, self.table_width)
 
     def all_shapes(self) -> list[BatchShape]:
-        """Every shape that shape_for can return, the smallest first: a GPU's compiler tunes longest for few rows."""
+        """Every shape that shape_for can return; first what takes a GPU's compiler longest: few rows, large prefills."""
         decode = [BatchShape(rows, 0, 0, self.table_width) for rows in self.decode_rows]
         mixed = [
             BatchShape(rows, self.prefill_rows(tokens), tokens, self.table_width)
@@ -192,7 +190,7 @@ class Buckets:
             for rows in self.decode_rows
             if rows <= self.run_ahead.rows and self.run_ahead.num_steps > 1
         ]
-        return sorted(decode + mixed + several, key=lambda s: (s.prefill_tokens, s.decode_rows))
+        return sorted(decode + several, key=lambda s: s.decode_rows) + mixed[::-1]
 
 
 def _signed(bits: int) -> int:

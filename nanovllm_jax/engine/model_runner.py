@@ -211,8 +211,7 @@ class ModelRunner:
         most = self.max_num_seqs
         ratio, mixed = (2, {min(32, most), most}) if self.on_gpu else (16, {most})
         sizes = most, self.max_num_batched_tokens, width, ratio, tuple(sorted(mixed))
-        # Of fewer tokens a GPU's matmuls have rows to spare.
-        self.buckets = Buckets(*sizes, self._run_ahead(), alone_from=1024 if self.on_gpu else math.inf)
+        self.buckets = Buckets(*sizes, self._run_ahead(), alone_from=16 * most if len(mixed) > 1 else math.inf)
         logger.info(
             "memory a device: %.2f GiB weights, %.2f GiB workspace, %.2f GiB cache = %d blocks of %d tokens = "
             "%d tokens; max_model_len %d",

@@ -8,14 +8,14 @@ from hypothesis import strategies as st
 from nanovllm_jax.engine.batch import BatchShape, Buckets
 
 
-def buckets_of(max_num_seqs, max_num_batched_tokens, ratio=2, alone_from=1024):
+def buckets_of(max_num_seqs, max_num_batched_tokens, ratio=2, alone_from=8192):
     mixed = tuple(sorted({min(32, max_num_seqs), max_num_seqs}))
     return Buckets(max_num_seqs, max_num_batched_tokens, 16, ratio, mixed, alone_from=alone_from)
 
 
 @given(data=st.data(), max_num_seqs=st.integers(1, 600), max_num_batched_tokens=st.integers(1, 20_000))
 def test_a_schedule_fits_the_smallest_shape_that_is_compiled(data, max_num_seqs, max_num_batched_tokens):
-    alone_from = data.draw(st.sampled_from([1, 1024, math.inf]))
+    alone_from = data.draw(st.sampled_from([1, 8192, math.inf]))
     buckets = buckets_of(max_num_seqs, max_num_batched_tokens, data.draw(st.sampled_from([2, 16])), alone_from)
     decodes = data.draw(st.integers(0, max_num_seqs))
     prefills = data.draw(st.integers(0 if decodes else 1, min(max_num_seqs, max_num_batched_tokens)))
@@ -34,7 +34,6 @@ def test_a_schedule_fits_the_smallest_shape_that_is_compiled(data, max_num_seqs,
 def test_shapes_beside_a_prefill():
     shapes = [(s.prefill_tokens, s.decode_rows) for s in buckets_of(512, 16384).all_shapes() if s.prefill_tokens]
     assert shapes == [
-        *((tokens, rows) for tokens in (128, 256, 512) for rows in (32, 512)),
-        *((tokens, rows) for tokens in (1024, 2048, 4096) for rows in (0, 32, 512)),
-        *((tokens, rows) for tokens in (8192, 16384) for rows in (0, 512)),
+        *((tokens, rows) for tokens in (16384, 8192) for rows in (512, 0)),
+        *((tokens, rows) for tokens in (4096, 2048, 1024, 512, 256, 128) for rows in (512, 32)),
     ]
