@@ -18,10 +18,8 @@ import jax
 
 from . import (
     adjust,
+    common,
     decode,
-    hopper,
-    hopper_prefill,
-    hopper_swiglu,
     logprobs,
     matmul,
     norm,
@@ -184,8 +182,11 @@ def paged_prefill_attention(
 
 
 def _prefill(q, k_cache, *args, scale: float, fixed: bool) -> jax.Array:
-    if not fixed and hopper.available() and hopper_prefill.fits(q, k_cache):
-        return hopper_prefill.paged_prefill_attention(q, k_cache, *args, scale=scale)
+    if not fixed and common.is_hopper():
+        from . import hopper_prefill  # late, here and below: a start that compiles nothing need not wait for Mosaic
+
+        if hopper_prefill.fits(q, k_cache):
+            return hopper_prefill.paged_prefill_attention(q, k_cache, *args, scale=scale)
     return prefill.paged_prefill_attention(q, k_cache, *args, scale=scale, fixed=fixed)
 
 
@@ -231,7 +232,11 @@ def row_norm_linear(
 
 def is_many_rows(x: jax.Array, weight: jax.Array) -> bool:
     """Whether `swiglu` has a kernel here for x [T, D] and weights [2, F, D]."""
-    return hopper.available() and hopper_swiglu.fits(x, weight)
+    if not common.is_hopper():
+        return False
+    from . import hopper_swiglu
+
+    return hopper_swiglu.fits(x, weight)
 
 
 @kernel
@@ -240,6 +245,8 @@ def swiglu(x: jax.Array, weight: jax.Array) -> jax.Array:
 
     x [T, D], weight [2, F, D], of one dtype, to which the products, silu and the result are rounded: [T, F].
     """
+    from . import hopper_swiglu
+
     return _differentiable(hopper_swiglu.swiglu, reference.swiglu)(x, weight)
 
 

@@ -6,6 +6,7 @@ Shapes: B sequences, K kv heads, G = N / K query heads to a kv head, H head_dim,
 import functools
 import importlib.util
 import math
+import re
 import sys
 import types
 import warnings
@@ -29,6 +30,17 @@ if TRITON_TYPES not in sys.modules and importlib.util.find_spec(TRITON_TYPES) is
 LOG2E = math.log2(math.e)
 SMS = 132  # of an H100 or H200
 NEG_INF = -1e30  # finite, so that the difference of two masked scores is not NaN
+
+
+@functools.cache
+def is_hopper() -> bool:
+    """Whether the kernels for Hopper run here: compute capability 9.0, a jax and a CUDA that compile them rightly."""
+    if jax.default_backend() != "gpu" or jax.__version_info__ < (0, 11):
+        return False
+    device = jax.local_devices()[0]
+    cuda = re.search(r"cuda (\d+)", device.client.platform_version)
+    # CUDA 12.8 and 12.9.0 compile causal masks wrongly: jax refuses them in its own kernel of this kind.
+    return device.compute_capability == "9.0" and cuda is not None and not 12080 <= int(cuda[1]) < 12091
 
 
 def pallas_call(

@@ -3,8 +3,6 @@ what Triton's has not: warpgroups with work of their own (one loads, two compute
 their warpgroup does something else.
 """
 
-import functools
-import re
 from collections.abc import Callable
 
 import jax
@@ -12,24 +10,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .common import SMS
 
-# Rows from which on they are used. They are faster from 1,024 on, but each program with them takes a second longer to
+# Rows from which on they are used. They are faster from 1,024 on, but a program with them takes half a second longer to
 # lower: so the few programs with most to do have them, and a start with an empty cache stays what it was.
 MANY = 8192
 ROWS = 64  # of one warpgroup's matrix product
 COMPUTE = 2  # warpgroups; the one after them loads
 LOADER = COMPUTE
 SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # how tensor cores read 16-bit shared memory
-
-
-@functools.cache
-def available() -> bool:
-    """Whether these kernels run here: on compute capability 9.0, by a jax and a CUDA that compile them rightly."""
-    if jax.default_backend() != "gpu" or jax.__version_info__ < (0, 11):
-        return False
-    device = jax.local_devices()[0]
-    cuda = re.search(r"cuda (\d+)", device.client.platform_version)
-    # CUDA 12.8 and 12.9.0 compile causal masks wrongly: jax refuses them in its own kernel of this kind.
-    return device.compute_capability == "9.0" and cuda is not None and not 12080 <= int(cuda[1]) < 12091
 
 
 def hopper_call(

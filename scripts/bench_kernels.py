@@ -24,7 +24,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from nanovllm_jax.kernels import decode, norm, prefill, reference, row, store
+from nanovllm_jax.kernels import common, decode, hopper_prefill, hopper_swiglu, norm, prefill, reference, row, store
 
 # (batch, shortest and longest context), (sequences, new tokens and context of each), tokens, tokens
 DECODE = [(1, 1000, 1000), (1, 32000, 32000), (8, 1000, 1000), (64, 1000, 1000), (64, 200, 1486)]
@@ -34,6 +34,7 @@ NEW = [(1, 1000), (8, 1000), (64, 128)]
 STORE = [1, 64, 256, 16384]
 NORM = [1, 256, 16384]
 ROW = [(1, 4096), (2, 3072)]  # (weights, features of each): q/k/v, gate and up
+SWIGLU = [(1024, 3072), (16384, 3072)]  # rows, features
 CHAINED_CALLS = 128
 TABLE_TOKENS = 4096  # a block table's width: at least so many tokens, as an engine's goes by its longest context
 
@@ -56,7 +57,7 @@ class Case(NamedTuple):
     call: object
     oracle: object
     sets: list
-    default: tuple  # the tile settings that it has on its own
+    default: tuple | None  # the tile settings that it has on its own, if there is a choice
     bytes: float
     flops: float = 0.0
     state: tuple = ()  # what calls hand on: each returns an output and the next one's
@@ -190,6 +191,19 @@ def row_case(rng, shape: Shape, pool, weights, features) -> Case:
     return Case("row", f"{weights} x {features}", *functions, sets, row.default_tiles(shape.hidden), moved)
 
 
+def hopper_case(rng, shape: Shape, pool, *problem) -> Case:
+    call, oracle = kernel_and_oracle(hopper_prefill, "paged_prefill_attention", scale=shape.head_dim**-0.5)
+    return prefill_case(rng, shape, pool, *problem)._replace(kernel="hopper", call=call, oracle=oracle, default=None)
+
+
+def swiglu_case(rng, shape: Shape, pool, rows, features) -> Case:
+    moved = float(shape.dtype.itemsize * (rows * (shape.hidden + features) + 2 * features * shape.hidden))
+    weight = shape.random(rng, 2, features, shape.hidden)
+    sets = [(shape.random(rng, rows, shape.hidden), weight) for _ in range(sets_for(moved))]
+    flops = 4.0 * rows * features * shape.hidden
+    return Case("swiglu", f"{rows} x {features}", *kernel_and_oracle(hopper_swiglu, "swiglu"), sets, None, moved, flops)
+
+
 def compiled(case: Case, call):
     """A program that makes a call on each input set, or enough calls that dispatching it is quicker than running it."""
     call = jax.jit(call)  # of one trace, however many calls
@@ -242,7 +256,7 @@ def cudnn_seconds(case: Case, shape: Shape, sequences: int, new: int) -> float:
 
 def rate(case: Case, seconds: float, args) -> str:
     limit = max(case.bytes / args.bandwidth / 1e12, case.flops / args.flops / 1e12)
-    if case.kernel == "prefill":
+    if case.kernel in ("prefill", "hopper", "swiglu"):
         amount = f"{case.flops / seconds / 1e12:6.0f} TFLOP/s"
     else:
         amount = f"{case.bytes / seconds / 1e12:6.2f} TB/s"
@@ -303,6 +317,8 @@ def sweep(cases: list[Case], shape: Shape, args) -> None:
 
 KERNELS = {"decode": (decode_case, DECODE), "new": (new_case, NEW), "prefill": (prefill_case, PREFILL)}
 KERNELS |= {"store": (store_case, STORE), "norm": (norm_case, NORM), "row": (row_case, ROW)}
+if common.is_hopper():
+    KERNELS |= {"hopper": (hopper_case, PREFILL), "swiglu": (swiglu_case, SWIGLU)}
 
 
 def main() -> None:
@@ -329,7 +345,7 @@ def main() -> None:
     problems = [(KERNELS[kernel][0], problem) for kernel in args.only for problem in KERNELS[kernel][1]]
     cases = (make(rng, shape, pool, *np.atleast_1d(problem).tolist()) for make, problem in problems)
     if args.sweep:
-        return sweep(list(cases), shape, args)
+        return sweep([case for case in cases if case.default], shape, args)
     for case in cases:
         bench(case, shape, args)
 

@@ -178,7 +178,7 @@ class Buckets:
         return BatchShape(rows, self.prefill_rows(padded), padded, self.table_width)
 
     def all_shapes(self) -> list[BatchShape]:
-        """Every shape that shape_for can return; first what takes a GPU's compiler longest: few rows, large prefills."""
+        """Every shape that shape_for can return; first what compiles longest on a GPU: few rows, large prefills."""
         decode = [BatchShape(rows, 0, 0, self.table_width) for rows in self.decode_rows]
         mixed = [
             BatchShape(rows, self.prefill_rows(tokens), tokens, self.table_width)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from nanovllm_jax.kernels import (
     add_norm,
+    common,
     decode,
     hopper,
     hopper_prefill,
@@ -144,7 +145,7 @@ def test_prefill_for_any_gpu(shape):
     assert_close(out, prefill_oracle, args, shape[0], 0.1)
 
 
-on_hopper = pytest.mark.skipif(not hopper.available(), reason="these kernels are for compute capability 9.0")
+on_hopper = pytest.mark.skipif(not common.is_hopper(), reason="these kernels are for compute capability 9.0")
 HOPPER = [SHAPES[0], (jnp.bfloat16, 8, 4, 128, 128), SHAPES[2], SHAPES[4], (jnp.float16, 2, 3, 128, 512)]
 SEQUENCES = [*RAGGED, *CHUNKS, (70, 70), (64, 64), (63, 63), (3000, 1), (128, 128), (129, 129), (5000, 4500)]
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from nanovllm_jax.kernels import (
+    common,
     hopper,
     hopper_prefill,
     hopper_swiglu,
@@ -95,7 +96,7 @@ def test_swiglu_and_its_derivative_are_the_oracles_here():
 def test_what_they_are_for(monkeypatch):
     x, weight = swiglu_args(hopper.MANY, 128, 256)
     assert not is_many_rows(x, weight)  # no GPU here
-    monkeypatch.setattr(hopper, "available", lambda: True)
+    monkeypatch.setattr(common, "is_hopper", lambda: True)
     assert is_many_rows(x, weight)
     for args in ((8184, 128, 256), (8196, 128, 256), (8192, 96, 256), (8192, 128, 200), (8192, 128, 256, jnp.float32)):
         assert not is_many_rows(*swiglu_args(*args))
@@ -104,7 +105,7 @@ def test_what_they_are_for(monkeypatch):
 
 def test_which_prefill_is_lowered(monkeypatch):
     """Mosaic GPU's for many tokens, unless a token's bits must not depend on the batch; Triton's for the others."""
-    monkeypatch.setattr(hopper, "available", lambda: True)
+    monkeypatch.setattr(common, "is_hopper", lambda: True)
 
     def call(tokens, pool, **options):
         f, args = prefill_case(tokens, 3, 2, pool)
@@ -126,5 +127,5 @@ def test_prefill_beside_decodes_is_written_in_place():
 
 
 def test_available_asks_for_a_gpu_first():
-    hopper.available.cache_clear()
-    assert not hopper.available()
+    common.is_hopper.cache_clear()
+    assert not common.is_hopper()

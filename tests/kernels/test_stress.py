@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from nanovllm_jax.kernels import (
+    common,
     decode,
-    hopper,
     hopper_prefill,
     paged_decode_attention,
     paged_prefill_attention,
@@ -215,7 +215,7 @@ def test_prefill_values_on_a_gpu(shape, make):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not hopper.available(), reason="this kernel is for compute capability 9.0")
+@pytest.mark.skipif(not common.is_hopper(), reason="this kernel is for compute capability 9.0")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("make", VALUES, ids=lambda make: make.__name__)
 def test_prefill_values_on_hopper(dtype, make):
