@@ -154,6 +154,11 @@ def rounded(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return x.astype(dtype).astype(jnp.float32)
 
 
+def gated(gate: jax.Array, up: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """silu(gate) * up in float32, of products that are rounded to dtype, as transformers rounds silu too."""
+    return rounded(gate / (1 + jnp.exp(-gate)), dtype) * up
+
+
 def norm_rope(halves, gains, cos, sin, *, eps: float, dtype) -> tuple[jax.Array, jax.Array]:
     """RMS norm of heads, given as their two halves [..., H / 2] with the gains', and their rotation: float32 halves.
 

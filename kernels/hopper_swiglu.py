@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .common import rounded
+from .common import gated, rounded
 from .hopper import COMPUTE, MANY, ROWS, SWIZZLED, hopper_call, warpgroup
 
 TILE = COMPUTE * ROWS  # rows
@@ -69,7 +69,7 @@ def swiglu(x: jax.Array, weight: jax.Array) -> jax.Array:
                         multiply_all((gate, up))
                         gate, up = (rounded(total[...], dtype) for total in (gate, up))
                         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                        out[warpgroup()] = (rounded(gate / (1 + jnp.exp(-gate)), dtype) * up).astype(dtype)
+                        out[warpgroup()] = gated(gate, up, dtype).astype(dtype)
                         plgpu.commit_smem()
                         start = row * TILE + warpgroup() * ROWS
                         plgpu.copy_smem_to_gmem(out.at[warpgroup()], o_ref.at[pl.ds(start, ROWS), columns])

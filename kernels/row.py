@@ -13,7 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from .common import named_pallas_call, rounded
+from .common import gated, named_pallas_call, rounded
 
 # Each program normalises the row anew: on an H200 that gains at a depth of 1,024 and loses at 4,096, where a plain
 # layer still gains; at 12,288 XLA's matmuls are as fast.
@@ -65,8 +65,7 @@ def _row_kernel(ref, *, features: int, width: int, eps: float):
     live = jnp.broadcast_to(used[None], (features, width))
     y = [(load(ref["weight"].at[row + i, own, whole], live) * x[None]).sum(axis=1) for i in range(weights)]
     if weights == 2:
-        gate, up = (rounded(part, dtype) for part in y)
-        y = [rounded(gate / (1 + jnp.exp(-gate)), dtype) * up]
+        y = [gated(*(rounded(part, dtype) for part in y), dtype)]
     plgpu.store(ref["out"].at[row, own], y[0].astype(dtype))
 
 
