@@ -43,6 +43,7 @@ __all__ = [
     "fixed_matmul",
     "is_many_rows",
     "is_row",
+    "load_runtime",
     "norm_rope_store",
     "paged_decode_attention",
     "paged_prefill_attention",
@@ -53,6 +54,12 @@ __all__ = [
     "swiglu",
     "token_logprobs",
 ]
+
+
+def load_runtime() -> None:
+    """Do what a compiled program from disk needs before it is loaded: one that is traced here has done it by then."""
+    if common.is_hopper():
+        from . import hopper  # noqa: F401  (importing Mosaic GPU tells XLA where its runtime is)
 
 
 def _differentiable(cuda: Callable, oracle: Callable, **static: Any) -> Callable:

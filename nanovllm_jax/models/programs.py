@@ -22,6 +22,8 @@ import jax
 from jax.experimental.serialize_executable import deserialize_and_load, serialize
 from jax.stages import Compiled, Lowered
 
+from nanovllm_jax.kernels import load_runtime
+
 logger = logging.getLogger(__name__)
 SOURCES = (Path(__file__).parents[1], Path(__file__).parents[2] / "kernels")
 
@@ -61,6 +63,7 @@ class ProgramStore:
         if path is None or not path.exists():
             return None
         try:
+            load_runtime()
             binary, *trees = pickle.loads(path.read_bytes())
             trees = map(jax.tree.structure, trees)
             client = self.devices[0].client
