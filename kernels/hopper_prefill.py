@@ -129,7 +129,7 @@ def load_items(q_ref, k_ref, v_ref, table_ref, for_each, memory: Memory, barrier
             plgpu.copy_gmem_to_smem(q_ref.at[rows, item.head], memory.q_raw.at[w], barriers.q_full.at[w])
 
         def step(i, n):
-            slot, start = lax.rem(n, jnp.int32(STAGES)), i * BLOCK_K
+            slot, start = slot_of(n), i * BLOCK_K
             block = table_ref[item.sequence, lax.div(start, jnp.int32(block_size))]
             offset = pl.multiple_of(lax.rem(start, jnp.int32(block_size)), BLOCK_K)
             at = block, lax.div(item.head, jnp.int32(group)), pl.ds(offset, BLOCK_K)
@@ -149,96 +149,135 @@ def load_items(q_ref, k_ref, v_ref, table_ref, for_each, memory: Memory, barrier
         plgpu.barrier_wait(barriers.v_free.at[slot])
 
 
-def attend_items(o_ref, for_each, memory: Memory, barriers: Barriers, *, scale: float, interpret: bool) -> None:
-    """A computing warpgroup: its 64 rows of each tile."""
-    wg, head_dim, dtype = warpgroup(), o_ref.shape[2], o_ref.dtype
+class Part(NamedTuple):
+    """A warpgroup's 64 rows of a tile."""
 
-    def take_turn():
-        plgpu.barrier_arrive(barriers.turn)
-        plgpu.barrier_wait(barriers.turn)
+    first: jax.Array
+    """Position of the first query."""
+    live: jax.Array
+    """Rows that are queries."""
+    end: jax.Array
+    """Keys from here on are beyond every query of the tile."""
+    loads: jax.Array
+    """Loads of keys that the tile needs."""
+    steps: jax.Array
+    """Those that this part needs."""
+    whole: jax.Array
+    """Those that every query sees whole."""
 
-    def take(n, item):
-        steps, first = item.steps, item.position + wg * ROWS
-        live = jnp.clip(item.count - wg * ROWS, 0, ROWS)
-        own_steps = jnp.where(live > 0, steps_to(jnp.maximum(first + live, 0)), 0)
-        # Tiles of keys that the first query sees whole need no mask.
-        whole = jnp.minimum(lax.div(jnp.maximum(first + 1, 0), jnp.int32(BLOCK_K)), own_steps)
+    @classmethod
+    def of(cls, item: Item, wg: jax.Array) -> "Part":
+        """Warpgroup wg's."""
+        first, live = item.position + wg * ROWS, jnp.clip(item.count - wg * ROWS, 0, ROWS)
+        steps = jnp.where(live > 0, steps_to(jnp.maximum(first + live, 0)), 0)
+        whole = jnp.minimum(lax.div(jnp.maximum(first + 1, 0), jnp.int32(BLOCK_K)), steps)
+        return cls(first, live, item.end, item.steps, steps, whole)
 
-        plgpu.barrier_wait(barriers.q_full.at[wg])
-        memory.q[wg] = memory.q_raw[wg]
-        plgpu.commit_smem()
-        plgpu.barrier_arrive(barriers.q_free.at[wg])
 
-        def slot_of(i):
-            return lax.rem(n + i, jnp.int32(STAGES))
+class Attention:
+    """A computing warpgroup: its part of each tile. n counts the loads of keys before the tile, i those of the tile."""
 
-        @pl.when(steps > 0)
+    def __init__(self, memory: Memory, barriers: Barriers, *, scale: float, dtype: jnp.dtype, interpret: bool):
+        self.wg, self.memory, self.barriers = warpgroup(), memory, barriers
+        self.to_exponent, self.dtype, self.interpret = scale * LOG2E, dtype, interpret
+
+    def run(self, for_each, o_ref) -> None:
+        """Attend with the queries of every tile, and write the results to o_ref."""
+        plgpu.barrier_arrive(self.barriers.q_free.at[self.wg])
+        for slot in range(STAGES):
+            plgpu.barrier_arrive(self.barriers.k_free.at[slot])
+            plgpu.barrier_arrive(self.barriers.v_free.at[slot])
+        total = for_each(functools.partial(self.take, o_ref))
+        plgpu.wait_smem_to_gmem(0)
+        pl.when((self.wg == 0) & (total > 0))(self.take_turn)
+
+    def take(self, o_ref, n, item: Item) -> jax.Array:
+        """One tile; returns the loads of keys before the next."""
+        part = Part.of(item, self.wg)
+        self.take_queries()
+
+        @pl.when(part.loads > 0)
         def _():
-            plgpu.barrier_wait(barriers.k_full.at[slot_of(0)])
+            plgpu.barrier_wait(self.barriers.k_full.at[slot_of(n)])
             # One's softmax beside the other's products: once half a step behind, the second one stays there.
-            pl.when((wg == 1) & (n == 0))(take_turn)
+            pl.when((self.wg == 1) & (n == 0))(self.take_turn)
 
-        def await_next_keys(i):
-            @pl.when(i + 1 < steps)
-            def _():
-                plgpu.barrier_wait(barriers.k_full.at[slot_of(i + 1)])
-
-        def step(i, state, diagonal):
-            acc, m, l = state
-            slot, start = slot_of(i), i * BLOCK_K
-            ragged = start + BLOCK_K > item.end
-            if diagonal:
-                pl.when(ragged)(lambda: _clear_values(memory.v.at[slot], item.end - start, barriers.v_full.at[slot]))
-            scores = _product(memory.q.at[wg], memory.k.at[slot], take_turn, interpret)
-            plgpu.barrier_arrive(barriers.k_free.at[slot])
-            if diagonal:
-                query, key = (lax.broadcasted_iota(jnp.int32, scores.shape, axis) for axis in range(2))
-                scores = jnp.where(key + start <= query + first, scores, NEG_INF)
-            to_exponent = scale * LOG2E
-            m_new = jnp.maximum(m, scores.max(axis=1) * to_exponent)
-            alpha = jnp.exp2(m - m_new)
-            p = jnp.exp2(scores * to_exponent - _spread(m_new, scores.shape))
-            acc *= _spread(alpha, acc.shape)
-            l = l * alpha + p.sum(axis=1)
-            # All of it before the turn is given back.
-            acc, l, m, p = lax.optimization_barrier((acc, l, m_new, p.astype(dtype)))
-            plgpu.barrier_arrive(barriers.turn)
-            if diagonal:
-                pl.when(~ragged)(lambda: plgpu.barrier_wait(barriers.v_full.at[slot]))
-            else:
-                plgpu.barrier_wait(barriers.v_full.at[slot])
-            plgpu.barrier_wait(barriers.turn)
-            acc = _add_product(acc, p, memory.v.at[slot], lambda: await_next_keys(i), interpret)
-            plgpu.barrier_arrive(barriers.v_free.at[slot])
-            return acc, m, l
-
-        state = jnp.zeros((ROWS, head_dim), jnp.float32), jnp.full((ROWS,), NEG_INF, jnp.float32)
+        step = functools.partial(self.step, n, part)
+        state = jnp.zeros((ROWS, o_ref.shape[2]), jnp.float32), jnp.full((ROWS,), NEG_INF, jnp.float32)
         state = (*state, jnp.zeros((ROWS,), jnp.float32))
-        state = lax.fori_loop(0, whole, functools.partial(step, diagonal=False), state)
-        acc, _, l = lax.fori_loop(whole, own_steps, functools.partial(step, diagonal=True), state)
-
-        @pl.loop(own_steps, steps)
-        def _(i):  # what the other warpgroup alone has use for
-            plgpu.barrier_arrive(barriers.k_free.at[slot_of(i)])
-            take_turn()
-            plgpu.barrier_wait(barriers.v_full.at[slot_of(i)])
-            plgpu.barrier_arrive(barriers.v_free.at[slot_of(i)])
-            await_next_keys(i)
-            take_turn()
+        state = lax.fori_loop(0, part.whole, functools.partial(step, diagonal=False), state)
+        acc, _, l = lax.fori_loop(part.whole, part.steps, functools.partial(step, diagonal=True), state)
+        pl.loop(part.steps, part.loads)(functools.partial(self.skip, n, part))
 
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        memory.out[wg] = (acc / _spread(jnp.maximum(l, 1e-30), acc.shape)).astype(dtype)
+        self.memory.out[self.wg] = (acc / _spread(jnp.maximum(l, 1e-30), acc.shape)).astype(self.dtype)
         plgpu.commit_smem()
-        _copy_rows(memory.out.at[wg], o_ref, item.row0 + wg * ROWS, item.head, live)
-        return n + steps
+        _copy_rows(self.memory.out.at[self.wg], o_ref, item.row0 + self.wg * ROWS, item.head, part.live)
+        return n + part.loads
 
-    plgpu.barrier_arrive(barriers.q_free.at[wg])
-    for slot in range(STAGES):
+    def take_queries(self) -> None:
+        """From where they were loaded to where tensor cores read them."""
+        plgpu.barrier_wait(self.barriers.q_full.at[self.wg])
+        self.memory.q[self.wg] = self.memory.q_raw[self.wg]
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(self.barriers.q_free.at[self.wg])
+
+    def take_turn(self) -> None:
+        """Let the other warpgroup multiply, and wait until it lets this one."""
+        plgpu.barrier_arrive(self.barriers.turn)
+        plgpu.barrier_wait(self.barriers.turn)
+
+    def await_keys(self, n, i, part: Part) -> None:
+        """Wait for a load of keys, if the tile has it."""
+
+        @pl.when(i < part.loads)
+        def _():
+            plgpu.barrier_wait(self.barriers.k_full.at[slot_of(n + i)])
+
+    def step(self, n, part: Part, i, state, *, diagonal: bool):
+        """Take in 128 keys and values; diagonal: not all queries see all of them."""
+        acc, m, l = state
+        slot, start, barriers = slot_of(n + i), i * BLOCK_K, self.barriers
+        ragged = start + BLOCK_K > part.end
+        v = self.memory.v.at[slot]
+        if diagonal:
+            pl.when(ragged)(lambda: _clear_values(v, part.end - start, barriers.v_full.at[slot]))
+        scores = _product(self.memory.q.at[self.wg], self.memory.k.at[slot], self.take_turn, self.interpret)
         plgpu.barrier_arrive(barriers.k_free.at[slot])
+        if diagonal:
+            query, key = (lax.broadcasted_iota(jnp.int32, scores.shape, axis) for axis in range(2))
+            scores = jnp.where(key + start <= query + part.first, scores, NEG_INF)
+        m_new = jnp.maximum(m, scores.max(axis=1) * self.to_exponent)
+        alpha = jnp.exp2(m - m_new)
+        p = jnp.exp2(scores * self.to_exponent - _spread(m_new, scores.shape))
+        acc *= _spread(alpha, acc.shape)
+        l = l * alpha + p.sum(axis=1)
+        # All of it before the turn is given back.
+        acc, l, m, p = lax.optimization_barrier((acc, l, m_new, p.astype(self.dtype)))
+        plgpu.barrier_arrive(barriers.turn)
+        if diagonal:
+            pl.when(~ragged)(lambda: plgpu.barrier_wait(barriers.v_full.at[slot]))
+        else:
+            plgpu.barrier_wait(barriers.v_full.at[slot])
+        plgpu.barrier_wait(barriers.turn)
+        acc = _add_product(acc, p, v, lambda: self.await_keys(n, i + 1, part), self.interpret)
         plgpu.barrier_arrive(barriers.v_free.at[slot])
-    total = for_each(take)
-    plgpu.wait_smem_to_gmem(0)
-    pl.when((wg == 0) & (total > 0))(take_turn)
+        return acc, m, l
+
+    def skip(self, n, part: Part, i) -> None:
+        """Let keys and values go that the other warpgroup alone has use for."""
+        slot = slot_of(n + i)
+        plgpu.barrier_arrive(self.barriers.k_free.at[slot])
+        self.take_turn()
+        plgpu.barrier_wait(self.barriers.v_full.at[slot])
+        plgpu.barrier_arrive(self.barriers.v_free.at[slot])
+        self.await_keys(n, i + 1, part)
+        self.take_turn()
+
+
+def slot_of(n: jax.Array) -> jax.Array:
+    """Where in shared memory the n-th load of keys, and that of their values, goes."""
+    return lax.rem(n, jnp.int32(STAGES))
 
 
 def _spread(column: jax.Array, shape: tuple[int, int]) -> jax.Array:
@@ -337,7 +376,8 @@ def paged_prefill_attention(
             @pl.when(warpgroup() < COMPUTE)
             def _():
                 plgpu.set_max_registers(232, action="increase")
-                attend_items(o_ref, for_each, memory, barriers, scale=scale, interpret=interpret is not None)
+                options = dict(scale=scale, dtype=q.dtype, interpret=interpret is not None)
+                Attention(memory, barriers, **options).run(for_each, o_ref)
 
         pl.run_scoped(run, Memory.types(head_dim, q.dtype), Barriers.types(), collective_axes="wg")
 

@@ -13,7 +13,7 @@ from small_model import SMALL, assert_idle, small_llm, write_checkpoint
 
 from nanovllm_jax import SamplingParams
 from nanovllm_jax.config import EngineConfig
-from nanovllm_jax.engine.memory import GIB, MemoryPlan, decide_num_blocks
+from nanovllm_jax.engine.memory import GIB, MemoryPlan, decide_num_blocks, memory_stats
 from nanovllm_jax.models.qwen3 import MLP
 
 GREEDY = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
@@ -191,6 +191,13 @@ def test_the_pool_by_hand():
 def test_memory_that_does_not_hold_the_model(budget, options, message):
     with pytest.raises(ValueError, match=message):
         decide_num_blocks(plan(budget), EngineConfig(**options), wanted_tokens=1)
+
+
+def test_an_allocator_that_does_not_tell(monkeypatch):
+    """As a CPU's does not, and a GPU's of some kinds."""
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_ALLOCATOR", "platform")
+    with pytest.raises(RuntimeError, match=r"XLA_PYTHON_CLIENT_ALLOCATOR='platform' does not tell .* unset it"):
+        memory_stats(jax.devices("cpu")[0])
 
 
 def test_a_cpu_takes_what_is_wanted_within_a_gibibyte():

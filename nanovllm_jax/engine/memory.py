@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 from nanovllm_jax.config import EngineConfig, ModelConfig
 
@@ -41,6 +42,17 @@ def estimate_workspace(model: ModelConfig, itemsize: int, tokens: int, rows: int
 def host_memory() -> int:
     """This machine's memory."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def memory_stats(device: Any) -> dict[str, int]:
+    """What a GPU's allocator says of the memory it has. Raises RuntimeError for one that says nothing."""
+    stats = device.memory_stats()
+    if stats is None:
+        raise RuntimeError(
+            f"XLA_PYTHON_CLIENT_ALLOCATOR={os.environ.get('XLA_PYTHON_CLIENT_ALLOCATOR')!r} does not tell how much "
+            "memory there is, which decides the size of the KV cache: unset it, or set it to 'default' or 'cuda_async'"
+        )
+    return stats
 
 
 def decide_num_blocks(plan: MemoryPlan, config: EngineConfig, wanted_tokens: int, cpu_bytes: int = GIB) -> int:

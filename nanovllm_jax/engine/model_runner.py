@@ -28,6 +28,7 @@ from nanovllm_jax.engine.memory import (
     decide_max_model_len,
     decide_num_blocks,
     estimate_workspace,
+    memory_stats,
 )
 from nanovllm_jax.engine.schedule import ONE_STEP, RunAhead
 from nanovllm_jax.engine.weights import ServedWeights
@@ -198,7 +199,7 @@ class ModelRunner:
         # Un-jitted steps copy a layer's cache when they store, for nothing is donated.
         copies = 1 + 4 / model.num_hidden_layers if config.enforce_eager else 1
         plan = MemoryPlan(
-            budget=-largest(-self.device.memory_stats()["bytes_limit"]) if self.on_gpu else None,
+            budget=-largest(-memory_stats(self.device)["bytes_limit"]) if self.on_gpu else None,
             weights=largest(self.bytes_in_use) + self.weights.device_bytes,
             workspace=workspace + self._state_bytes() + RESERVE,
             block=int(block * copies),
@@ -236,7 +237,7 @@ class ModelRunner:
         """What others hold of a GPU: another LLM of this process."""
         if not self.on_gpu:
             return 0
-        return max(device.memory_stats()["bytes_in_use"] for device in self.mesh.local_devices)
+        return max(memory_stats(device)["bytes_in_use"] for device in self.mesh.local_devices)
 
     def _state_bytes(self) -> int:
         steering = 4 * self.config.probe.steering_size if self.config.probe else 0
