@@ -104,14 +104,17 @@ import sys
 from nanovllm_jax import LLM, SamplingParams
 llm = LLM(sys.argv[1], load_format="dummy", max_num_seqs=8, max_num_batched_tokens=8192, max_model_len=8448,
           num_kvcache_blocks=64, compilation_cache_dir=sys.argv[1] + "/compiled")
-prompts = [[7 * i % 1000 for i in range(n)] for n in (5, 300, 8192)]
+prompts = [[7 * i % 1000 for i in range(n)] for n in (5, 300, 4500)]
 outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=24, ignore_eos=True), use_tqdm=False)
 print([out["token_ids"] for out in outputs])
 """
 
 
 def test_a_second_start_compiles_nothing(tmp_path):
-    """Programs from disk, the large prefills too, do in a new process what they did in the one that compiled them."""
+    """Programs from disk do in a new process what they did in the one that compiled them.
+
+    The prefill, half of it padding, is one of the large ones.
+    """
     config = COMMON | SIZES["0.6B"] | dict(num_hidden_layers=2, model_type="qwen3", architectures=["Qwen3ForCausalLM"])
     (tmp_path / "config.json").write_text(json.dumps(config))
     command = [sys.executable, "-c", START, str(tmp_path)]

@@ -27,8 +27,8 @@ CASES = [  # contexts, new tokens, kv heads, group, block_size, dtype
 ]
 
 
-def prefill(contexts, queries, kv_heads, group, block_size, dtype, decodes=0):
-    """(the kernel's output, what it should be) behind some rows of decodes, with a tile of padding at the end.
+def prefill(contexts, queries, kv_heads, group, block_size, dtype, decodes=0, padding=128):
+    """(the kernel's output, what it should be) behind some rows of decodes, and with padding at the end.
 
     Unused slots and padded queries are NaN.
     """
@@ -36,7 +36,7 @@ def prefill(contexts, queries, kv_heads, group, block_size, dtype, decodes=0):
     options = dict(kv_heads=kv_heads, head_dim=128, block_size=block_size)
     held = paged(rng, contexts, width=-(-max(contexts) // block_size) + 1, **options)
     starts = np.cumsum([0, *queries]).astype(np.int32)
-    q = rng.standard_normal((starts[-1] + 128, kv_heads * group, 128)).astype(np.float32)
+    q = rng.standard_normal((starts[-1] + padding, kv_heads * group, 128)).astype(np.float32)
     q[starts[-1] :] = np.nan
     expected = prefill_expected(q, held, starts, 0.1)
     q, *caches = (jnp.asarray(x, dtype) for x in (np.concatenate((q[:decodes], q)), *held[:2]))
@@ -57,6 +57,19 @@ def test_prefill_equals_float64_attention(case):
     got, expected = prefill(*case)
     np.testing.assert_allclose(got, expected, atol=1e-2 * np.abs(expected).max())
     assert not got[-128:].any()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_much_padding(case):
+    """Several tiles of it to each program: it once waited forever, a warpgroup for its turn and the loader for it."""
+    got, expected = prefill(*case, padding=1000)
+    np.testing.assert_allclose(got, expected, atol=1e-2 * np.abs(expected).max())
+    assert not got[-1000:].any()
+
+
+def test_nothing_but_padding():
+    got, _ = prefill([0], [0], 1, 2, 128, jnp.bfloat16, padding=1000)
+    assert not got.any()
 
 
 @WRITES_IN_PLACE
