@@ -93,19 +93,18 @@ def steps_to(end: jax.Array) -> jax.Array:
     return lax.div(end + (BLOCK_K - 1), jnp.int32(BLOCK_K))
 
 
-def for_each_item(tile_ref, first: jax.Array, last: jax.Array, heads: int, take) -> jax.Array:
+def for_each_item(tile_ref, used_ref, heads: int, take) -> jax.Array:
     """take(n, item) of this program's items, one after the other; n and its result: the steps taken before.
 
-    They are those of tiles `first` to `last`, sorted, the longest first, which are dealt out to and fro, so that each
-    program gets as much.
+    The tiles are sorted, those with most keys first, and dealt out to and fro, so that each program gets as much.
     """
-    items = (last - first) * heads
+    items = used_ref[0] * heads
 
     def place(turn):
         return jnp.where(lax.rem(turn, jnp.int32(2)) == 0, program(), SMS - 1 - program())
 
     def look(turn):
-        number = first * heads + jnp.minimum(turn * SMS + place(turn), items - 1)
+        number = jnp.minimum(turn * SMS + place(turn), items - 1)
         tile, head = lax.div(number, jnp.int32(heads)), lax.rem(number, jnp.int32(heads))
         return Item(head, *(tile_ref[tile, i] for i in range(4)))
 
@@ -182,31 +181,26 @@ class Attention:
         self.wg, self.memory, self.barriers = warpgroup(), memory, barriers
         self.to_exponent, self.dtype, self.interpret = scale * LOG2E, dtype, interpret
 
-    def attend(self, for_each, o_ref) -> None:
-        """Attend with the queries of every tile, each of which has keys, and write the results to o_ref."""
+    def run(self, for_each, o_ref) -> None:
+        """Attend with the queries of every tile, and write the results to o_ref."""
         plgpu.barrier_arrive(self.barriers.q_free.at[self.wg])
         for slot in range(STAGES):
             plgpu.barrier_arrive(self.barriers.k_free.at[slot])
             plgpu.barrier_arrive(self.barriers.v_free.at[slot])
         total = for_each(functools.partial(self.take, o_ref))
-        pl.when((self.wg == 0) & (total > 0))(self.take_turn)
-
-    def fill(self, for_each, o_ref) -> None:
-        """Zeros where there is nothing to attend to.
-
-        Not among the tiles with keys: the loader would wait for both warpgroups to go on to the next of them, and the
-        second for its turn, which the first leaves it when it is through.
-        """
-        for_each(functools.partial(self.take_nothing, o_ref))
         plgpu.wait_smem_to_gmem(0)
+        pl.when((self.wg == 0) & (total > 0))(self.take_turn)
 
     def take(self, o_ref, n, item: Item) -> jax.Array:
         """One tile; returns the loads of keys before the next."""
         part = Part.of(item, self.wg)
         self.take_queries()
-        plgpu.barrier_wait(self.barriers.k_full.at[slot_of(n)])
-        # One's softmax beside the other's products: once half a step behind, the second one stays there.
-        pl.when((self.wg == 1) & (n == 0))(self.take_turn)
+
+        @pl.when(part.loads > 0)
+        def _():
+            plgpu.barrier_wait(self.barriers.k_full.at[slot_of(n)])
+            # One's softmax beside the other's products: once half a step behind, the second one stays there.
+            pl.when((self.wg == 1) & (n == 0))(self.take_turn)
 
         step = functools.partial(self.step, n, part)
         state = jnp.zeros((ROWS, o_ref.shape[2]), jnp.float32), jnp.full((ROWS,), NEG_INF, jnp.float32)
@@ -215,20 +209,11 @@ class Attention:
         acc, _, l = lax.fori_loop(part.whole, part.steps, functools.partial(step, diagonal=True), state)
         pl.loop(part.steps, part.loads)(functools.partial(self.skip, n, part))
 
-        self.write(acc / _spread(jnp.maximum(l, 1e-30), acc.shape), o_ref, item, part)
-        return n + part.loads
-
-    def take_nothing(self, o_ref, n, item: Item) -> jax.Array:
-        """A tile without keys: zeros."""
-        self.write(jnp.zeros((ROWS, o_ref.shape[2]), jnp.float32), o_ref, item, Part.of(item, self.wg))
-        return n
-
-    def write(self, result: jax.Array, o_ref, item: Item, part: Part) -> None:
-        """What comes out for this part of a tile."""
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        self.memory.out[self.wg] = result.astype(self.dtype)
+        self.memory.out[self.wg] = (acc / _spread(jnp.maximum(l, 1e-30), acc.shape)).astype(self.dtype)
         plgpu.commit_smem()
         _copy_rows(self.memory.out.at[self.wg], o_ref, item.row0 + self.wg * ROWS, item.head, part.live)
+        return n + part.loads
 
     def take_queries(self) -> None:
         """From where they were loaded to where tensor cores read them."""
@@ -354,12 +339,17 @@ def _copy_rows(source, o_ref, row: jax.Array, head: jax.Array, count: jax.Array)
 
 
 def _sorted_tiles(query_starts: jax.Array, context_lens: jax.Array, tokens: int) -> tuple[jax.Array, jax.Array]:
-    """prefill_tiles as one table [tiles, 4], those with most keys first, and how many have keys, or are used, [2]."""
+    """prefill_tiles as one table [tiles, 4], those with most keys first, and how many there are [1].
+
+    Before them come those without keys, of padding. After them a program could wait forever: its loader for both
+    warpgroups to go on to the next tile, the second for its turn, the first, which leaves it that at the end, for
+    queries.
+    """
     table = jnp.stack(prefill_tiles(query_starts, context_lens, tokens, TILE), axis=1)
     _, _, count, position = table.T
-    keys = jnp.where(count > 0, jnp.maximum(position + count, 0), -1)
-    number = (keys[:, None] > jnp.array([0, -1])).sum(axis=0, dtype=jnp.int32)
-    return table[jnp.argsort(keys, descending=True)], number
+    used, keys = count > 0, position + count
+    order = jnp.where(used, jnp.where(keys > 0, -keys, jnp.iinfo(jnp.int32).min), 0)
+    return table[jnp.argsort(order)], used.sum(dtype=jnp.int32)[None]
 
 
 def paged_prefill_attention(
@@ -380,10 +370,8 @@ def paged_prefill_attention(
     block_tables = jnp.maximum(block_tables, 0)
     args = q, k_cache, v_cache, block_tables, *_sorted_tiles(query_starts, context_lens, tokens)
 
-    def hopper_prefill(q_ref, k_ref, v_ref, table_ref, tile_ref, number_ref, o_ref):
-        with_keys, used = number_ref[0], number_ref[1]
-        for_each = functools.partial(for_each_item, tile_ref, jnp.int32(0), with_keys, heads)
-        for_each_without = functools.partial(for_each_item, tile_ref, with_keys, used, heads)
+    def hopper_prefill(q_ref, k_ref, v_ref, table_ref, tile_ref, used_ref, o_ref):
+        for_each = functools.partial(for_each_item, tile_ref, used_ref, heads)
 
         def run(memory, barriers):
             @pl.when(warpgroup() == LOADER)
@@ -395,9 +383,7 @@ def paged_prefill_attention(
             def _():
                 plgpu.set_max_registers(232, action="increase")
                 options = dict(scale=scale, dtype=q.dtype, interpret=interpret is not None)
-                attention = Attention(memory, barriers, **options)
-                attention.attend(for_each, o_ref)
-                attention.fill(for_each_without, o_ref)
+                Attention(memory, barriers, **options).run(for_each, o_ref)
 
         pl.run_scoped(run, Memory.types(head_dim, q.dtype), Barriers.types(), collective_axes="wg")
 
