@@ -1,5 +1,6 @@
 """The kernels of Mosaic GPU on a machine without a GPU: prefill in jax's simulation of one, and what both lower to."""
 
+import faulthandler
 import functools
 
 import jax
@@ -19,7 +20,9 @@ from paged_cases import paged, prefill_expected
 from test_lowering import PALLAS, cache, custom_calls, lowered_for_cuda, prefill_case
 
 PROGRAMS = 3  # fewer than tiles, so that each has several
-WRITES_IN_PLACE = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="jax 0.10's kernels take no mutable arrays")
+JAX_0_10 = jax.__version_info__ < (0, 11)
+READS_BEYOND = pytest.mark.skipif(JAX_0_10, reason="jax 0.10 simulates no load that ends beyond an array")
+WRITES_IN_PLACE = pytest.mark.skipif(JAX_0_10, reason="jax 0.10's kernels take no mutable arrays")
 CASES = [  # contexts, new tokens, kv heads, group, block_size, dtype
     ([128], [128], 1, 1, 128, jnp.bfloat16),
     ([100, 430, 0, 129], [100, 130, 0, 129], 1, 2, 256, jnp.bfloat16),
@@ -46,10 +49,22 @@ def prefill(contexts, queries, kv_heads, group, block_size, dtype, decodes=0, pa
     return np.asarray(got, np.float32), expected
 
 
+def use_programs(monkeypatch, number):
+    for module in (hopper, hopper_prefill):
+        monkeypatch.setattr(module, "SMS", number)
+
+
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch):
-    for module in (hopper, hopper_prefill):
-        monkeypatch.setattr(module, "SMS", PROGRAMS)
+    use_programs(monkeypatch, PROGRAMS)
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_forever():
+    """Warpgroups that wait for one another, as they would on a GPU, end the process and show where."""
+    faulthandler.dump_traceback_later(120, exit=True)
+    yield
+    faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -62,13 +77,28 @@ def test_prefill_equals_float64_attention(case):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_much_padding(case):
     """Several tiles of it to each program: it once waited forever, a warpgroup for its turn and the loader for it."""
-    got, expected = prefill(*case, padding=1000)
+    got, expected = prefill(*case, padding=1024)
     np.testing.assert_allclose(got, expected, atol=1e-2 * np.abs(expected).max())
-    assert not got[-1000:].any()
+    assert not got[-1024:].any()
+
+
+@READS_BEYOND
+@pytest.mark.parametrize("seed", range(10))
+def test_any_batch_in_any_number_of_programs(seed, monkeypatch):
+    rng = np.random.default_rng(seed)
+    use_programs(monkeypatch, int(rng.integers(1, 9)))
+    lengths = [0, 1, 2, 63, 64, 65, 100, 127, 128, 129, 200, 256, 300]
+    queries = rng.choice(lengths, rng.integers(1, 6)).tolist()
+    contexts = [length and length + int(rng.choice([0, 1, 64, 130, 300])) for length in queries]
+    padding = int(rng.choice([8, 100, 130, 700, 1400]))
+    heads = int(rng.integers(1, 3)), int(rng.integers(1, 4))
+    got, expected = prefill(contexts, queries, *heads, 128, jnp.bfloat16, padding=padding)
+    np.testing.assert_allclose(got, expected, atol=1e-2 * np.abs(expected).max(initial=1e-9))
+    assert not got[-padding:].any()
 
 
 def test_nothing_but_padding():
-    got, _ = prefill([0], [0], 1, 2, 128, jnp.bfloat16, padding=1000)
+    got, _ = prefill([0], [0], 1, 2, 128, jnp.bfloat16, padding=1024)
     assert not got.any()
 
 
