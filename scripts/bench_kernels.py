@@ -1,9 +1,9 @@
-"""Time each kernel alone on a GPU, beside the limit of the card, and for prefill beside cuDNN.
+"""Time each kernel alone on a GPU, beside its jnp oracle, the limit of the card, and for prefill beside cuDNN.
 
 Those of sampling have a script of their own, bench_sampling.py.
 
-    python scripts/bench_kernels.py                         # every kernel as it is, checked on the oracle
-    python scripts/bench_kernels.py --sweep                 # the tile settings listed below against the default ones
+    python scripts/bench_kernels.py                         # every kernel as it is
+    python scripts/bench_kernels.py --sweep                 # the tile settings below against the default ones
     python scripts/bench_kernels.py --sweep --only decode
     python scripts/bench_kernels.py --group 4 --kv-heads 8 --block-size 16
 
@@ -19,24 +19,14 @@ import os
 import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from nanovllm_jax.kernels import common, decode, hopper_prefill, hopper_swiglu, norm, prefill, reference, row, store
+from benchmark.kernel_cases import KERNELS, Case, Shape, make_cases
+from nanovllm_jax.kernels import decode
 
-# (batch, shortest and longest context), (sequences, new tokens and context of each), tokens, tokens
-DECODE = [(1, 1000, 1000), (1, 32000, 32000), (8, 1000, 1000), (64, 1000, 1000), (64, 200, 1486)]
-DECODE += [(256, 1000, 1000), (256, 200, 1486)]
-PREFILL = [(16, 1024, 1024), (1, 16384, 16384), (64, 256, 256), (4, 2048, 8192), (1, 1000, 1000)]
-NEW = [(1, 1000), (8, 1000), (64, 128)]
-STORE = [1, 64, 256, 16384]
-NORM = [1, 256, 16384]
-ROW = [(1, 4096), (2, 3072)]  # (weights, features of each): q/k/v, gate and up
-SWIGLU = [(1024, 3072), (16384, 3072)]  # rows, features
 CHAINED_CALLS = 128
-TABLE_TOKENS = 4096  # a block table's width: at least so many tokens, as an engine's goes by its longest context
 
 DECODE_CUTS = [(64, 4, 3), (64, 4, 2), (64, 4, 4), (64, 4, 5), (64, 8, 3), (32, 4, 3), (32, 4, 5), (32, 2, 3)]
 DECODE_CUTS += [(64, 2, 3), (32, 2, 5), (128, 4, 3), (128, 8, 3)]  # block_k, warps, stages
@@ -47,161 +37,6 @@ PREFILL_CUTS += [(64, 32, 4, 3), (32, 64, 4, 3), (32, 64, 2, 3), (256, 64, 8, 3)
 STORE_CUTS = [*itertools.product((1, 2, 4), (1, 2, 4)), (8, 2), (8, 4), (8, 8), (16, 4), (16, 8), (32, 8)]
 ROW_CUTS = [*itertools.product((1, 2, 4, 8), (2, 4, 8, 16))]
 NORM_CUTS = [*itertools.product((1, 2), (1, 2, 4, 8, 16)), (4, 2), (4, 4), (4, 8), (8, 4), (8, 8)]
-
-
-class Case(NamedTuple):
-    """One problem: a kernel as call(*inputs, *state, tiles=...), its input sets, and what it must move or compute."""
-
-    kernel: str
-    name: str
-    call: object
-    oracle: object
-    sets: list
-    default: tuple | None  # the tile settings that it has on its own, if there is a choice
-    bytes: float
-    flops: float = 0.0
-    state: tuple = ()  # what calls hand on: each returns an output and the next one's
-    first_prefill: tuple[int, int] | None = None  # (sequences, tokens of each): cuDNN can do the same
-
-
-class Shape(NamedTuple):
-    """What all cases share."""
-
-    kv_heads: int
-    group: int
-    head_dim: int
-    block_size: int
-    hidden: int
-    dtype: jnp.dtype
-
-    @property
-    def token_bytes(self) -> int:
-        """Bytes of one token's keys and values."""
-        return 2 * self.kv_heads * self.head_dim * self.dtype.itemsize
-
-    @property
-    def heads(self) -> int:
-        return self.kv_heads * self.group
-
-    def random(self, rng, *size):
-        return jax.random.normal(jax.random.key(rng.integers(2**31)), size, self.dtype)
-
-
-def make_pool(shape: Shape, tokens: int):
-    size = (tokens // shape.block_size, shape.kv_heads, shape.block_size, shape.head_dim)
-    return tuple(jax.random.normal(jax.random.key(i), size, shape.dtype) for i in range(2))
-
-
-def sets_for(set_bytes: float) -> int:
-    """So many that they overflow the L2 cache several times."""
-    return int(np.clip(256e6 / set_bytes, 4, 32))
-
-
-def random_tables(rng, shape: Shape, pool, contexts):
-    used = [-(-context // shape.block_size) for context in contexts]
-    tables = np.zeros((len(contexts), max(TABLE_TOKENS // shape.block_size, *used)), np.int32)
-    blocks = itertools.cycle(rng.permutation(len(pool[0])))
-    for table, count in zip(tables, used, strict=True):
-        table[:count] = list(itertools.islice(blocks, count))
-    return jnp.asarray(tables), jnp.array(contexts, jnp.int32)
-
-
-def kernel_and_oracle(module, name: str, **static):
-    return [functools.partial(getattr(place, name), **static) for place in (module, reference)]
-
-
-def decode_case(rng, shape: Shape, pool, batch, low, high) -> Case:
-    contexts = np.sort(rng.integers(low, high + 1, batch))[::-1]  # longest first, as the scheduler has them
-    moved = float(contexts.sum()) * shape.token_bytes
-    sets = []
-    for _ in range(sets_for(moved)):
-        q = shape.random(rng, batch, shape.heads, shape.head_dim)
-        sets.append((q, *pool, *random_tables(rng, shape, pool, contexts)))
-    name = f"{batch} x {low}" + (f"-{high}" if high > low else "")
-    functions = kernel_and_oracle(decode, "paged_decode_attention", scale=shape.head_dim**-0.5)
-    default = decode.default_tiles(batch, shape.kv_heads, shape.head_dim, shape.dtype)
-    flops = 4.0 * contexts.sum() * shape.heads * shape.head_dim
-    return Case("decode", name, *functions, sets, default, moved, flops)
-
-
-def new_case(rng, shape: Shape, pool, batch, context) -> Case:
-    """A decode case that takes the new tokens in: few, so that it is one kernel."""
-
-    def pool_last(store_and_decode, tables, lens, *args, **tiles):
-        return store_and_decode(*args, tables, lens, **tiles)
-
-    attends = decode_case(rng, shape, pool, batch, context, context)
-    stores = store_case(rng, shape, pool, batch)
-    sets = []
-    for (_, _, _, tables, lens), (*token, _) in zip(attends.sets, itertools.cycle(stores.sets)):
-        slots = tables[:, (context - 1) // shape.block_size] * shape.block_size + (context - 1) % shape.block_size
-        sets.append((tables, lens, *token, slots))
-    options = dict(scale=shape.head_dim**-0.5, eps=1e-6)
-    functions = [functools.partial(pool_last, f) for f in kernel_and_oracle(decode, "store_and_decode", **options)]
-    moved = attends.bytes + stores.bytes
-    return Case("new", f"{batch} x {context}", *functions, sets, attends.default, moved, attends.flops, state=pool)
-
-
-def prefill_case(rng, shape: Shape, pool, sequences, new, context) -> Case:
-    starts = jnp.arange(sequences + 1, dtype=jnp.int32) * new
-    sets = []
-    for _ in range(4):
-        tables, lens = random_tables(rng, shape, pool, [context] * sequences)
-        q = shape.random(rng, sequences * new, shape.heads, shape.head_dim)
-        sets.append((q, *pool, tables, starts, lens))
-    name = f"{sequences} x {new}" + (f" of {context}" if context > new else "")
-    functions = kernel_and_oracle(prefill, "paged_prefill_attention", scale=shape.head_dim**-0.5)
-    default = prefill.default_tiles(sequences * new, shape.heads, shape.group, shape.head_dim, shape.dtype)
-    seen = sequences * new * (context - new + (new + 1) / 2)  # keys, summed over the query tokens
-    flops = 4.0 * seen * shape.heads * shape.head_dim
-    moved = float(sequences * context) * shape.token_bytes
-    first_prefill = (sequences, new) if context == new and shape.dtype.itemsize == 2 else None
-    return Case("prefill", name, *functions, sets, default, moved, flops, first_prefill=first_prefill)
-
-
-def store_case(rng, shape: Shape, pool, tokens) -> Case:
-    slots, half = len(pool[0]) * shape.block_size, shape.head_dim // 2
-    moved = 2.0 * tokens * shape.token_bytes * (shape.group + 2) / 2  # queries, keys and values come in and go out
-    sets = []
-    for _ in range(sets_for(moved)):
-        qkv = shape.random(rng, tokens, shape.kv_heads, shape.group + 2, shape.head_dim)
-        gains = [shape.random(rng, shape.head_dim) for _ in range(2)]
-        angles = [shape.random(rng, tokens, half).astype(jnp.float32) for _ in range(2)]
-        sets.append((qkv, *gains, *angles, jnp.asarray(rng.permutation(slots)[:tokens], jnp.int32)))
-    functions = kernel_and_oracle(store, "norm_rope_store", eps=1e-6)
-    return Case("store", f"{tokens}", *functions, sets, store.default_tiles(tokens), moved, state=pool)
-
-
-def norm_case(rng, shape: Shape, pool, tokens) -> Case:
-    def output_first(add_norm, delta, gain, x, **tiles):
-        return add_norm(x, delta, gain, **tiles)[::-1]
-
-    moved = 4.0 * tokens * shape.hidden * shape.dtype.itemsize
-    x, gain = shape.random(rng, tokens, shape.hidden), shape.random(rng, shape.hidden)
-    sets = [(shape.random(rng, tokens, shape.hidden), gain) for _ in range(sets_for(moved))]
-    functions = [functools.partial(output_first, f) for f in kernel_and_oracle(norm, "add_norm", eps=1e-6)]
-    return Case("norm", f"{tokens}", *functions, sets, norm.default_tiles(shape.hidden), moved, state=(x,))
-
-
-def row_case(rng, shape: Shape, pool, weights, features) -> Case:
-    moved = float(weights * features * shape.hidden * shape.dtype.itemsize)
-    x, delta, gain = (shape.random(rng, *size, shape.hidden) for size in ((1,), (1,), ()))
-    sets = [(x, delta, gain, shape.random(rng, weights, features, shape.hidden)) for _ in range(sets_for(moved))]
-    functions = kernel_and_oracle(row, "row_norm_linear", eps=1e-6)
-    return Case("row", f"{weights} x {features}", *functions, sets, row.default_tiles(shape.hidden), moved)
-
-
-def hopper_case(rng, shape: Shape, pool, *problem) -> Case:
-    call, oracle = kernel_and_oracle(hopper_prefill, "paged_prefill_attention", scale=shape.head_dim**-0.5)
-    return prefill_case(rng, shape, pool, *problem)._replace(kernel="hopper", call=call, oracle=oracle, default=None)
-
-
-def swiglu_case(rng, shape: Shape, pool, rows, features) -> Case:
-    moved = float(shape.dtype.itemsize * (rows * (shape.hidden + features) + 2 * features * shape.hidden))
-    weight = shape.random(rng, 2, features, shape.hidden)
-    sets = [(shape.random(rng, rows, shape.hidden), weight) for _ in range(sets_for(moved))]
-    flops = 4.0 * rows * features * shape.hidden
-    return Case("swiglu", f"{rows} x {features}", *kernel_and_oracle(hopper_swiglu, "swiglu"), sets, None, moved, flops)
 
 
 def compiled(case: Case, call):
@@ -265,7 +100,9 @@ def rate(case: Case, seconds: float, args) -> str:
 
 def bench(case: Case, shape: Shape, args) -> None:
     seconds = seconds_per_call(case, compiled(case, case.call))
-    line = f"{case.kernel:8}{case.name:16}{rate(case, seconds, args)}  error {relative_error(case):.1e}"
+    oracle = seconds_per_call(case, compiled(case, case.oracle), samples=1)
+    line = f"{case.kernel:8}{case.name:16}{rate(case, seconds, args)}"
+    line += f"  oracle {oracle * 1e6:.0f} us, {relative_error(case):.1e} from it"
     if case.first_prefill:
         other = cudnn_seconds(case, shape, *case.first_prefill)
         line += f"  cuDNN {other * 1e6:.1f} us ({other / seconds:.2f} x its speed)"
@@ -315,12 +152,6 @@ def sweep(cases: list[Case], shape: Shape, args) -> None:
     print(f"\nBest settings, {time.perf_counter() - start:.0f} s after the start:", *summary, sep="\n")
 
 
-KERNELS = {"decode": (decode_case, DECODE), "new": (new_case, NEW), "prefill": (prefill_case, PREFILL)}
-KERNELS |= {"store": (store_case, STORE), "norm": (norm_case, NORM), "row": (row_case, ROW)}
-if common.is_hopper():
-    KERNELS |= {"hopper": (hopper_case, PREFILL), "swiglu": (swiglu_case, SWIGLU)}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kv-heads", type=int, default=8)
@@ -339,11 +170,8 @@ def main() -> None:
     if jax.default_backend() != "gpu":
         parser.error("no GPU: the kernels are compiled for NVIDIA GPUs only")
     shape = Shape(args.kv_heads, args.group, args.head_dim, args.block_size, args.hidden, jnp.dtype(args.dtype))
-    pool = make_pool(shape, args.tokens)
-    rng = np.random.default_rng(0)
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}: {shape}")
-    problems = [(KERNELS[kernel][0], problem) for kernel in args.only for problem in KERNELS[kernel][1]]
-    cases = (make(rng, shape, pool, *np.atleast_1d(problem).tolist()) for make, problem in problems)
+    cases = make_cases(shape, args.tokens, args.only)
     if args.sweep:
         return sweep([case for case in cases if case.default], shape, args)
     for case in cases:
