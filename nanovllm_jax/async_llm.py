@@ -203,8 +203,7 @@ class AsyncLLM:
         try:
             engine.update_weights(*args)
         except BaseException as error:
-            known = engine._requests.keys() | {output.request_id for output in engine._ready}
-            if self._mailboxes.keys() - known:
+            if not all(map(engine.knows, self._mailboxes)):
                 self._abort_all(
                     "the engine failed while its weights were changed, and all requests were aborted", error
                 )

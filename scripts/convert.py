@@ -23,8 +23,9 @@ OTHER_FILES = ("*.json", "*.txt", "*.jinja")  # what a checkpoint has beside its
 
 def loader_of(source: Path) -> ModelLoader:
     """In the dtype that is stored."""
-    config = ModelConfig.from_pretrained(source)
-    return ModelLoader(source, config, dtype=open_weights(source).dtype, mesh=make_mesh(1))
+    config, files = ModelConfig.from_pretrained(source), open_weights(source)
+    files.check(config)
+    return ModelLoader(source, config, dtype=files.dtype, mesh=make_mesh(1))
 
 
 def convert(source: Path, target: Path) -> None:

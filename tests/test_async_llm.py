@@ -1,6 +1,7 @@
 """AsyncLLM: many callers in one event loop, and what one of them or the engine may do to the others."""
 
 import asyncio
+import itertools
 import random
 import threading
 import time
@@ -298,6 +299,25 @@ def test_an_engine_that_fails_while_weights_change(engine, monkeypatch):
         for error in await asyncio.gather(*tasks, return_exceptions=True):
             assert isinstance(error, RuntimeError)
             assert isinstance(error.__cause__, ZeroDivisionError)
+        return (await complete(llm, PROMPTS[1], GREEDY))[0]["token_ids"]
+
+    assert run(engine, main) == engine.generate([PROMPTS[1]], GREEDY, use_tqdm=False)[0]["token_ids"]
+
+
+def test_callers_of_an_engine_that_fails_while_their_requests_finish(engine, monkeypatch):
+    """One has increments of the last steps before it: they do not make it wait for more."""
+    collect, steps = engine.runner.collect, itertools.count(1)
+
+    async def main(llm):
+        task = asyncio.create_task(complete(llm, PROMPTS[1], LONG))
+        while not (await llm.stats()).num_running:
+            pass
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.runner, "collect", lambda step: collect(step) if next(steps) < 4 else 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                await llm.update_weights(engine.model, "finish")
+        with pytest.raises(RuntimeError, match="the engine failed while its weights were changed"):
+            await task
         return (await complete(llm, PROMPTS[1], GREEDY))[0]["token_ids"]
 
     assert run(engine, main) == engine.generate([PROMPTS[1]], GREEDY, use_tqdm=False)[0]["token_ids"]

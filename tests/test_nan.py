@@ -43,6 +43,7 @@ PARAMS = [
 def assert_errors(outputs, texts=1):
     for output in outputs:
         assert [(c.text, c.token_ids, c.finish_reason) for c in output.outputs] == [("", [], "error")] * texts
+        assert output.metrics.first_token_time is None
 
 
 @pytest.mark.parametrize("params", PARAMS, ids=["greedy", "logprobs", "penalty", "two"])

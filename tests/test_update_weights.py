@@ -1,5 +1,7 @@
 """Weights swapped in a running engine: what is shared, what is computed again, and what is refused."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from test_model_runner import compiles
 
 from nanovllm_jax import SamplingParams
 from nanovllm_jax.checkpoints.load import load_model
+from nanovllm_jax.engine import weights
 from nanovllm_jax.models.parameters import parameters_of
 from nanovllm_jax.parallel.sharding import make_mesh
 
@@ -266,3 +269,55 @@ def test_another_model(llm, models):
     other.config = SMALL.__class__(**(vars(SMALL) | dict(rms_norm_eps=1e-5)))
     with pytest.raises(ValueError, match=r"another model's: rms_norm_eps=1e-05 \(here 1e-06\)"):
         llm.update_weights(other)
+
+
+# --- what fails on the way ---
+
+
+def fails_at(monkeypatch, place, name, number):
+    """The number-th call raises, as a device out of memory does; those after it go on."""
+    real, calls = getattr(place, name), itertools.count(1)
+
+    def call(*args):
+        if next(calls) == number:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")
+        return real(*args)
+
+    monkeypatch.setattr(place, name, call)
+
+
+@pytest.mark.parametrize("number", [1, 8])
+def test_half_an_update_is_not_served(llm, models, expected, monkeypatch, number):
+    """The requests under way end, and none begins until an update has come through."""
+    start(llm, 3)
+    fails_at(monkeypatch, weights, "_placed", number)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+        llm.update_weights(models[1], in_flight="recompute")
+    assert not llm.has_unfinished_requests()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="update_weights failed half way, and left old weights beside new ones"):
+            run(llm)
+    llm.update_weights(models[1])
+    assert run(llm) == [expected(1, prompt) for prompt in PROMPTS]
+
+
+def test_finish_on_a_device_that_fails(llm, models, expected, monkeypatch):
+    """What had ended is told; of the others nothing is left."""
+    start(llm, 3, stream=True)
+    llm.add_request(PROMPTS[0], SamplingParams(temperature=0, max_tokens=2, ignore_eos=True), "short")
+    fails_at(monkeypatch, llm.runner, "collect", 6)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+        llm.update_weights(models[1], in_flight="finish")
+    assert [(output.request_id, output.finished) for output in drain(llm)] == [("short", True)]
+    assert run(llm) == [expected(0, prompt) for prompt in PROMPTS]
+
+
+def test_an_id_is_in_use_until_its_last_output(llm, models):
+    llm.add_request(PROMPTS[0], GREEDY, "mine")
+    llm.update_weights(models[1], in_flight="finish")
+    with pytest.raises(ValueError, match="request_id 'mine' is in use"):
+        llm.add_request(PROMPTS[1], GREEDY, "mine")
+    [output] = drain(llm)
+    assert output.prompt_token_ids == PROMPTS[0]
+    assert llm.add_request(PROMPTS[1], GREEDY, "mine") == "mine"
+    drain(llm)

@@ -150,7 +150,10 @@ class CheckpointFiles:
         return [self.directory / name for name in sorted(set(weight_map.values()))]
 
     def check(self, config: ModelConfig) -> None:
-        """Raise ValueError naming the tensors that are missing, unexpected, of another shape or no fractions."""
+        """Raise ValueError naming the tensors that are missing, unexpected, of another shape or no fractions.
+
+        Those that checkpoints may hold beside the model's own are left out from here on.
+        """
         sources = parameter_sources(config).values()
         expected = {name: shape for source in sources for name, shape in source.shapes.items()}
         ignored = {"lm_head.weight"} if config.tie_word_embeddings else set()
@@ -169,21 +172,32 @@ class CheckpointFiles:
         if problems:
             more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
             raise ValueError(f"{self.directory} does not fit its config.json: {'; '.join(problems[:8])}{more}")
+        self.files = {name: self.files[name] for name in expected}
 
     def check_arrays(self, targets: dict[ParameterPath, jax.ShapeDtypeStruct]) -> None:
         """`check` has seen to it."""
 
     @property
     def dtype(self) -> np.dtype:
-        """What holds all weights exactly."""
+        """What holds all weights exactly, of files that `check` has passed."""
         stored = {file.get_slice(name).get_dtype() for name, file in self.files.items()}
         return jnp.result_type(*(STORED_DTYPES[name] for name in stored))
 
     def load(
         self, config: ModelConfig, targets: dict[ParameterPath, jax.ShapeDtypeStruct]
     ) -> dict[ParameterPath, jax.Array]:
-        """`load_parameters`, of files that `check` has passed."""
-        return load_parameters(self, config, targets)
+        """Each parameter in its target's dtype, under its target's sharding, from files that `check` has passed."""
+        sources = parameter_sources(config)
+
+        def load(path: ParameterPath) -> jax.Array:
+            target, join = targets[path], sources[path].join
+            array = jax.make_array_from_callback(
+                target.shape, target.sharding, lambda index: join(self.read, index).astype(target.dtype, copy=False)
+            )
+            return array.block_until_ready()  # or what waits for its copy would pile up
+
+        with ThreadPoolExecutor(4) as pool:  # page-ins and copies to the device overlap
+            return dict(zip(targets, pool.map(load, targets)))
 
     def read(self, name: str, index: Index) -> np.ndarray:
         """A part of one tensor, copied out of the mapping."""
@@ -191,23 +205,6 @@ class CheckpointFiles:
             return self.files[name].get_slice(name)[index]
         except (SafetensorError, TypeError) as error:
             raise ValueError(f"{self.directory}: {name} cannot be read: {error}") from error
-
-
-def load_parameters(
-    files: CheckpointFiles, config: ModelConfig, targets: dict[ParameterPath, jax.ShapeDtypeStruct]
-) -> dict[ParameterPath, jax.Array]:
-    """Read a checkpoint that fits the config: each parameter in its target's dtype, under its target's sharding."""
-    sources = parameter_sources(config)
-
-    def load(path: ParameterPath) -> jax.Array:
-        target, join = targets[path], sources[path].join
-        array = jax.make_array_from_callback(
-            target.shape, target.sharding, lambda index: join(files.read, index).astype(target.dtype, copy=False)
-        )
-        return array.block_until_ready()  # or what waits for its copy would pile up
-
-    with ThreadPoolExecutor(4) as pool:  # page-ins and copies to the device overlap
-        return dict(zip(targets, pool.map(load, targets)))
 
 
 def save_pretrained(model: Qwen3ForCausalLM, directory: Path, dtype: np.dtype | None = None) -> None:

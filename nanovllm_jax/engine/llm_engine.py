@@ -105,7 +105,7 @@ class LLMEngine:
         Raises TypeError or ValueError, naming the value, for what the engine cannot run, and for an id in use.
         """
         request = self.door.check_request(prompt, params, request_id, stream)
-        if request_id in self._requests:
+        if self.knows(request_id):
             raise ValueError(f"request_id {request_id!r} is in use by a request that has not finished")
         return request
 
@@ -129,6 +129,7 @@ class LLMEngine:
         Raises RuntimeError in a forked process, and where the device's memory cannot be had back after a failure.
         """
         self._check_usable()
+        self.runner.weights.check_whole()
         try:
             return self._start(request)
         except BaseException:  # Ctrl-C
@@ -140,7 +141,7 @@ class LLMEngine:
         request.request_id = str(number) if request.request_id is None else request.request_id
         # Drawn for every request, so that one with a seed of its own does not change the others' draws.
         drawn = self._seeds.getrandbits(63)
-        if request.request_id in self._requests:  # a number that a caller chose as its own id
+        if self.knows(request.request_id):  # a number that a caller chose as its own id
             request.request_id = f"{number}-{drawn:08x}"
         seed = drawn if request.params.seed is None else request.params.seed
         self._requests[request.request_id] = request
@@ -176,6 +177,10 @@ class LLMEngine:
         """Whether `step` has anything left to do."""
         return bool(self._requests or self._in_flight or self._ready)
 
+    def knows(self, request_id: str | None) -> bool:
+        """Whether this is a request that is unfinished, or has outputs that the next `step` returns."""
+        return request_id in self._requests or any(output.request_id == request_id for output in self._ready)
+
     @property
     def model(self) -> Any:
         """The Qwen3ForCausalLM that is served. Its arrays are the engine's own: to be read, and never donated."""
@@ -203,6 +208,7 @@ class LLMEngine:
         """After a failure: end every request, and begin anew. Where a second Ctrl-C comes in here, it is done later."""
         self._is_broken = True
         self._in_flight.clear()
+        self._ready = [output for output in self._ready if output.request_id not in self._requests]
         for request in self._requests.values():
             self.metrics.aborted(request)
             request.num_unfinished = 0
@@ -265,7 +271,11 @@ class LLMEngine:
         self.scheduler.preempt_all()  # what dispatched steps have drawn will still be read
         for request in self._requests.values():
             request.score_again()
-        self.runner.weights.update(arrays, donate)
+        try:
+            self.runner.weights.update(arrays, donate)
+        except BaseException:  # Ctrl-C, or no memory for the next array: nothing may run on what is half new
+            self._give_up()
+            raise
 
     def _step(self) -> list[RequestOutput]:
         self._check_usable()

@@ -55,7 +55,7 @@ def memory_stats(device: Any) -> dict[str, int]:
     return stats
 
 
-def decide_num_blocks(plan: MemoryPlan, config: EngineConfig, wanted_tokens: int, cpu_bytes: int = GIB) -> int:
+def decide_num_blocks(plan: MemoryPlan, config: EngineConfig, wanted_tokens: int) -> int:
     """The pool's size in blocks: the user's number, what fits on the GPU, or on a CPU what is wanted within 1 GiB.
 
     Raises ValueError when it does not fit, saying what would.
@@ -67,7 +67,7 @@ def decide_num_blocks(plan: MemoryPlan, config: EngineConfig, wanted_tokens: int
                 f"num_kvcache_blocks={asked} takes {asked * plan.block / GIB:.2f} GiB, more than this machine's "
                 f"{host_memory() / GIB:.2f} GiB of memory; lower it"
             )
-        return asked or max(1, min(-(-wanted_tokens // config.block_size), cpu_bytes // plan.block))
+        return asked or max(1, min(-(-wanted_tokens // config.block_size), GIB // plan.block))
     fits = plan.blocks
     if fits < (asked or 1):
         raise ValueError(

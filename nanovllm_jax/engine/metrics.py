@@ -57,7 +57,7 @@ class EngineMetrics:
             return
         at = now()
         for request in self._starting:
-            if request.has_news:
+            if request.num_generated:
                 request.metrics.first_token_time = at
         self._starting = [r for r in self._starting if r.num_unfinished and r.metrics.first_token_time is None]
 

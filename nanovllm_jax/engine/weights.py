@@ -29,6 +29,7 @@ class ServedWeights:
         paths = {id(target): path for path, target in loader.targets.items()}
         self.targets = {paths[id(shape)]: shape for shape in self.shapes}  # by path, in the same order
         self.leaves: list[jax.Array] = []  # the arrays of these shapes, when they are loaded
+        self.is_whole = True
 
     @property
     def model(self) -> Qwen3ForCausalLM:
@@ -58,6 +59,7 @@ class ServedWeights:
 
         They take their places one by one, so that the device needs room for the old weights and one array.
         """
+        self.is_whole = False  # should it fail on the way
         for i, (path, target) in enumerate(self.targets.items()):
             given = arrays[path]
             array = _placed(given, target.sharding, donate)
@@ -66,6 +68,12 @@ class ServedWeights:
                 if donate and isinstance(given, jax.Array):
                     given.delete()
             self.leaves[i] = array
+        self.is_whole = True
+
+    def check_whole(self) -> None:
+        """Raise RuntimeError where an update has failed on its way, until another comes through."""
+        if not self.is_whole:
+            raise RuntimeError("update_weights failed half way, and left old weights beside new ones: call it again")
 
 
 def _placed(given: Any, sharding: NamedSharding, donate: bool) -> jax.Array:

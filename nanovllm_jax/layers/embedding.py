@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from nanovllm_jax.layers.linear import MatMul, matmul, param
+from nanovllm_jax.layers.linear import STDDEV, MatMul, matmul, param
 from nanovllm_jax.parallel.sharding import is_split, local_index, sum_over
 
 
@@ -18,11 +18,10 @@ class Embedding(nnx.Module):
         *,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
-        stddev: float = 0.02,
         matmul: MatMul = matmul,
     ):
         self.matmul = matmul
-        table = stddev * jax.random.normal(rngs.params(), (vocab_size, hidden_size), dtype)
+        table = STDDEV * jax.random.normal(rngs.params(), (vocab_size, hidden_size), dtype)
         self.weight = param(table, "vocab", "embed")
 
     def __call__(self, tokens: jax.Array) -> jax.Array:

@@ -10,6 +10,8 @@ from jax import lax
 from nanovllm_jax import kernels
 from nanovllm_jax.parallel.sharding import sum_over
 
+STDDEV = 0.02  # of random weights, as Qwen3's initializer_range
+
 
 def param(value: jax.Array, *axes: str | None) -> nnx.Param:
     """A parameter whose dimensions carry logical axis names; `parallel.sharding` maps them to a mesh."""
@@ -52,14 +54,13 @@ class Linear(nnx.Module):
         use_bias: bool = False,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
-        stddev: float = 0.02,
         matmul: MatMul = matmul,
     ):
         """`axes` names the output dimensions' logical axes, then the input's."""
         self.matmul = matmul
         shape = (*out_features, in_features)
         self.in_axis = axes[-1]
-        self.weight = param(stddev * jax.random.normal(rngs.params(), shape, dtype), *axes)
+        self.weight = param(STDDEV * jax.random.normal(rngs.params(), shape, dtype), *axes)
         self.bias = param(jnp.zeros(out_features, dtype), *axes[:-1]) if use_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ from random_checkpoint import SHAPES, write_random_checkpoint
 from safetensors.numpy import load_file, save_file
 from small_model import SMALL, random_tensors, write_checkpoint
 
-from nanovllm_jax.checkpoints.huggingface import CheckpointFiles, load_parameters, save_pretrained
+from nanovllm_jax.checkpoints.huggingface import CheckpointFiles, save_pretrained
 from nanovllm_jax.checkpoints.load import load_model
 from nanovllm_jax.config import ModelConfig
 from nanovllm_jax.models.parameters import parameter_targets, parameters_of
@@ -137,7 +137,7 @@ def test_no_second_copy_in_host_memory(tmp_path):
     targets = parameter_targets(model, make_mesh(1), ShardingRules())
     tracemalloc.start()
     try:
-        parameters = load_parameters(CheckpointFiles(tmp_path), config, targets)
+        parameters = CheckpointFiles(tmp_path).load(config, targets)
         left, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

@@ -14,12 +14,12 @@ from pathlib import Path
 import convert
 import numpy as np
 import pytest
-from small_model import SMALL, small_llm, write_checkpoint
+from small_model import SMALL, random_tensors, small_llm, write_checkpoint
 
 from nanovllm_jax import SamplingParams
 from nanovllm_jax.checkpoints.huggingface import config_json
 from nanovllm_jax.checkpoints.load import load_model
-from nanovllm_jax.checkpoints.orbax import FOLDER, save_weights, saved_weights
+from nanovllm_jax.checkpoints.orbax import FOLDER, OrbaxWeights, save_weights, saved_weights
 from nanovllm_jax.models.parameters import parameters_of
 from nanovllm_jax.parallel.sharding import make_mesh
 
@@ -83,6 +83,17 @@ def test_round_trip(checkpoint, tmp_path, shape):
     with torch.no_grad():
         again = AutoModelForCausalLM.from_pretrained(tmp_path / "back")(tokens).logits
         np.testing.assert_array_equal(again.numpy(), model(tokens).logits.numpy())
+
+
+def test_what_is_not_the_models_decides_no_dtype(tmp_path):
+    """Tensors that checkpoints hold beside the model's are left out, in whatever type; others are named."""
+    tensors = {name: array.astype("float16") for name, array in random_tensors(SMALL).items()}
+    source = write_checkpoint(tmp_path / "source", tensors=tensors | {"a.rotary_emb.inv_freq": np.ones(8, "float64")})
+    convert.convert(source, tmp_path / "orbax")
+    assert {array.dtype for array in OrbaxWeights(tmp_path / "orbax").stored.values()} == {np.dtype("float16")}
+    write_checkpoint(source, tensors=tensors | {"g_idx": np.ones(8, "int32")})
+    with pytest.raises(ValueError, match=r"does not fit its config.json: g_idx is unexpected"):
+        convert.convert(source, tmp_path / "more")
 
 
 def test_the_engine_takes_either_form(directory, saved, caplog):
