@@ -2,9 +2,10 @@
 of one row, sampling.
 
 On an NVIDIA GPU each runs its Pallas kernel, anywhere else its plain-jnp oracle (in the files called reference, same
-signature). Which one is settled when a program is lowered, so a compiled step holds one of the two. Each sits in a jit
-of its own: the layers of a model share one trace and one lowering. Of the functions for sampling, a row that asks for
-nothing takes next to no time. With `fixed`, a row's result is the same to the last bit whatever else is in the call.
+signature, but for a `fixed` that it has no need of). Which one is settled when a program is lowered, so a compiled step
+holds one of the two. Each sits in a jit of its own: the layers of a model share one trace and one lowering. Of the
+functions for sampling, a row that asks for nothing takes next to no time. With `fixed`, a row's result is the same to
+the last bit whatever else is in the call.
 
 Shapes: T tokens, B sequences with one new token each, P sequences in prefill, N query heads, K kv heads, H head_dim,
 W blocks in a row of a block table, D hidden, R rows to sample, V vocabulary, S slots of running sequences.
@@ -210,13 +211,16 @@ def fixed_matmul(x: jax.Array, weight: jax.Array, *, dtype: jax.typing.DTypeLike
     )
 
 
-@functools.partial(kernel, static_argnames="eps")
-def add_norm(x: jax.Array, delta: jax.Array, gain: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
+@functools.partial(kernel, static_argnames=("eps", "fixed"))
+def add_norm(
+    x: jax.Array, delta: jax.Array, gain: jax.Array, eps: float, *, fixed: bool = False
+) -> tuple[jax.Array, jax.Array]:
     """The residual sum, and its RMS norm as transformers rounds it: to x's dtype before the gain and after.
 
     x, delta [T, D], of one dtype; gain [D]. Returns (x + delta, its norm times gain), both [T, D]. Differentiable.
     """
-    return _differentiable(norm.add_norm, reference.add_norm, eps=eps)(x, delta, gain)
+    oracle = functools.partial(reference.add_norm, fixed=fixed)  # the kernel goes row by row anyway
+    return _differentiable(norm.add_norm, oracle, eps=eps)(x, delta, gain)
 
 
 @kernel

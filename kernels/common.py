@@ -190,7 +190,7 @@ def softmax_step(state, scores: jax.Array, v: jax.Array, *, scale: float, fused_
     return acc * alpha[:, None] + dot(p.astype(v.dtype), v), m_new, l * alpha + p.sum(axis=1)
 
 
-def exp2_of_line(x: jax.Array, slope: float, shift: jax.Array, fused: bool) -> jax.Array:
+def exp2_of_line(x: jax.Array, slope: float | jax.Array, shift: jax.Array, fused: bool) -> jax.Array:
     """exp2(x * slope + shift) in float32 as one multiply-add and one exp2 instruction, denormals to zero.
 
     Triton on its own makes seven instructions of it, and prefill has one of these for every score. The fused form is
@@ -221,7 +221,7 @@ def prefill_tiles(query_starts: jax.Array, context_lens: jax.Array, tokens: int,
     and its first token's position in the sequence.
 
     The rows past the last sequence are cut as well, as a sequence P without context: their positions are below 0.
-    Example: query_starts [0, 5, 7], T 8, block_q 4 -> rows (0, 4, 5, 7), counts (4, 1, 2, 1) and one unused tile.
+    Example: query_starts [0, 5, 7], T 8, block_q 4 -> rows (0, 4, 5, 7), counts (4, 1, 2, 1).
     """
     starts = jnp.append(query_starts, tokens).astype(jnp.int32)  # [P + 2]
     lengths = jnp.diff(starts)

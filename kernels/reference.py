@@ -1,4 +1,4 @@
-"""The kernels' oracles in plain jnp: same signatures, float32 throughout. They are what a CPU runs.
+"""The kernels' oracles in plain jnp, float32 throughout. They are what a CPU runs.
 
 Shapes: T tokens, B sequences, N query heads, K kv heads, G = N / K, H head_dim, S tokens of a block.
 """
@@ -19,7 +19,7 @@ def norm_rope_store(qkv, q_gain, k_gain, cos, sin, slot_mapping, k_cache, v_cach
     def norm_rope(qkv, cos, sin):
         heads, cos, sin = qkv[:, :, :-1], cos[:, None, None], sin[:, None, None]
         gains = jnp.stack([q_gain] * (heads.shape[2] - 1) + [k_gain])
-        heads = _rope(_rms_norm(heads, gains, eps), cos, sin)
+        heads = rope(rms_norm(heads, gains, eps), cos, sin)
         # Reshaped last: cut, reshaped and then normalised, XLA (0.11.2, on an H100) has read other heads' numbers.
         return heads[:, :, :-1].reshape(len(qkv), -1, qkv.shape[-1]), heads[:, :, -1]
 
@@ -28,10 +28,14 @@ def norm_rope_store(qkv, q_gain, k_gain, cos, sin, slot_mapping, k_cache, v_cach
     return q, *(_store(*pair, slot_mapping) for pair in ((k, k_cache), (v, v_cache)))
 
 
-def add_norm(x, delta, gain, *, eps):
+def add_norm(x, delta, gain, *, eps, fixed=False):
     """See nanovllm_jax.kernels.add_norm."""
-    total = _rounded(x + delta, x.dtype)
-    return total, _rms_norm(total, gain, eps)
+
+    def add_norm(x, delta):
+        total = _rounded(x + delta, x.dtype)
+        return total, rms_norm(total, gain, eps)
+
+    return _in_tiles(add_norm, x, delta) if fixed else add_norm(x, delta)
 
 
 def row_linear(x, weight):
@@ -42,8 +46,7 @@ def row_linear(x, weight):
 def row_norm_linear(x, delta, gain, weight, *, eps):
     """See nanovllm_jax.kernels.row_norm_linear."""
     total, normed = add_norm(x, delta, gain, eps=eps)
-    y = [row_linear(normed, part) for part in weight]
-    return total, y[0] if len(y) == 1 else jax.nn.silu(y[0]) * y[1]
+    return total, swiglu(normed, weight) if len(weight) == 2 else row_linear(normed, weight[0])
 
 
 def swiglu(x, weight):
@@ -73,7 +76,8 @@ def _in_tiles(function, *arrays):
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:rows], tiles)
 
 
-def _rms_norm(x, gain, eps):
+def rms_norm(x, gain, eps):
+    """x [..., D], its RMS norm times gain [D], rounded to x's dtype before the gain and after, as transformers does."""
     wide = x.astype(jnp.float32)
     scale = lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     return _rounded(_rounded(wide * scale, x.dtype) * gain, x.dtype).astype(x.dtype)
@@ -85,9 +89,11 @@ def _rounded(x, dtype):
     return lax.reduce_precision(x, kind.nexp, kind.nmant)
 
 
-def _rope(x, cos, sin):
+def rope(x, cos, sin):
+    """Rotate x [..., H] by cos and sin [..., H / 2] float32; pairs are (i, i + H / 2)."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1).astype(x.dtype)
+    rotated = jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)
+    return _rounded(rotated, x.dtype).astype(x.dtype)
 
 
 def _store(new, cache, slot_mapping):

@@ -25,13 +25,13 @@ SMALL = ModelConfig(
 OPTIONS = dict(block_size=16, max_model_len=128, max_num_seqs=4, max_num_batched_tokens=64)
 
 
-def random_tensors(config, seed=0):
+def random_tensors(config, seed=0, scale=0.15):
     """Float32 tensors under the checkpoint's names, large enough for greedy text to wander."""
     rng, tensors = np.random.default_rng(seed), {}
     for source in parameter_sources(config).values():
         for name, shape in source.shapes.items():
             values = rng.standard_normal(shape, np.float32)
-            tensors[name] = 1 + 0.2 * values if "norm" in name else 0.15 * values
+            tensors[name] = 1 + 0.2 * values if "norm" in name else scale * values
     return tensors
 
 

@@ -63,3 +63,15 @@ def test_a_directory_that_cannot_be_written(tmp_path, program, caplog):
 def test_no_directory_keeps_nothing(program):
     store(None).save("name", program)
     assert store(None).load("name") is None
+
+
+def test_a_directory_that_may_not_be_entered(tmp_path, program, caplog, monkeypatch):
+    """Then one is compiled anew, and the log says why."""
+    store(tmp_path).save("name", program)
+
+    def exists(path):
+        raise PermissionError(f"Permission denied: {path}")
+
+    monkeypatch.setattr("pathlib.Path.exists", exists)
+    assert store(tmp_path).load("name") is None
+    assert "cannot be used (PermissionError: Permission denied" in caplog.text

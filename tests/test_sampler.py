@@ -9,7 +9,7 @@ from nanovllm_jax.layers.sampler import gumbel, sample
 
 DRAWS = 20_000
 LOGITS = np.array([2.0, 1.0, 0.0, -1.0, 0.5, -np.inf, 1.5, -3.0], np.float32)
-draw = jax.jit(lambda *args: sample(*args)[0])
+draw = jax.jit(lambda logits, *args: sample(logits, *args, jnp.full(len(logits), -jnp.inf))[0])
 
 
 def rows(count, logits=LOGITS, temperature=1.0, seeds=None, positions=None):
@@ -124,3 +124,14 @@ def test_low_temperatures_take_the_best(temperature, scale):
 
 def test_the_first_of_equal_logits_is_greedy():
     assert draw(*rows(1, jnp.zeros(5), 0)) == 0
+
+
+def test_whoever_is_alone_is_drawn():
+    """Bits that are all but 2**32 are a number below 1 as well: its noise is low, and finite."""
+    seeds, position, entry = np.array([[34, 0]], np.uint32), np.array([5], np.int32), 25_645
+    assert -3 < gumbel(seeds, position, entry + 1)[0, entry] < -2.5, "the lowest that there is"
+    logits = np.full((1, entry + 1), -5, np.float32)
+    logits[0, entry] = 20
+    token, score = sample(logits, np.ones(1, np.float32), seeds, position, np.full(1, 20, np.float32))
+    assert token == entry
+    assert np.isfinite(score)

@@ -17,7 +17,6 @@ from nanovllm_jax.config import ModelConfig
 from nanovllm_jax.engine.memory import GIB, host_memory
 from nanovllm_jax.models.parameters import parameter_targets, set_parameters
 from nanovllm_jax.models.qwen3 import Qwen3ForCausalLM
-from nanovllm_jax.parallel.sharding import ShardingRules
 
 TINY_MODEL = Path(__file__).parent.parent / "assets" / "tiny-qwen3"
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
@@ -83,7 +82,7 @@ class ModelLoader:
             _check_room(directory, config, dtype, mesh)
         options = dict(dtype=dtype, deterministic=deterministic)
         self.model = nnx.eval_shape(lambda: Qwen3ForCausalLM(config, rngs=nnx.Rngs(0), **options))
-        self.targets = parameter_targets(self.model, mesh, ShardingRules())
+        self.targets = parameter_targets(self.model, mesh)
         if self.files:
             self.files.check_arrays(self.targets)
         set_parameters(self.model, self.targets)  # shapes with their shardings, until `load`

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from nanovllm_jax.kernels import norm_rope_store, paged_decode_attention, paged_prefill_attention, store_and_decode
+from nanovllm_jax.kernels.reference import rope
 from nanovllm_jax.layers.norm import RMSNorm
-from nanovllm_jax.layers.rope import apply_rope
 
 
 class KVCache(NamedTuple):
@@ -106,8 +106,8 @@ def split_norm_rope(qkv, q_norm: RMSNorm, k_norm: RMSNorm, cos, sin) -> tuple[ja
     """qkv [..., T, K, G + 2, H] -> normalised and rotated q [..., T, N, H] and k [..., T, K, H], and v like k."""
     q, k, v = qkv[..., :-2, :], qkv[..., -2, :], qkv[..., -1, :]
     # Reshaped last: cut, reshaped and then normalised, XLA (jaxlib 0.11.2, H100) read other heads' numbers (G = 3, 5).
-    q = apply_rope(q_norm(q), cos[..., None, :], sin[..., None, :])
-    return q.reshape(*q.shape[:-3], -1, q.shape[-1]), apply_rope(k_norm(k), cos, sin), v
+    q = rope(q_norm(q), cos[..., None, :], sin[..., None, :])
+    return q.reshape(*q.shape[:-3], -1, q.shape[-1]), rope(k_norm(k), cos, sin), v
 
 
 causal_attention = CausalAttention()

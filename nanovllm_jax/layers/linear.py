@@ -75,7 +75,7 @@ class Linear(nnx.Module):
             parts = weight.reshape(self.parts, -1, weight.shape[-1])
             total, y = kernels.row_norm_linear(x, delta, norm.weight[...], parts, norm.eps)
             return total, y.reshape(1, *weight.shape[self.parts - 1 : -1])
-        total, normed = norm.add(x, delta)
+        total, normed = norm.add(x, delta, fixed=self.matmul is fixed_matmul)
         return total, self(normed)
 
 

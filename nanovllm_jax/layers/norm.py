@@ -3,11 +3,10 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 
 from nanovllm_jax.kernels import add_norm
+from nanovllm_jax.kernels.reference import rms_norm
 from nanovllm_jax.layers.linear import param
-from nanovllm_jax.layers.rounding import rounded
 
 
 class RMSNorm(nnx.Module):
@@ -19,12 +18,10 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., features] -> the same shape and dtype."""
-        wide = x.astype(jnp.float32)
-        scale = lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return rounded(rounded(wide * scale, x.dtype) * self.weight[...], x.dtype).astype(x.dtype)
+        return rms_norm(x, self.weight[...], self.eps)
 
-    def add(self, x: jax.Array, delta: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def add(self, x: jax.Array, delta: jax.Array, *, fixed: bool = False) -> tuple[jax.Array, jax.Array]:
         """x and delta [..., features] -> their sum, and its norm, in one pass over memory."""
         rows = [array.reshape(-1, x.shape[-1]) for array in (x, delta)]
-        total, normed = add_norm(*rows, self.weight[...], self.eps)
+        total, normed = add_norm(*rows, self.weight[...], self.eps, fixed=fixed)
         return total.reshape(x.shape), normed.reshape(x.shape)

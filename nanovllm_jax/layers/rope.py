@@ -7,8 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nanovllm_jax.layers.rounding import rounded
-
 
 @dataclass(frozen=True)
 class RopeConfig:
@@ -75,10 +73,3 @@ def rope_angles(positions: jax.Array, rope: RopeConfig, head_dim: int) -> tuple[
     """positions [...] int32 -> cos and sin [..., 1, head_dim / 2] float32, broadcast over heads."""
     angles = positions[..., None, None].astype(jnp.float32) * inverse_frequencies(rope, head_dim)
     return jnp.cos(angles) * rope.scale, jnp.sin(angles) * rope.scale
-
-
-def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotate x [..., heads, head_dim] by cos and sin [..., 1, head_dim / 2]; pairs are (i, i + head_dim / 2)."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)
-    return rounded(rotated, x.dtype).astype(x.dtype)

@@ -16,7 +16,7 @@ def sample(
     temperatures: jax.Array,
     seeds: jax.Array,
     positions: jax.Array,
-    thresholds: jax.Array | None = None,
+    thresholds: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Draw one token a row from softmax(logits / temperature), by the Gumbel-max trick; temperature 0 is argmax.
 
@@ -24,9 +24,8 @@ def sample(
     (of the drawn token); thresholds [R] float32: entries below a row's are never drawn. Returns the tokens [R] int32
     and their scores [R], which are logits where the temperature is 0.
     """
-    if thresholds is not None:
-        # Written so that NaN stays: argmax finds it, and `draw` sees it.
-        logits = jnp.where(logits < thresholds[:, None], -jnp.inf, logits)
+    # Written so that NaN stays: argmax finds it, and `draw` sees it.
+    logits = jnp.where(logits < thresholds[:, None], -jnp.inf, logits)
     greedy = temperatures[:, None] == 0
     scaled = logits / jnp.where(greedy, 1, temperatures[:, None])
     noise = gumbel(seeds, positions, logits.shape[1])
@@ -45,8 +44,9 @@ def gumbel(seeds: jax.Array, positions: jax.Array, size: int) -> jax.Array:
     keys = jax.random.key_data(jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(seeds), positions))
     entries = jnp.arange(size, dtype=jnp.uint32) + jnp.uint32(first_of_shard(size))
     bits = _mix(_mix(entries ^ keys[:, :1]) ^ keys[:, 1:])
-    # The small end of the exponential decides who wins, and log1p keeps all 32 bits there.
-    uniform = (bits.astype(jnp.float32) + 0.5) * 2.0**-32
+    # The small end of the exponential decides who wins, and log1p keeps all 32 bits there. At the large end they would
+    # round to 1, whose noise is -inf: an entry that alone is above its threshold would have no score to win by.
+    uniform = jnp.minimum((bits.astype(jnp.float32) + 0.5) * 2.0**-32, 1 - 2.0**-24)
     return -jnp.log(-jnp.log1p(-uniform))
 
 

@@ -12,7 +12,7 @@ from xxhash import xxh3_128
 
 from nanovllm_jax.config import ModelConfig
 from nanovllm_jax.models.qwen3 import Qwen3ForCausalLM
-from nanovllm_jax.parallel.sharding import ShardingRules
+from nanovllm_jax.parallel.sharding import RULES
 
 ParameterPath = tuple[str | int, ...]
 FLOATS = ("bfloat16", "float16", "float32", "float64")
@@ -23,12 +23,10 @@ def parameters_of(model: nnx.Module) -> dict[ParameterPath, nnx.Param]:
     return dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
 
 
-def parameter_targets(
-    model: nnx.Module, mesh: jax.sharding.Mesh, rules: ShardingRules
-) -> dict[ParameterPath, jax.ShapeDtypeStruct]:
+def parameter_targets(model: nnx.Module, mesh: jax.sharding.Mesh) -> dict[ParameterPath, jax.ShapeDtypeStruct]:
     """Shape, dtype and sharding on `mesh` of each parameter of a (real or abstract) model."""
     return {
-        path: jax.ShapeDtypeStruct(param.shape, param.dtype, sharding=rules.sharding(mesh, param.out_sharding))
+        path: jax.ShapeDtypeStruct(param.shape, param.dtype, sharding=RULES.sharding(mesh, param.out_sharding))
         for path, param in parameters_of(model).items()
     }
 

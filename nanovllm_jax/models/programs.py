@@ -60,9 +60,9 @@ class ProgramStore:
     def load(self, name: str) -> Compiled | None:
         """The program of this name, None where there is none that can be used."""
         path = self._path(name)
-        if path is None or not path.exists():
-            return None
         try:
+            if path is None or not path.exists():
+                return None
             load_runtime()
             binary, *trees = pickle.loads(path.read_bytes())
             trees = map(jax.tree.structure, trees)

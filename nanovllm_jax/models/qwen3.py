@@ -127,7 +127,7 @@ class Qwen3ForCausalLM(nnx.Module):
         for number, (layer, cache) in enumerate(zip(self.layers, caches or [None] * len(self.layers), strict=True)):
             residual, x, cache = run_layer(number, layer, residual, x, cos, sin, cache, attend)
             new_caches.append(cache)
-        return self.norm.add(residual, x)[1], new_caches
+        return self.norm.add(residual, x, fixed=self.deterministic)[1], new_caches
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Hidden [..., D] -> [..., V] float32."""

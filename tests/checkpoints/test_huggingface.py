@@ -17,7 +17,7 @@ from nanovllm_jax.checkpoints.load import load_model
 from nanovllm_jax.config import ModelConfig
 from nanovllm_jax.models.parameters import parameter_targets, parameters_of
 from nanovllm_jax.models.qwen3 import Qwen3ForCausalLM
-from nanovllm_jax.parallel.sharding import ShardingRules, make_mesh
+from nanovllm_jax.parallel.sharding import make_mesh
 
 BIASED = replace(SMALL, attention_bias=True, tie_word_embeddings=True)
 MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -134,7 +134,7 @@ def test_no_second_copy_in_host_memory(tmp_path):
     size = (tmp_path / MODEL).stat().st_size
     assert size > 60e6
     model = nnx.eval_shape(lambda: Qwen3ForCausalLM(config, rngs=nnx.Rngs(0)))
-    targets = parameter_targets(model, make_mesh(1), ShardingRules())
+    targets = parameter_targets(model, make_mesh(1))
     tracemalloc.start()
     try:
         parameters = CheckpointFiles(tmp_path).load(config, targets)
