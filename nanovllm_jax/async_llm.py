@@ -130,7 +130,7 @@ class AsyncLLM:
 
         Raises as that does, and leaves everybody's requests as they are; a device that fails meanwhile ends them.
         """
-        await self._call(self._update_weights, weights, in_flight, donate)
+        await self._call(self._tell_if_it_fails, self._engine.update_weights, weights, in_flight, donate)
 
     async def stats(self) -> EngineStats:
         """The engine's `stats`, between two of its steps."""
@@ -193,20 +193,18 @@ class AsyncLLM:
             raise RuntimeError("this AsyncLLM was shut down: make a new one")
         request = check()
         request.metrics.arrival_time = arrival
-        mailbox.request_id = self._engine.start_request(request)
+        mailbox.request_id = self._tell_if_it_fails(self._engine.start_request, request)
         self._mailboxes[mailbox.request_id] = mailbox
         self._keep_stepping()
         return request
 
-    def _update_weights(self, *args: Any) -> None:
-        engine = self._engine
+    def _tell_if_it_fails(self, function: Callable, *args: Any) -> Any:
+        """Call what may leave the engine empty where it fails: then all callers are to know."""
         try:
-            engine.update_weights(*args)
+            return function(*args)
         except BaseException as error:
-            if not all(map(engine.knows, self._mailboxes)):
-                self._abort_all(
-                    "the engine failed while its weights were changed, and all requests were aborted", error
-                )
+            if not all(map(self._engine.knows, self._mailboxes)):
+                self._abort_all("the engine failed, and all its requests were aborted", error)
             raise
 
     def _abort(self, mailbox: Mailbox) -> None:
@@ -231,13 +229,14 @@ class AsyncLLM:
     def _deliver(self, outputs: list[RequestOutput]) -> None:
         if not outputs:
             return
+        mailboxes = {output.request_id: self._mailboxes[output.request_id] for output in outputs}
+        ended = [output.request_id for output in outputs if output.finished]  # before increments are joined
         with self._lock:
             for output in outputs:
-                self._mailboxes[output.request_id].put(output)
-        self._tell([self._mailboxes[output.request_id] for output in outputs])
-        for output in outputs:
-            if output.finished:
-                del self._mailboxes[output.request_id]
+                mailboxes[output.request_id].put(output)
+        self._tell(mailboxes.values())
+        for request_id in ended:
+            del self._mailboxes[request_id]
 
     def _abort_all(self, reason: str, cause: BaseException | None = None) -> None:
         mailboxes, self._mailboxes = self._mailboxes, {}

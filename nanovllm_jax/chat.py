@@ -35,6 +35,8 @@ def chat_prompt(
     for name in OWN_ARGUMENTS:
         if name in options:
             raise ValueError(f"chat_template_kwargs must not have {name!r}, which is not the template's to decide")
+    if type(add_generation_prompt) is not bool:
+        raise TypeError(f"add_generation_prompt must be True or False, not {add_generation_prompt!r}")
     try:
         text = tokenizer.apply_chat_template(
             messages, tools=tools, add_generation_prompt=add_generation_prompt, tokenize=False, **options

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from nanovllm_jax.chat import Message, chat_prompt
 from nanovllm_jax.checkpoints.load import TINY_MODEL
+from nanovllm_jax.engine.door import named_each
 from nanovllm_jax.engine.llm_engine import LLMEngine
 from nanovllm_jax.engine.metrics import EngineMetrics
 from nanovllm_jax.engine.prompts import Prompt
@@ -45,8 +46,9 @@ class LLM(LLMEngine):
         outputs in the order of the prompts. Raises TypeError or ValueError, before anything runs, when any prompt or
         setting is refused, and RuntimeError while other requests are unfinished.
         """
-        self._check_idle("generate()")
-        return self._run(self._check(prompts, sampling_params), "Generating", use_tqdm)
+        with self._by_one_thread():
+            self._check_idle("generate()")
+            return self._run(self._check(prompts, sampling_params), "Generating", use_tqdm)
 
     def chat(
         self,
@@ -69,7 +71,7 @@ class LLM(LLMEngine):
         options = dict(
             tools=tools, chat_template_kwargs=chat_template_kwargs, add_generation_prompt=add_generation_prompt
         )
-        prompts = [chat_prompt(self.tokenizer, conversation, **options) for conversation in conversations]
+        prompts = named_each("conversation", lambda c: chat_prompt(self.tokenizer, c, **options), conversations)
         return self.generate(prompts, sampling_params, use_tqdm)
 
     def score(
@@ -84,12 +86,13 @@ class LLM(LLMEngine):
         or token ids (of what was generated, give the ids: its text may be tokenised another way). Completions of one
         prompt share its keys and values through the prefix cache. Raises as `generate` does.
         """
-        self._check_idle("score()")
         prompts, completions = _as_list(prompts), _as_list(completions)
         if len(prompts) != len(completions):
             raise ValueError(f"score() needs as many completions as prompts, not {len(completions)} for {len(prompts)}")
-        requests = self.door.check_scores(prompts, completions)
-        self._run(requests, "Scoring", use_tqdm)
+        with self._by_one_thread():
+            self._check_idle("score()")
+            requests = self.door.check_scores(prompts, completions)
+            self._run(requests, "Scoring", use_tqdm)
         return [[entry.logprob for entry in request.scored.logprobs] for request in requests]
 
     def stream(
@@ -151,7 +154,7 @@ class LLM(LLMEngine):
         try:
             request_ids = [self.start_request(request) for request in requests]
             rates = _Rates(self.metrics)
-            while len(outputs) < len(requests):
+            while self._requests or self._ready:
                 for output in self.step():
                     outputs[output.request_id] = output
                     bar.update(1)
@@ -162,6 +165,9 @@ class LLM(LLMEngine):
             bar.close()
             for request_id in list(self._requests):  # left by an exception or Ctrl-C
                 self.abort_request(request_id)
+        for request_id in request_ids:
+            if request_id not in outputs:  # by a signal's handler, or a tokenizer's callback
+                raise RuntimeError(f"request {request_id!r} was aborted while it ran")
         return [outputs[request_id] for request_id in request_ids]
 
 

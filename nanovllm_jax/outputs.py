@@ -100,10 +100,11 @@ class RequestOutput:
         self.num_cached_tokens = later.num_cached_tokens
 
     def __getitem__(self, key: str):
-        """The first completion's "text" or "token_ids"."""
+        """Text 0's "text" or "token_ids": empty where a stream's output has nothing new of it."""
         if key not in ("text", "token_ids"):
             raise KeyError(f"{key!r}: a RequestOutput has the keys 'text' and 'token_ids', and vLLM's attributes")
-        return getattr(self.outputs[0], key)
+        first = next((completion for completion in self.outputs if completion.index == 0), None)
+        return getattr(first or CompletionOutput(0, "", []), key)
 
 
 @dataclass(frozen=True, slots=True)

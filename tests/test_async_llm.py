@@ -285,6 +285,40 @@ def test_other_weights(engine, tmp_path):
     assert recomputed != after
 
 
+def test_who_comes_while_others_finish(engine):
+    """Increments of many steps are delivered together: whoever was queued meanwhile goes on."""
+
+    async def main(llm):
+        first = asyncio.create_task(complete(llm, PROMPTS[2], LONG))
+        while not (await llm.stats()).num_running:
+            pass
+        update = asyncio.create_task(llm.update_weights(engine.model, "finish"))
+        second = asyncio.create_task(complete(llm, PROMPTS[3], GREEDY))
+        return [(await task)[0]["token_ids"] for task in (first, second)], await update
+
+    texts, _ = run(engine, main)
+    for tokens, prompt, params in zip(texts, PROMPTS[2:], (LONG, GREEDY), strict=False):
+        assert tokens == engine.generate([prompt], params, use_tqdm=False)[0]["token_ids"]
+
+
+def test_an_engine_that_fails_when_a_request_starts(engine, monkeypatch):
+    """All callers are told, not the new one alone."""
+
+    async def main(llm):
+        task = asyncio.create_task(complete(llm, PROMPTS[1], LONG))
+        while not (await llm.stats()).num_running:
+            pass
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.scheduler, "add", lambda _: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                await complete(llm, PROMPTS[2], GREEDY)
+        with pytest.raises(RuntimeError, match="the engine failed, and all its requests were aborted"):
+            await task
+        return (await complete(llm, PROMPTS[1], GREEDY))[0]["token_ids"]
+
+    assert run(engine, main) == engine.generate([PROMPTS[1]], GREEDY, use_tqdm=False)[0]["token_ids"]
+
+
 def test_an_engine_that_fails_while_weights_change(engine, monkeypatch):
     async def main(llm):
         tasks = [asyncio.create_task(complete(llm, [i] * 20, LONG)) for i in range(6)]
@@ -316,7 +350,7 @@ def test_callers_of_an_engine_that_fails_while_their_requests_finish(engine, mon
             patch.setattr(engine.runner, "collect", lambda step: collect(step) if next(steps) < 4 else 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 await llm.update_weights(engine.model, "finish")
-        with pytest.raises(RuntimeError, match="the engine failed while its weights were changed"):
+        with pytest.raises(RuntimeError, match="the engine failed, and all its requests were aborted"):
             await task
         return (await complete(llm, PROMPTS[1], GREEDY))[0]["token_ids"]
 

@@ -206,6 +206,11 @@ BAD_OPTIONS = {
         ValueError,
         f"num_kvcache_blocks={TOO_MANY_BLOCKS} .*more than this machine's .* GiB of memory",
     ),
+    "more sequences than memory": (
+        dict(max_num_seqs=host_memory() // 1000),
+        ValueError,
+        "a step takes .* GiB, more than this machine's .* GiB of memory: lower max_num_seqs or max_num_batched_tokens",
+    ),
     "more devices than there are": (
         dict(tensor_parallel_size=2),
         ValueError,

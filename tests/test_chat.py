@@ -156,12 +156,19 @@ def test_bad_messages(llm, case):
         (dict(chat_template_kwargs=[1]), TypeError, r"chat_template_kwargs must be a dict or None, not \[1\]"),
         (dict(chat_template_kwargs={"tokenize": True}), ValueError, "chat_template_kwargs must not have 'tokenize'"),
         (dict(tools="add"), ValueError, "the chat template refuses the messages or their options"),
+        (dict(add_generation_prompt="no"), TypeError, "add_generation_prompt must be True or False, not 'no'"),
     ],
 )
 def test_bad_options(llm, options, error, message):
     with pytest.raises(error, match=message):
         llm.chat([USER], GREEDY, **options)
     assert_idle(llm)
+
+
+def test_which_conversation_is_bad(llm):
+    with pytest.raises(ValueError, match="message 0 must have a 'role'") as caught:
+        llm.chat([[USER], [{"content": "a"}]], GREEDY)
+    assert caught.value.__notes__ == ["This is conversation 1 of 2, counted from 0; none was started."]
 
 
 def test_a_template_that_refuses(tokenizer):

@@ -1,6 +1,8 @@
 """What ends a text, a loop of one's own with aborts in every state, defaults of the model, and logprobs in outputs."""
 
+import itertools
 import json
+import threading
 from dataclasses import replace
 
 import pytest
@@ -212,8 +214,16 @@ def test_text_and_tokens_together(llm, expected):
     assert (output.prompt, output.prompt_token_ids, output["token_ids"]) == ("as it was", PROMPT, expected.token_ids)
     with pytest.raises(TypeError, match="a prompt is a string"):
         llm.generate({"prompt": 7, "prompt_token_ids": PROMPT})
-    with pytest.raises(TypeError, match="a prompt is a string"):
-        llm.generate({"prompt": "a", "prompt_token_ids": None})
+    for prompt in ({"prompt": None}, {"prompt": None, "prompt_token_ids": None}):
+        with pytest.raises(TypeError, match="a prompt is a string"):
+            llm.generate(prompt)
+
+
+def test_an_outputs_own_prompt_may_be_given_back(llm, expected):
+    (output,) = llm.generate(PROMPT, GREEDY, use_tqdm=False)
+    again = {"prompt": output.prompt, "prompt_token_ids": output.prompt_token_ids}
+    assert again["prompt"] is None
+    assert llm.generate(again, GREEDY, use_tqdm=False)[0]["token_ids"] == expected.token_ids
 
 
 def test_defaults_come_with_the_model(tmp_path):
@@ -273,3 +283,96 @@ def test_logprobs_of_a_sequence_become_dicts(llm):
 def test_no_logprobs_unless_asked(llm, expected):
     assert (expected.logprobs, expected.cumulative_logprob) == (None, None)
     assert llm.generate(PROMPT, GREEDY, use_tqdm=False)[0].prompt_logprobs is None
+
+
+# --- what callers change, and what they do at once ---
+
+
+@pytest.mark.parametrize("value", [float("nan"), "x"])
+def test_a_logit_bias_that_has_changed(llm, value):
+    """It is checked at the door once more, and the engine has its own: nobody else is harmed."""
+    other = llm.add_request(PROMPT, GREEDY)
+    params = replace(GREEDY, logit_bias={5: 1.0})
+    params.logit_bias[5] = value
+    with pytest.raises((TypeError, ValueError), match=r"logit_bias\[5\] must be a number"):
+        llm.add_request(PROMPT, params)
+    params.logit_bias[5] = 1.0
+    changed = llm.add_request(PROMPT, params)
+    params.logit_bias[10**6] = 5.0
+    done = set()
+    while llm.has_unfinished_requests():
+        done |= {output.request_id for output in llm.step()}
+    assert done == {other, changed}
+
+
+def at_once(llm, use, monkeypatch):
+    """use() by another thread, in the middle of a step of generate(); what it raises, and what generate() returns."""
+    collect, errors = llm.runner.collect, []
+
+    def meanwhile():
+        try:
+            use()
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    def collect_after(output):
+        if not errors:
+            thread = threading.Thread(target=meanwhile)
+            thread.start()
+            thread.join(60)
+        return collect(output)
+
+    monkeypatch.setattr(llm.runner, "collect", collect_after)
+    return llm.generate(PROMPT, GREEDY, use_tqdm=False)[0]["token_ids"], errors
+
+
+def test_a_second_thread_is_told(llm, expected, monkeypatch):
+    """In place of two that take each other's requests and never end."""
+    uses = [
+        lambda: llm.generate(PROMPT, GREEDY, use_tqdm=False),
+        lambda: llm.score([PROMPT], [PROMPT], use_tqdm=False),
+        lambda: llm.add_request(PROMPT, GREEDY),
+        lambda: llm.abort_request(next(iter(llm._requests))),
+        lambda: llm.update_weights(llm.model, "finish"),
+        llm.step,
+    ]
+    for use in uses:
+        with monkeypatch.context() as patch:
+            tokens, errors = at_once(llm, use, patch)
+        assert tokens == expected.token_ids
+        assert len(errors) == 1
+        assert "another thread is using this engine, which is for one thread at a time: use AsyncLLM" in errors[0]
+    assert_idle(llm)
+
+
+def test_a_request_that_is_aborted_while_generate_waits(llm, monkeypatch):
+    """By a signal's handler, as in the middle of a step."""
+    collect, steps = llm.runner.collect, itertools.count()
+
+    def aborts(output):
+        if next(steps) == 3:
+            llm.abort_request(next(iter(llm._requests)))
+        return collect(output)
+
+    monkeypatch.setattr(llm.runner, "collect", aborts)
+    with pytest.raises(RuntimeError, match=r"request '\d+' was aborted while it ran"):
+        llm.generate([PROMPT, PROMPT], GREEDY, use_tqdm=False)
+    assert_idle(llm)
+
+
+@pytest.mark.parametrize("request_id", [["mine"], ("mine",), 0, None])
+def test_bad_ids_to_abort(llm, request_id):
+    with pytest.raises(TypeError, match="request_id must be a string, that of one request, not"):
+        llm.abort_request(request_id)
+
+
+def test_the_first_text_of_several(llm):
+    """A stream's ["text"] is text 0's alone, when it has ended too."""
+    params = SamplingParams(n=2, temperature=1.6, seed=1, max_tokens=30, stop_token_ids=list(range(0, 512, 7)))
+    outputs = list(llm.stream(PROMPT, params))
+    texts = ["".join(c.text for output in outputs for c in output.outputs if c.index == i) for i in (0, 1)]
+    whole_ones = llm.generate(PROMPT, params, use_tqdm=False)[0].outputs
+    assert texts == [completion.text for completion in whole_ones]
+    assert len(whole_ones[0].token_ids) < len(whole_ones[1].token_ids), "choose another seed"
+    assert "".join(output["text"] for output in outputs) == texts[0]
+    assert [token for output in outputs for token in output["token_ids"]] == whole_ones[0].token_ids

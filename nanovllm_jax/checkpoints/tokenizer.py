@@ -100,13 +100,13 @@ def _types(value: Any) -> Iterator[str]:
 def stop_token_ids(directory: Path, tokenizer: Any | None) -> frozenset[int]:
     """Every token that ends a text: all of generation_config.json's eos_token_id, and the tokenizer's own.
 
-    Without a generation_config.json, config.json's. Raises ValueError for ids that are no integers.
+    Without a generation_config.json, config.json's. Raises ValueError for ids that cannot be.
     """
     path = directory / "generation_config.json"
     path = path if path.is_file() else directory / "config.json"
     listed = read_json(path).get("eos_token_id")
     ids = listed if isinstance(listed, list) else [] if listed is None else [listed]
-    if not all(type(token) is int for token in ids):
-        raise ValueError(f"{path}: eos_token_id must be an integer or a list of them, not {listed!r}")
+    if not all(type(token) is int and token >= 0 for token in ids):
+        raise ValueError(f"{path}: eos_token_id must be an integer or a list of them, none below 0, not {listed!r}")
     own = getattr(tokenizer, "eos_token_id", None)
     return frozenset(ids if own is None else [*ids, own])

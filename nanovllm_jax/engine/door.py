@@ -1,7 +1,8 @@
 """The door: requests are made here, of prompts and settings that the model can run, and the others are refused."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from nanovllm_jax.engine.metrics import now
@@ -38,9 +39,13 @@ class Door:
         metrics = RequestMetrics(arrival_time=now())
         params = self.default_params if params is None else params
         check_params(params, self.vocab_size, self.tokenizer, self.eos_token_ids)
+        if params.logit_bias is not None:  # a dict, which may have changed since it was checked, and may later
+            params = replace(params)
         check_probing(params, self.probe)
         if request_id is not None and not isinstance(request_id, str):
             raise TypeError(f"request_id must be a string or None, not {request_id!r}")
+        if type(stream) is not bool:
+            raise TypeError(f"stream must be True or False, not {stream!r}")
         text, tokens = read_prompt(prompt, self.tokenizer)
         if not tokens:
             raise ValueError(f"the prompt {prompt!r} has no tokens; give at least one")
@@ -61,10 +66,10 @@ class Door:
         request = self.check_request(prompt, SCORING)
         tokens = completion
         if isinstance(completion, str):
-            tokens = encode(self.tokenizer, completion, add_special_tokens=False)
+            tokens = encode(self.tokenizer, completion, "completion", add_special_tokens=False)
         elif not isinstance(completion, (list, tuple)):
             raise TypeError(f"a completion is a string or a list of token ids, not {completion!r}")
-        tokens = check_token_ids(list(tokens), self.vocab_size) if tokens else []
+        tokens = check_token_ids(list(tokens), self.vocab_size, "completion") if tokens else []
         length = len(request.prompt_token_ids)
         if length + len(tokens) > self.max_model_len:
             raise ValueError(
@@ -79,19 +84,21 @@ class Door:
         self, prompts: Sequence[Prompt], params: Sequence[SamplingParams | None], stream: bool = False
     ) -> list[Request]:
         """`check_request` for each; an exception also says which prompt it is about."""
-        return _each(lambda prompt, param: self.check_request(prompt, param, stream=stream), prompts, params)
+        check = partial(self.check_request, stream=stream)
+        return named_each("prompt", check, prompts, params)
 
     def check_scores(self, prompts: Sequence[Prompt], completions: Sequence[str | Sequence[int]]) -> list[Request]:
         """`check_score` for each; an exception also says which prompt it is about."""
-        return _each(self.check_score, prompts, completions)
+        return named_each("prompt", self.check_score, prompts, completions)
 
 
-def _each(check: Callable[..., Request], prompts: Sequence[Prompt], others: Sequence[Any]) -> list[Request]:
-    requests = []
-    for prompt, other in zip(prompts, others, strict=True):
+def named_each(what: str, check: Callable, *lists: Sequence[Any]) -> list[Any]:
+    """check(*) of each; a TypeError or ValueError gets a note that says which one it is about."""
+    results = []
+    for values in zip(*lists, strict=True):
         try:
-            requests.append(check(prompt, other))
+            results.append(check(*values))
         except (TypeError, ValueError) as error:
-            error.add_note(f"This is prompt {len(requests)} of {len(prompts)}, counted from 0; none was started.")
+            error.add_note(f"This is {what} {len(results)} of {len(lists[0])}, counted from 0; none was started.")
             raise
-    return requests
+    return results

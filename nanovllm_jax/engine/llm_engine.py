@@ -3,7 +3,10 @@
 import logging
 import os
 import random
+import threading
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -40,7 +43,8 @@ class LLMEngine:
             for output in engine.step():
                 ...
 
-    Requests may be added and aborted between any two steps, from the thread that calls `step`.
+    Requests may be added and aborted between any two steps, from any thread; while one is at work in here, others are
+    refused by a RuntimeError.
     """
 
     def __init__(self, model: str | Path, **options: Any):
@@ -90,6 +94,7 @@ class LLMEngine:
         self._calls: list[tuple] = []  # in several processes: what was asked since the last step
         self._process = os.getpid()
         self._is_broken = False  # a failure has not been cleared away yet
+        self._at_work = threading.RLock()
 
     # ------------------------------------------------------------ requests
 
@@ -128,13 +133,14 @@ class LLMEngine:
 
         Raises RuntimeError in a forked process, and where the device's memory cannot be had back after a failure.
         """
-        self._check_usable()
-        self.runner.weights.check_whole()
-        try:
-            return self._start(request)
-        except BaseException:  # Ctrl-C
-            self._give_up()
-            raise
+        with self._by_one_thread():
+            self._check_usable()
+            self.runner.weights.check_whole()
+            try:
+                return self._start(request)
+            except BaseException:  # Ctrl-C
+                self._give_up()
+                raise
 
     def _start(self, request: Request) -> str:
         number = next(self._request_numbers)
@@ -157,6 +163,12 @@ class LLMEngine:
 
     def abort_request(self, request_id: str) -> None:
         """End a request in any state; its blocks are free at once. Unknown and finished ids are ignored."""
+        if not isinstance(request_id, str):
+            raise TypeError(f"request_id must be a string, that of one request, not {request_id!r}")
+        with self._by_one_thread():
+            self._abort(request_id)
+
+    def _abort(self, request_id: str) -> None:
         self._ready = [output for output in self._ready if output.request_id != request_id]
         request = self._requests.get(request_id)
         if request is None:
@@ -189,6 +201,20 @@ class LLMEngine:
     def stats(self) -> EngineStats:
         """What runs and waits, what the caches hold, totals and rates: from the thread that calls `step`."""
         return self.metrics.stats(self.scheduler, list(self._requests.values()))
+
+    @contextmanager
+    def _by_one_thread(self) -> Iterator[None]:
+        """Raises RuntimeError where another thread is at work in here."""
+        self.check_process()  # before a lock that was held when this process was forked
+        if not self._at_work.acquire(blocking=False):
+            raise RuntimeError(
+                "another thread is using this engine, which is for one thread at a time: use AsyncLLM, made for many "
+                "callers, or a lock of your own"
+            )
+        try:
+            yield
+        finally:
+            self._at_work.release()
 
     def check_process(self) -> None:
         """Raise RuntimeError in a process that was forked from the engine's own, where anything might wait forever."""
@@ -231,9 +257,10 @@ class LLMEngine:
         Returns the outputs of requests that finished, and of those that stream what the step brought. If the device
         fails, every request is aborted, the exception is raised, and the engine is empty again.
         """
-        outputs = self._step()
-        outputs, self._ready = self._ready + outputs, []
-        return outputs
+        with self._by_one_thread():
+            outputs = self._step()
+            outputs, self._ready = self._ready + outputs, []
+            return outputs
 
     def update_weights(
         self, weights: Any, in_flight: Literal["finish", "recompute"] | None = None, donate: bool = False
@@ -257,6 +284,10 @@ class LLMEngine:
         """
         if in_flight not in (None, "finish", "recompute"):
             raise ValueError(f"in_flight must be None, 'finish' or 'recompute', not {in_flight!r}")
+        with self._by_one_thread():
+            self._update_weights(weights, in_flight, donate)
+
+    def _update_weights(self, weights: Any, in_flight: str | None, donate: bool) -> None:
         self._check_usable()
         arrays = self.runner.weights.check(weights)
         if self._requests and in_flight is None:

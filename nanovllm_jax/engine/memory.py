@@ -62,6 +62,11 @@ def decide_num_blocks(plan: MemoryPlan, config: EngineConfig, wanted_tokens: int
     """
     asked = config.num_kvcache_blocks
     if plan.budget is None:
+        if plan.workspace > host_memory():
+            raise ValueError(
+                f"a step takes {plan.workspace / GIB:.2f} GiB, more than this machine's {host_memory() / GIB:.2f} GiB "
+                "of memory: lower max_num_seqs or max_num_batched_tokens"
+            )
         if asked and asked * plan.block > host_memory():
             raise ValueError(
                 f"num_kvcache_blocks={asked} takes {asked * plan.block / GIB:.2f} GiB, more than this machine's "

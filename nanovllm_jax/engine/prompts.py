@@ -21,7 +21,7 @@ def read_prompt(prompt: Prompt, tokenizer: Any | None) -> tuple[str | None, list
     if not isinstance(prompt, dict):
         fields = {"prompt" if isinstance(prompt, str) else "prompt_token_ids": prompt}
     elif prompt and set(prompt) <= PROMPT_KEYS:
-        fields = prompt
+        fields = {key: value for key, value in prompt.items() if value is not None}  # an output's own, given back
     else:
         raise ValueError(f"a prompt dict has the key 'prompt_token_ids' or 'prompt', not {list(prompt)}")
     text, tokens = fields.get("prompt"), fields.get("prompt_token_ids")
@@ -29,37 +29,37 @@ def read_prompt(prompt: Prompt, tokenizer: Any | None) -> tuple[str | None, list
         tokens = tokens.tolist()
     good_text = isinstance(text, str) or "prompt" not in fields
     good_tokens = isinstance(tokens, (list, tuple)) or "prompt_token_ids" not in fields
-    if not (good_text and good_tokens):
+    if not (fields and good_text and good_tokens):
         raise TypeError(f'a prompt is a string, a list of token ids or {{"prompt_token_ids": [...]}}, not {prompt!r}')
     return text, encode(tokenizer, text) if tokens is None else list(tokens)
 
 
-def encode(tokenizer: Any | None, text: str, **options: Any) -> list[int]:
+def encode(tokenizer: Any | None, text: str, what: str = "prompt", **options: Any) -> list[int]:
     """The text's token ids. Raises ValueError without a tokenizer, and for a text that it cannot encode."""
     if tokenizer is None:
-        raise ValueError("the checkpoint has no tokenizer: give the prompt as a list of token ids")
+        raise ValueError(f"the checkpoint has no tokenizer: give the {what} as a list of token ids")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"the prompt {text!r} is not valid Unicode text: {error}") from error
+        raise ValueError(f"the {what} {text!r} is not valid Unicode text: {error}") from error
     try:
         return tokenizer.encode(text, **options)
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the tokenizers library's panics are no Exceptions
-        raise ValueError(f"the tokenizer fails on the prompt: {error}") from error
+        raise ValueError(f"the tokenizer fails on the {what}: {error}") from error
 
 
-def check_token_ids(tokens: list, vocab_size: int) -> list[int]:
+def check_token_ids(tokens: list, vocab_size: int, what: str = "prompt") -> list[int]:
     """Python integers, all in the vocabulary. A prompt may have 100,000: the good ones never meet a Python loop."""
     if set(map(type, tokens)) != {int}:
         for token in tokens:
             if isinstance(token, bool) or not isinstance(token, Integral):
-                raise TypeError(f"prompt token ids must be integers, not {token!r}")
+                raise TypeError(f"{what} token ids must be integers, not {token!r}; one {what} is wanted here")
         tokens = list(map(int, tokens))  # NumPy's
     if min(tokens) < 0 or max(tokens) >= vocab_size:
         wrong = next(token for token in tokens if not 0 <= token < vocab_size)
-        raise ValueError(f"prompt token id {wrong} is not in the vocabulary: 0 to {vocab_size - 1}")
+        raise ValueError(f"{what} token id {wrong} is not in the vocabulary: 0 to {vocab_size - 1}")
     return tokens
 
 

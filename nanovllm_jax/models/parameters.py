@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from reprlib import repr as short_repr
 from typing import Any
 
 import jax
@@ -63,7 +64,7 @@ def check_parameters(arrays: Mapping[ParameterPath, Any], targets: dict[Paramete
         if target is None:
             problems.append(f"{name} is unexpected")
         elif not hasattr(array, "shape") or not hasattr(array, "dtype"):
-            problems.append(f"{name} must be an array, not {array!r}")
+            problems.append(f"{name} must be an array, not {short_repr(array)}")
         elif tuple(array.shape) != target.shape:
             problems.append(f"{name} has shape {tuple(array.shape)}, not {target.shape}")
         elif jnp.dtype(array.dtype).name not in FLOATS:

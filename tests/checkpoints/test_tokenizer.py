@@ -35,7 +35,7 @@ def test_without_a_generation_config(directory):
     assert stop_token_ids(directory, None) == {5, 6}
 
 
-@pytest.mark.parametrize("value", ["<|im_end|>", [1, "2"], [None], 1.0, True, {}])
+@pytest.mark.parametrize("value", ["<|im_end|>", [1, "2"], [None], 1.0, True, {}, -1, [5, -600]])
 def test_bad_eos_tokens(directory, value):
     write_eos(directory, "generation_config.json", value)
     with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id must be an integer or a list of them"):
