@@ -225,7 +225,6 @@ class LLMEngine:
             )
 
     def _check_usable(self) -> None:
-        self.check_process()
         if self._is_broken:
             self._give_up()
         self.runner.restore()
