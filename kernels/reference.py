@@ -57,7 +57,13 @@ def swiglu(x, weight):
 
 def fixed_matmul(x, weight, *, dtype):
     """See nanovllm_jax.kernels.fixed_matmul."""
-    return _in_tiles(lambda tile: _product(tile, weight), x).astype(dtype)
+
+    def product(tile):
+        # Barriers: a single tile is no loop any more, and then XLA's CPU products of float16 are others.
+        wide = lax.optimization_barrier((tile.astype(jnp.float32), weight.T.astype(jnp.float32)))
+        return lax.optimization_barrier(jnp.matmul(*wide, precision="highest"))
+
+    return _in_tiles(product, x).astype(dtype)
 
 
 def _product(x, weight):

@@ -47,9 +47,12 @@ class Mailbox:
 
     async def take(self) -> RequestOutput:
         """Wait for an output, or for the end with an exception."""
-        while self._output is None:
-            if self._error is not None:
-                raise self._error
+        while True:
+            error = self._error  # looked at first, as what came before it is taken first
+            if self._output is not None:
+                break
+            if error is not None:
+                raise error
             self._news.clear()
             await self._news.wait()
         with self._lock:
@@ -141,8 +144,8 @@ class AsyncLLM:
 
         From any thread; a second call does nothing. To give back the memory, drop the object too.
         """
-        if not self._is_shut_down:
-            self._is_shut_down = True
+        self._is_shut_down = True
+        with suppress(RuntimeError):  # the thread has ended, or does after the one that another call has submitted
             self._thread.submit(self._finish)
         self._thread.shutdown()
 

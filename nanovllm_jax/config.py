@@ -292,6 +292,8 @@ class EngineConfig:
             least = {"max_model_len": 2, "process_id": 0}.get(name, 1)  # one token of the prompt, one generated
             if value < least and name != "seed":
                 raise ValueError(f"{name} must be at least {least}, not {value}")
+        if (self.num_scheduler_steps or 1) > LARGEST_SIZE:
+            raise ValueError(f"num_scheduler_steps must be at most {LARGEST_SIZE}, not {self.num_scheduler_steps}")
         if not -(2**63) <= self.seed < 2**64:
             raise ValueError(f"seed must fit in 64 bits, not {self.seed}")
         for name in ("enforce_eager", "enable_prefix_caching", "deterministic", "distributed"):

@@ -14,6 +14,7 @@ from nanovllm_jax.checkpoints.load import TINY_MODEL
 from nanovllm_jax.engine.door import named_each
 from nanovllm_jax.engine.llm_engine import LLMEngine
 from nanovllm_jax.engine.metrics import EngineMetrics
+from nanovllm_jax.engine.one_thread import by_one_thread
 from nanovllm_jax.engine.prompts import Prompt
 from nanovllm_jax.engine.requests import Request
 from nanovllm_jax.outputs import RequestOutput
@@ -34,6 +35,7 @@ class LLM(LLMEngine):
         """
         super().__init__(model, **options)
 
+    @by_one_thread
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -46,9 +48,8 @@ class LLM(LLMEngine):
         outputs in the order of the prompts. Raises TypeError or ValueError, before anything runs, when any prompt or
         setting is refused, and RuntimeError while other requests are unfinished.
         """
-        with self._by_one_thread():
-            self._check_idle("generate()")
-            return self._run(self._check(prompts, sampling_params), "Generating", use_tqdm)
+        self._check_idle("generate()")
+        return self._run(self._check(prompts, sampling_params), "Generating", use_tqdm)
 
     def chat(
         self,
@@ -74,6 +75,7 @@ class LLM(LLMEngine):
         prompts = named_each("conversation", lambda c: chat_prompt(self.tokenizer, c, **options), conversations)
         return self.generate(prompts, sampling_params, use_tqdm)
 
+    @by_one_thread
     def score(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -86,13 +88,12 @@ class LLM(LLMEngine):
         or token ids (of what was generated, give the ids: its text may be tokenised another way). Completions of one
         prompt share its keys and values through the prefix cache. Raises as `generate` does.
         """
+        self._check_idle("score()")
         prompts, completions = _as_list(prompts), _as_list(completions)
         if len(prompts) != len(completions):
             raise ValueError(f"score() needs as many completions as prompts, not {len(completions)} for {len(prompts)}")
-        with self._by_one_thread():
-            self._check_idle("score()")
-            requests = self.door.check_scores(prompts, completions)
-            self._run(requests, "Scoring", use_tqdm)
+        requests = self.door.check_scores(prompts, completions)
+        self._run(requests, "Scoring", use_tqdm)
         return [[entry.logprob for entry in request.scored.logprobs] for request in requests]
 
     def stream(
@@ -114,9 +115,10 @@ class LLM(LLMEngine):
         return self.default_sampling_params
 
     def _check_idle(self, caller: str) -> None:
-        if self._requests or self._ready:
+        unfinished = {*self._requests, *(output.request_id for output in self._ready)}
+        if unfinished:
             raise RuntimeError(
-                f"{caller} needs the engine for itself, and {len(self._requests)} requests from add_request() are "
+                f"{caller} needs the engine for itself, and {len(unfinished)} requests from add_request() are "
                 "unfinished: call step() until they are done, or abort_request(). (An open stream() counts: close it.)"
             )
 
@@ -135,17 +137,16 @@ class LLM(LLMEngine):
 
     def _stream(self, requests: list[Request]) -> Generator[RequestOutput, None, None]:
         self._check_idle("stream()")  # which time has passed since
-        request_ids = set()
         try:
-            for request in requests:
-                request_ids.add(self.start_request(request))
+            request_ids = {self.start_request(request) for request in requests}
             while self._requests or self._ready:
                 if not self._requests.keys() <= request_ids:
                     raise RuntimeError("add_request() was called while a stream() was open, which needs the engine")
                 yield from self.step()
         finally:
-            for request_id in request_ids:
-                self.abort_request(request_id)
+            for request in requests:
+                if request.request_id is not None:  # it was started
+                    self.abort_request(request.request_id)
 
     def _run(self, requests: list[Request], description: str, use_tqdm: bool) -> list[RequestOutput]:
         outputs: dict[str, RequestOutput] = {}
@@ -162,11 +163,11 @@ class LLM(LLMEngine):
                     bar.set_postfix(recent)
             bar.set_postfix(rates.overall())
         finally:
-            bar.close()
             for request_id in list(self._requests):  # left by an exception or Ctrl-C
                 self.abort_request(request_id)
+            bar.close()
         for request_id in request_ids:
-            if request_id not in outputs:  # by a signal's handler, or a tokenizer's callback
+            if request_id not in outputs:  # by a signal's handler
                 raise RuntimeError(f"request {request_id!r} was aborted while it ran")
         return [outputs[request_id] for request_id in request_ids]
 

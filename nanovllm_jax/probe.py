@@ -86,7 +86,7 @@ class Probe:
 
 def _layer_of(place: str) -> int | None:
     """The layer of a place; None for the logits. Raises ValueError for what is no place."""
-    match = re.fullmatch(r"logits|(?:residual|attention)\.(\d+)", place) if isinstance(place, str) else None
+    match = re.fullmatch(r"logits|(?:residual|attention)\.(0|[1-9][0-9]*)", place) if isinstance(place, str) else None
     if match is None:
         raise ValueError(
             f"{place!r} is no place: there are 'logits', 'residual.0' and 'attention.0', and so for each layer"

@@ -98,6 +98,7 @@ class SamplingParams:
         self._set("steering", _steering(self.steering))
         self._set("top_k", max(self.top_k, 0))
         self._set("seed", None if self.seed == -1 else self.seed)
+        self._set("temperature", min(self.temperature, 1e37))  # its inverse must be a normal float32
         if 0 < self.temperature < 1e-2:
             # As in vLLM: logits divided by less than this overflow in float32.
             self._set("temperature", 1e-2)

@@ -64,7 +64,7 @@ def forgetful_layer(number: int, layer, *args):
 def _logprobs_of(model: Qwen3ForCausalLM, hidden: jax.Array, targets: jax.Array, chunk: int) -> jax.Array:
     """Log probabilities of targets [...] predicted by hidden [..., D]."""
     rows, width = targets.size, hidden.shape[-1]
-    chunk = min(chunk, rows)
+    chunk = max(1, min(chunk, rows))
     padded = -(-rows // chunk) * chunk
     hidden = jnp.pad(hidden.reshape(rows, width), ((0, padded - rows), (0, 0))).reshape(-1, chunk, width)
     wanted = jnp.pad(targets.reshape(rows), (0, padded - rows)).reshape(-1, chunk)

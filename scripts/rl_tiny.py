@@ -254,6 +254,9 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if not (options.minutes < math.inf or options.steps < math.inf):
         parser.error("say how long to train: --minutes or --steps")
+    for name in ("minutes", "steps", "prompts"):
+        if getattr(options, name) <= 0:
+            parser.error(f"--{name} must be above 0, not {getattr(options, name)}")
     if options.samples < 2:
         parser.error(f"--samples must be 2 or more, to tell good from bad, not {options.samples}")
     if options.plot and find_spec("matplotlib") is None:  # rather now than after the training

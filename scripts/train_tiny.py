@@ -224,6 +224,9 @@ def parse_options() -> argparse.Namespace:
     options = parser.parse_args()
     if not (options.minutes < math.inf or options.steps < math.inf):
         parser.error("say how long to train: --minutes or --steps")
+    for name in ("minutes", "steps"):
+        if getattr(options, name) <= 0:
+            parser.error(f"--{name} must be above 0, not {getattr(options, name)}")
     return options
 
 

@@ -465,3 +465,30 @@ def test_an_engine_is_taken_as_it_is(engine, monkeypatch):
 
 def test_where_it_lives():
     assert nanovllm_jax.AsyncLLM is AsyncLLM
+
+
+def test_shutdown_from_several_threads(engine, monkeypatch):
+    """The one that comes second, between the first one's lines, ends the callers as well."""
+
+    async def main():
+        llm = AsyncLLM(engine)
+        task = asyncio.create_task(complete(llm, PROMPTS[1], LONG))
+        while not (await llm.stats()).num_running:
+            pass
+        submit = llm._thread.submit
+
+        def submit_later(function, *args):
+            if function == llm._finish:
+                time.sleep(0.3 if threading.current_thread().name == "slow" else 0)
+            return submit(function, *args)
+
+        monkeypatch.setattr(llm._thread, "submit", submit_later)
+        slow = threading.Thread(target=llm.shutdown, name="slow")
+        slow.start()
+        await asyncio.sleep(0.05)
+        await asyncio.to_thread(llm.shutdown)
+        await asyncio.to_thread(slow.join)
+        with pytest.raises(RuntimeError, match="this AsyncLLM was shut down"):
+            await task
+
+    asyncio.run(asyncio.wait_for(main(), 60))

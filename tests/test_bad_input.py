@@ -9,6 +9,7 @@ from small_model import assert_idle, small_llm, write_checkpoint
 from nanovllm_jax import LLM, SamplingParams
 from nanovllm_jax.chat import chat_prompt
 from nanovllm_jax.engine.memory import host_memory
+from nanovllm_jax.engine.prompts import check_params
 
 GREEDY = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
 
@@ -211,6 +212,11 @@ BAD_OPTIONS = {
         ValueError,
         "a step takes .* GiB, more than this machine's .* GiB of memory: lower max_num_seqs or max_num_batched_tokens",
     ),
+    "more steps than can be": (
+        dict(num_scheduler_steps=2**31),
+        ValueError,
+        "num_scheduler_steps must be at most 16777216",
+    ),
     "more devices than there are": (
         dict(tensor_parallel_size=2),
         ValueError,
@@ -274,3 +280,16 @@ def test_bad_directory(tmp_path, case):
 def test_no_model_at_all():
     with pytest.raises(ValueError, match="'Qwen3' is neither a directory nor a Hub id"):
         LLM("Qwen3")
+
+
+@pytest.mark.parametrize("name", ["logprobs", "prompt_logprobs"])
+def test_more_logprobs_than_tokens(name):
+    params = SamplingParams(**{name: 17})
+    check_params(params, 17, None, frozenset())
+    with pytest.raises(ValueError, match=f"{name}=17 is more than the vocabulary's 16 tokens"):
+        check_params(params, 16, None, frozenset())
+
+
+def test_the_largest_seed(tmp_path):
+    """Weights too are drawn from it."""
+    small_llm(write_checkpoint(tmp_path), load_format="dummy", seed=2**64 - 1)

@@ -1,10 +1,12 @@
 """What can go wrong while requests run: what the caller sees, what becomes of the others, what the engine is good for
 afterwards. NaN has a file of its own, and so have AsyncLLM's callers."""
 
+import io
 import os
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import jax
@@ -261,6 +263,8 @@ class Interrupt:
     def trace(self, frame, event, argument):
         if not frame.f_code.co_filename.startswith(OWN) or frame.f_code.co_name in ("_give_up", "abort_all", "reset"):
             return None
+        if frame.f_code.co_filename.endswith("one_thread.py"):  # between whose lines Python takes no signal
+            return None
         self.count += 1
         if self.count == self.at:
             sys.settrace(None)
@@ -321,6 +325,62 @@ def test_ctrl_c_in_add_and_abort(llm, expected):
         for request_id in list(llm._requests):
             llm.abort_request(request_id)
     llm.step()
+    assert run(llm) == expected
+
+
+def test_ctrl_c_in_update_weights(llm, expected):
+    """Requests go on with the new weights or are aborted, and the engine is for other threads too."""
+    for at in range(1, 5000, 9):
+        for prompt in PROMPTS:
+            llm.add_request(prompt, PARAMS)
+        done = {output.request_id for _ in range(3) for output in llm.step()}
+        try:
+            with Interrupt(at):
+                llm.update_weights(llm.model, "recompute")
+            break  # all lines are done
+        except KeyboardInterrupt:
+            for _ in range(400):
+                done |= {output.request_id for output in llm.step()}
+                if not llm.has_unfinished_requests():
+                    break
+            assert_usable(llm)
+        if not llm.runner.weights.is_whole:
+            llm.update_weights(llm.model)
+    else:
+        raise AssertionError("the end was never reached")
+    drain(llm)
+    assert run(llm) == expected
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(run, llm).result() == expected
+
+
+def test_ctrl_c_in_stream(llm, expected):
+    for at in range(1, 3000, 29):
+        stream = llm.stream(PROMPTS, PARAMS)
+        try:
+            with Interrupt(at):
+                next(stream)
+            break
+        except KeyboardInterrupt:
+            stream.close()
+            drain(llm)
+            assert_usable(llm)
+    stream.close()
+    drain(llm)
+    assert run(llm) == expected
+
+
+def test_a_progress_bar_that_cannot_write(llm, expected, monkeypatch):
+    """As where its pipe's other end has been closed."""
+
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stderr", Closed())
+    with pytest.raises(BrokenPipeError):
+        llm.generate(PROMPTS, PARAMS)
+    drain(llm)
     assert run(llm) == expected
 
 

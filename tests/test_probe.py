@@ -194,6 +194,7 @@ BAD_PROBES = {
     "an_edit_of_such_a_layer": (dict(edit={"residual.9": lambda x, s: x}), "no 'residual.9': the model's layers are"),
     "no_place": (dict(capture=["mlp.0"]), "'mlp.0' is no place"),
     "a_negative_layer": (dict(capture=["residual.-1"]), "'residual.-1' is no place"),
+    "a_number_written_another_way": (dict(capture=["residual.00"]), "'residual.00' is no place"),
     "an_edit_of_logits": (dict(edit={"logits": lambda x, s: x}), "only the residual stream can be edited"),
     "a_vector_of_another_shape": (
         dict(edit={"residual.0": lambda x, s: x + s[:, :1] * np.ones(47, np.float32)}, steering_size=1),

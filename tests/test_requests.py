@@ -345,16 +345,33 @@ def test_a_second_thread_is_told(llm, expected, monkeypatch):
     assert_idle(llm)
 
 
-def test_a_request_that_is_aborted_while_generate_waits(llm, monkeypatch):
-    """By a signal's handler, as in the middle of a step."""
-    collect, steps = llm.runner.collect, itertools.count()
+def test_a_signals_handler_is_told(llm, expected, monkeypatch):
+    """In the middle of a step, where it would take a sequence out of a batch that is being made."""
+    uses = [
+        lambda: llm.abort_request(next(iter(llm._requests))),
+        lambda: llm.add_request(PROMPT, GREEDY),
+        lambda: llm.update_weights(llm.model, "recompute"),
+        llm.step,
+    ]
+    for use in uses:
+        with monkeypatch.context() as patch:
+            patch.setattr(llm.runner, "collect", lambda _, use=use: use())
+            with pytest.raises(RuntimeError, match=r"\(\) was called in the middle of another call of this engine"):
+                llm.generate(PROMPT, GREEDY, use_tqdm=False)
+        assert_idle(llm)
+    assert llm.generate(PROMPT, GREEDY, use_tqdm=False)[0]["token_ids"] == expected.token_ids
 
-    def aborts(output):
+
+def test_a_request_that_is_aborted_while_generate_waits(llm, monkeypatch):
+    """By a signal's handler, between two steps."""
+    step, steps = llm.step, itertools.count()
+
+    def aborts():
         if next(steps) == 3:
             llm.abort_request(next(iter(llm._requests)))
-        return collect(output)
+        return step()
 
-    monkeypatch.setattr(llm.runner, "collect", aborts)
+    monkeypatch.setattr(llm, "step", aborts)
     with pytest.raises(RuntimeError, match=r"request '\d+' was aborted while it ran"):
         llm.generate([PROMPT, PROMPT], GREEDY, use_tqdm=False)
     assert_idle(llm)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nanovllm_jax import SamplingParams
 from nanovllm_jax.layers.sampler import gumbel, sample
 
 DRAWS = 20_000
@@ -135,3 +136,12 @@ def test_whoever_is_alone_is_drawn():
     token, score = sample(logits, np.ones(1, np.float32), seeds, position, np.full(1, 20, np.float32))
     assert token == entry
     assert np.isfinite(score)
+
+
+def test_the_highest_temperature():
+    """What is accepted divides what it likes, infinity too: no NaN."""
+    temperature = np.full(4, SamplingParams(temperature=3e38).temperature, np.float32)
+    logits = np.array([[1.0, -np.inf, 2.0, -np.inf]] * 4, np.float32)
+    tokens, scores = sample(logits, temperature, seeds_of(4), np.arange(4), np.full(4, -np.inf))
+    assert np.isfinite(scores).all()
+    assert set(tokens.tolist()) <= {0, 2}

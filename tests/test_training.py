@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from small_model import SMALL
 
 from nanovllm_jax.checkpoints.huggingface import parameter_sources
 from nanovllm_jax.checkpoints.load import load_model
@@ -16,6 +17,7 @@ from nanovllm_jax.config import ModelConfig
 from nanovllm_jax.layers.attention import causal_attention
 from nanovllm_jax.layers.norm import RMSNorm
 from nanovllm_jax.layers.rope import RopeConfig, rope_angles
+from nanovllm_jax.models.qwen3 import Qwen3ForCausalLM
 from nanovllm_jax.parallel.sharding import make_mesh
 from nanovllm_jax.training import cast, token_logprobs
 
@@ -135,3 +137,8 @@ def test_what_is_padded_for_cudnn_changes_nothing(monkeypatch, length):
     padded, _ = causal_attention(*args)
     np.testing.assert_allclose(padded, plain, atol=1e-6)
     assert lengths == [-(-length // 16) * 16]
+
+
+def test_token_logprobs_of_one_token_each():
+    model = Qwen3ForCausalLM(SMALL, rngs=nnx.Rngs(0))
+    assert token_logprobs(model, jnp.zeros((2, 1), jnp.int32)).tolist() == [[0.0], [0.0]]

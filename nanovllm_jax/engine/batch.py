@@ -185,10 +185,11 @@ class Buckets:
             for tokens in self.prefill_tokens
             for rows in self.beside(tokens)
         ]
+        most = next((rows for rows in self.decode_rows if rows >= self.run_ahead.rows), self.max_num_seqs)
         several = [
             BatchShape(rows, 0, 0, self.table_width, self.run_ahead.num_steps)
             for rows in self.decode_rows
-            if rows <= self.run_ahead.rows and self.run_ahead.num_steps > 1
+            if rows <= most and self.run_ahead.num_steps > 1
         ]
         return sorted(decode + several, key=lambda s: s.decode_rows) + mixed[::-1]
 

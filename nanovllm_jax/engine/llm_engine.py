@@ -1,12 +1,8 @@
 """The loop: requests in, steps through the scheduler and the device, finished outputs out."""
 
 import logging
-import os
 import random
-import threading
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -22,6 +18,7 @@ from nanovllm_jax.engine.dispatch import DispatchedStep, dispatch
 from nanovllm_jax.engine.door import Door
 from nanovllm_jax.engine.metrics import EngineMetrics
 from nanovllm_jax.engine.model_runner import ModelRunner
+from nanovllm_jax.engine.one_thread import OneThread, not_from_within
 from nanovllm_jax.engine.prompts import Prompt
 from nanovllm_jax.engine.requests import Completion, Request
 from nanovllm_jax.engine.schedule import Schedule
@@ -35,7 +32,7 @@ from nanovllm_jax.sampling_params import SamplingParams
 logger = logging.getLogger(__name__)
 
 
-class LLMEngine:
+class LLMEngine(OneThread):
     """Continuous batching over one model, as a loop for one's own servers and experiments:
 
         engine.add_request("a prompt", SamplingParams(...), stream=True)
@@ -44,7 +41,7 @@ class LLMEngine:
                 ...
 
     Requests may be added and aborted between any two steps, from any thread; while one is at work in here, others are
-    refused by a RuntimeError.
+    refused by a RuntimeError, and so is a signal's handler.
     """
 
     def __init__(self, model: str | Path, **options: Any):
@@ -52,6 +49,7 @@ class LLMEngine:
 
         Raises TypeError or ValueError for options, a checkpoint or memory that do not fit together.
         """
+        super().__init__()
         config = EngineConfig.from_options(**options)
         directory = find_checkpoint(model)
         prepare_backend(config)
@@ -92,9 +90,7 @@ class LLMEngine:
         self._seq_ids = count()
         self._seeds = random.Random(config.seed)
         self._calls: list[tuple] = []  # in several processes: what was asked since the last step
-        self._process = os.getpid()
         self._is_broken = False  # a failure has not been cleared away yet
-        self._at_work = threading.RLock()
 
     # ------------------------------------------------------------ requests
 
@@ -128,19 +124,19 @@ class LLMEngine:
         """
         return self.start_request(self.check_request(prompt, params, request_id, stream))
 
+    @not_from_within
     def start_request(self, request: Request) -> str:
         """Queue a request from `check_request` and return its id.
 
         Raises RuntimeError in a forked process, and where the device's memory cannot be had back after a failure.
         """
-        with self._by_one_thread():
-            self._check_usable()
-            self.runner.weights.check_whole()
-            try:
-                return self._start(request)
-            except BaseException:  # Ctrl-C
-                self._give_up()
-                raise
+        self._check_usable()
+        self.runner.weights.check_whole()
+        try:
+            return self._start(request)
+        except BaseException:  # Ctrl-C
+            self._give_up()
+            raise
 
     def _start(self, request: Request) -> str:
         number = next(self._request_numbers)
@@ -161,14 +157,11 @@ class LLMEngine:
             self._stopping += request.completions
         return request.request_id
 
+    @not_from_within
     def abort_request(self, request_id: str) -> None:
         """End a request in any state; its blocks are free at once. Unknown and finished ids are ignored."""
         if not isinstance(request_id, str):
             raise TypeError(f"request_id must be a string, that of one request, not {request_id!r}")
-        with self._by_one_thread():
-            self._abort(request_id)
-
-    def _abort(self, request_id: str) -> None:
         self._ready = [output for output in self._ready if output.request_id != request_id]
         request = self._requests.get(request_id)
         if request is None:
@@ -202,28 +195,6 @@ class LLMEngine:
         """What runs and waits, what the caches hold, totals and rates: from the thread that calls `step`."""
         return self.metrics.stats(self.scheduler, list(self._requests.values()))
 
-    @contextmanager
-    def _by_one_thread(self) -> Iterator[None]:
-        """Raises RuntimeError where another thread is at work in here."""
-        self.check_process()  # before a lock that was held when this process was forked
-        if not self._at_work.acquire(blocking=False):
-            raise RuntimeError(
-                "another thread is using this engine, which is for one thread at a time: use AsyncLLM, made for many "
-                "callers, or a lock of your own"
-            )
-        try:
-            yield
-        finally:
-            self._at_work.release()
-
-    def check_process(self) -> None:
-        """Raise RuntimeError in a process that was forked from the engine's own, where anything might wait forever."""
-        if os.getpid() != self._process:
-            raise RuntimeError(
-                f"this engine belongs to process {self._process}, and this process {os.getpid()} was forked from it, "
-                "which JAX does not survive. Start processes by multiprocessing's 'spawn' method, and make an LLM there"
-            )
-
     def _check_usable(self) -> None:
         if self._is_broken:
             self._give_up()
@@ -250,17 +221,18 @@ class LLMEngine:
 
     # ------------------------------------------------------------ the loop
 
+    @not_from_within
     def step(self) -> list[RequestOutput]:
         """Dispatch the next step, then read the one before it.
 
         Returns the outputs of requests that finished, and of those that stream what the step brought. If the device
         fails, every request is aborted, the exception is raised, and the engine is empty again.
         """
-        with self._by_one_thread():
-            outputs = self._step()
-            outputs, self._ready = self._ready + outputs, []
-            return outputs
+        outputs = self._step()
+        outputs, self._ready = self._ready + outputs, []
+        return outputs
 
+    @not_from_within
     def update_weights(
         self, weights: Any, in_flight: Literal["finish", "recompute"] | None = None, donate: bool = False
     ) -> None:
@@ -283,10 +255,6 @@ class LLMEngine:
         """
         if in_flight not in (None, "finish", "recompute"):
             raise ValueError(f"in_flight must be None, 'finish' or 'recompute', not {in_flight!r}")
-        with self._by_one_thread():
-            self._update_weights(weights, in_flight, donate)
-
-    def _update_weights(self, weights: Any, in_flight: str | None, donate: bool) -> None:
         self._check_usable()
         arrays = self.runner.weights.check(weights)
         if self._requests and in_flight is None:
@@ -298,10 +266,10 @@ class LLMEngine:
             self.runner.check_agreement([*self._calls, in_flight], arrays)
         while self._requests and in_flight == "finish":
             self._ready += self._step()
-        self.scheduler.preempt_all()  # what dispatched steps have drawn will still be read
-        for request in self._requests.values():
-            request.score_again()
         try:
+            self.scheduler.preempt_all()  # what dispatched steps have drawn will still be read
+            for request in self._requests.values():
+                request.score_again()
             self.runner.weights.update(arrays, donate)
         except BaseException:  # Ctrl-C, or no memory for the next array: nothing may run on what is half new
             self._give_up()

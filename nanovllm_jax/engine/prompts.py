@@ -71,6 +71,9 @@ def check_params(params: SamplingParams, vocab_size: int, tokenizer: Any | None,
         for token in tokens:
             if not 0 <= token < vocab_size:
                 raise ValueError(f"{name}: token id {token} is not in the vocabulary: 0 to {vocab_size - 1}")
+    for name in ("logprobs", "prompt_logprobs"):
+        if (getattr(params, name) or 0) > vocab_size:
+            raise ValueError(f"{name}={getattr(params, name)} is more than the vocabulary's {vocab_size} tokens")
     if params.min_tokens:
         ends = set(params.stop_token_ids).union(() if params.ignore_eos else eos_token_ids)
         if ends.issuperset(range(vocab_size)):

@@ -82,7 +82,10 @@ def check_same_model(found: ModelConfig, expected: ModelConfig) -> None:
     different = {name: value for name, value in asdict(found).items() if value != wanted[name] and name != "dtype"}
     if different:
         settings = ", ".join(f"{name}={value!r} (here {wanted[name]!r})" for name, value in different.items())
-        raise ValueError(f"these weights are another model's: {settings}")
+        hint = ""
+        if "kv_copies" in different:
+            hint = "; more devices than kv heads need copies of them: make the model of parallel.sizes.split_config's"
+        raise ValueError(f"these weights are another model's: {settings}{hint}")
 
 
 def digest_of(arrays: Mapping[ParameterPath, Any]) -> bytes:

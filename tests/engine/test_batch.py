@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanovllm_jax.engine.batch import BatchShape, Buckets
+from nanovllm_jax.engine.schedule import RunAhead
 
 
 def buckets_of(max_num_seqs, max_num_batched_tokens, ratio=2, alone_from=8192):
@@ -29,6 +30,19 @@ def test_a_schedule_fits_the_smallest_shape_that_is_compiled(data, max_num_seqs,
         return enough and bool(shape.prefill_tokens) == bool(prefills)
 
     assert shape == min(filter(fits, shapes), key=lambda s: (s.prefill_tokens, s.decode_rows))
+
+
+@given(
+    decodes=st.integers(1, 600),
+    max_num_seqs=st.integers(1, 600),
+    rows=st.integers(1, 300),
+    ratio=st.sampled_from([2, 16]),
+)
+def test_several_steps_have_a_program(decodes, max_num_seqs, rows, ratio):
+    """Of as many sequences as may run ahead, whatever the size that they are padded to."""
+    buckets = Buckets(max_num_seqs, 128, 16, ratio, (max_num_seqs,), RunAhead(4, rows))
+    decodes = min(decodes, rows, max_num_seqs)
+    assert buckets.shape_for(decodes, 0, 0, num_steps=4) in buckets.all_shapes()
 
 
 def test_shapes_beside_a_prefill():

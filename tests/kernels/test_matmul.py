@@ -2,10 +2,14 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from nanovllm_jax.kernels import fixed_matmul, matmul
+
+from nanovllm_jax.layers import linear
 
 SMALL = matmul.Tiles(rows=16, features=32, depth=16, num_warps=4, num_stages=2)
 kernel = functools.partial(matmul.fixed_matmul, tiles=SMALL, interpret=True)
@@ -36,3 +40,14 @@ def test_a_row_depends_on_itself_alone(function):
         others = jnp.full((3, 50), jnp.nan)
         part = jnp.concatenate((others, x[start:stop], others))
         np.testing.assert_array_equal(function(part, weight, dtype=jnp.float32)[3:-3], whole[start:stop])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+def test_the_oracle_in_a_program_does_not_depend_on_the_number_of_rows(dtype):
+    """One tile is no loop, and XLA may join the product with what is around it."""
+    options = dict(dtype=dtype, rngs=nnx.Rngs(0), matmul=linear.fixed_matmul)
+    layers = linear.GatedLinear(256, (2, 96), axes=(None, None, "embed"), **options)
+    layers = layers, linear.Linear(96, (64,), axes=(None, "embed"), **options)
+    x = jax.random.normal(jax.random.key(2), (100, 256)).astype(dtype)
+    two_layers = jax.jit(lambda layers, x: layers[1](layers[0](x)))
+    np.testing.assert_array_equal(two_layers(layers, x[:20]), two_layers(layers, x)[:20])

@@ -92,7 +92,13 @@ def test_the_reward_rises(monkeypatch):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [([], "--minutes or --steps"), (["--steps", "3", "--samples", "1"], "--samples must be 2 or more")],
+    [
+        ([], "--minutes or --steps"),
+        (["--steps", "3", "--samples", "1"], "--samples must be 2 or more"),
+        (["--steps", "0"], "--steps must be above 0, not 0"),
+        (["--minutes", "-1"], "--minutes must be above 0, not -1"),
+        (["--steps", "3", "--prompts", "0"], "--prompts must be above 0, not 0"),
+    ],
 )
 def test_bad_options(arguments, message, capsys):
     with pytest.raises(SystemExit):

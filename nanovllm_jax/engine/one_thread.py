@@ -1,0 +1,65 @@
+"""An engine is for one process and one call at a time: another thread's, or one from within, is refused."""
+
+import os
+import sys
+import threading
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+
+class OneThread:
+    """What the decorators below need of a class."""
+
+    def __init__(self):
+        self._process = os.getpid()
+        self._at_work = threading.RLock()
+
+    def check_process(self) -> None:
+        """Raise RuntimeError in a process that was forked from the engine's own, where anything might wait forever."""
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                f"this engine belongs to process {self._process}, and this process {os.getpid()} was forked from it, "
+                "which JAX does not survive. Start processes by multiprocessing's 'spawn' method, and make an LLM there"
+            )
+
+
+def by_one_thread(method: Callable) -> Callable:
+    """Raises RuntimeError where another thread is in one of the class's methods of this kind."""
+
+    @wraps(method)
+    def call(self: OneThread, *args: Any, **options: Any) -> Any:
+        self.check_process()
+        # Written so that Ctrl-C, wherever it comes, leaves the lock free when all calls have ended.
+        try:
+            if self._at_work.acquire(blocking=False):
+                return method(self, *args, **options)
+        finally:
+            try:  # noqa: SIM105  (Ctrl-C has no place between here and the release)
+                self._at_work.release()
+            except RuntimeError:  # another thread's
+                pass
+        raise RuntimeError(
+            "another thread is using this engine, which is for one thread at a time: use AsyncLLM, made for many "
+            "callers, or a lock of your own"
+        )
+
+    return call
+
+
+def not_from_within(method: Callable) -> Callable:
+    """`by_one_thread`, and raises RuntimeError in the middle of another such call of the same thread."""
+
+    @by_one_thread
+    @wraps(method)
+    def call(self: OneThread, *args: Any, **options: Any) -> Any:
+        frame = here = sys._getframe()  # the stack forgets no call, and remembers none that Ctrl-C has ended
+        while frame := frame.f_back:
+            if frame.f_code is here.f_code and frame.f_locals["self"] is self:
+                raise RuntimeError(
+                    f"{method.__name__}() was called in the middle of another call of this engine, by a signal's "
+                    "handler or a tokenizer: call it when that one has returned"
+                )
+        return method(self, *args, **options)
+
+    return call
