@@ -10,9 +10,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .common import SMS
 
-# Rows from which on they are used. They are faster from 1,024 on, but a program with them takes half a second longer to
-# lower: so the few programs with most to do have them, and a start with an empty cache stays what it was.
-MANY = 8192
+# Rows from which on they are used. A program with them takes half a second longer to lower, and at 1,024 rows it is
+# little faster.
+MANY = 2048
 ROWS = 64  # of one warpgroup's matrix product
 COMPUTE = 2  # warpgroups; the one after them loads
 LOADER = COMPUTE

@@ -147,7 +147,9 @@ class Buckets:
     """Sizes of the decode part beside a prefill: few, as a padded row costs little there. The last takes any number."""
     run_ahead: RunAhead = ONE_STEP
     alone_from: float = math.inf
-    """From so many prefill tokens on the decode part is empty or the largest, which then is little beside them."""
+    """From so many prefill tokens on there is a shape without a decode part too, for when nothing runs beside them,"""
+    large_from: float = math.inf
+    """and from so many on the decode part else is the largest, which then is little beside them."""
 
     @cached_property
     def decode_rows(self) -> tuple[int, ...]:
@@ -166,7 +168,8 @@ class Buckets:
 
     def beside(self, tokens: int) -> tuple[int, ...]:
         """Sizes of the decode part beside a prefill part of this many tokens."""
-        return (0, self.mixed_decode_rows[-1]) if tokens >= self.alone_from else self.mixed_decode_rows
+        rows = self.mixed_decode_rows[-1:] if tokens >= self.large_from else self.mixed_decode_rows
+        return (0, *rows) if tokens >= self.alone_from else rows
 
     def shape_for(self, decodes: int, prefills: int, tokens: int, num_steps: int = 1) -> BatchShape:
         """The smallest shape for this many decode rows, and prefill sequences with this many tokens together."""

@@ -9,15 +9,17 @@ from nanovllm_jax.engine.batch import BatchShape, Buckets
 from nanovllm_jax.engine.schedule import RunAhead
 
 
-def buckets_of(max_num_seqs, max_num_batched_tokens, ratio=2, alone_from=8192):
+def buckets_of(max_num_seqs, max_num_batched_tokens, ratio=2, alone_from=8192, large_from=8192):
     mixed = tuple(sorted({min(32, max_num_seqs), max_num_seqs}))
-    return Buckets(max_num_seqs, max_num_batched_tokens, 16, ratio, mixed, alone_from=alone_from)
+    sizes = max_num_seqs, max_num_batched_tokens, 16, ratio, mixed
+    return Buckets(*sizes, alone_from=alone_from, large_from=large_from)
 
 
 @given(data=st.data(), max_num_seqs=st.integers(1, 600), max_num_batched_tokens=st.integers(1, 20_000))
 def test_a_schedule_fits_the_smallest_shape_that_is_compiled(data, max_num_seqs, max_num_batched_tokens):
-    alone_from = data.draw(st.sampled_from([1, 8192, math.inf]))
-    buckets = buckets_of(max_num_seqs, max_num_batched_tokens, data.draw(st.sampled_from([2, 16])), alone_from)
+    alone_from, large_from = (data.draw(st.sampled_from([0, 1024, 8192, math.inf])) for _ in range(2))
+    ratio = data.draw(st.sampled_from([2, 16]))
+    buckets = buckets_of(max_num_seqs, max_num_batched_tokens, ratio, alone_from, large_from)
     decodes = data.draw(st.integers(0, max_num_seqs))
     prefills = data.draw(st.integers(0 if decodes else 1, min(max_num_seqs, max_num_batched_tokens)))
     tokens = data.draw(st.integers(prefills, max_num_batched_tokens)) if prefills else 0
@@ -51,3 +53,6 @@ def test_shapes_beside_a_prefill():
         *((tokens, rows) for tokens in (16384, 8192) for rows in (512, 0)),
         *((tokens, rows) for tokens in (4096, 2048, 1024, 512, 256, 128) for rows in (512, 32)),
     ]
+    large_model = buckets_of(512, 16384, alone_from=0).all_shapes()
+    assert [s.decode_rows for s in large_model if s.prefill_tokens == 8192] == [512, 0]
+    assert [s.decode_rows for s in large_model if s.prefill_tokens == 128] == [512, 32, 0]

@@ -141,9 +141,11 @@ def test_what_they_are_for(monkeypatch):
     assert not is_many_rows(x, weight)  # no GPU here
     monkeypatch.setattr(common, "is_hopper", lambda: True)
     assert is_many_rows(x, weight)
-    for args in ((8184, 128, 256), (8196, 128, 256), (8192, 96, 256), (8192, 128, 200), (8192, 128, 256, jnp.float32)):
+    many = hopper.MANY
+    for args in ((many - 8, 128, 256), (many + 4, 128, 256), (many, 96, 256), (many, 128, 200)):
         assert not is_many_rows(*swiglu_args(*args))
-    assert not is_many_rows(jax.ShapeDtypeStruct((2, 8192, 128), jnp.bfloat16), weight)
+    assert not is_many_rows(*swiglu_args(many, 128, 256, jnp.float32))
+    assert not is_many_rows(jax.ShapeDtypeStruct((2, many, 128), jnp.bfloat16), weight)
 
 
 def test_which_prefill_is_lowered(monkeypatch):
@@ -154,12 +156,13 @@ def test_which_prefill_is_lowered(monkeypatch):
         f, args = prefill_case(tokens, 3, 2, pool)
         return custom_calls(lowered_for_cuda(functools.partial(f, **options), *args))
 
-    assert call(8200, cache())[-1].startswith("mosaic_gpu")
-    assert call(8200, cache(block_size=128))[-1].startswith("mosaic_gpu")
-    assert call(8200, cache(), fixed=True) == [PALLAS]
-    for tokens, pool in ((8000, cache()), (8200, cache(block_size=64)), (8200, cache(head_dim=64))):
+    many = hopper.MANY + 8
+    assert call(many, cache())[-1].startswith("mosaic_gpu")
+    assert call(many, cache(block_size=128))[-1].startswith("mosaic_gpu")
+    assert call(many, cache(), fixed=True) == [PALLAS]
+    for tokens, pool in ((hopper.MANY - 8, cache()), (many, cache(block_size=64)), (many, cache(head_dim=64))):
         assert call(tokens, pool) == [PALLAS]
-    assert call(8200, cache(jnp.float32)) == [PALLAS]
+    assert call(many, cache(jnp.float32)) == [PALLAS]
 
 
 @WRITES_IN_PLACE
