@@ -197,6 +197,23 @@ class Buckets:
         return sorted(decode + several, key=lambda s: s.decode_rows) + mixed[::-1]
 
 
+def gpu_buckets(
+    max_num_seqs: int, max_num_batched_tokens: int, table_width: int, run_ahead: RunAhead, is_large_model: bool
+) -> Buckets:
+    """Those of a GPU, where little padding is worth many programs: a large model has some more, as it feels each row."""
+    few = min(32, max_num_seqs)
+    mixed = (few,) if few == max_num_seqs else (few, max_num_seqs)
+    large_from = 16 * max_num_seqs if len(mixed) > 1 else math.inf
+    alone_from = 0 if is_large_model else large_from  # a tenth of a short prompt's time; a small one is to start soon
+    sizes = max_num_seqs, max_num_batched_tokens, table_width
+    return Buckets(*sizes, 2, mixed, run_ahead, alone_from=alone_from, large_from=large_from)
+
+
+def cpu_buckets(max_num_seqs: int, max_num_batched_tokens: int, table_width: int, run_ahead: RunAhead) -> Buckets:
+    """Those of a CPU, which is for small models: there few programs to compile are worth more than little padding."""
+    return Buckets(max_num_seqs, max_num_batched_tokens, table_width, 16, (max_num_seqs,), run_ahead)
+
+
 def _signed(bits: int) -> int:
     """32 unsigned bits as an int32."""
     return bits - ((bits >> 31) << 32)

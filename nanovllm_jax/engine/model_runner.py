@@ -1,7 +1,6 @@
 """The device: KV cache, compiled programs, dispatch and collect. Of engine/, only this and weights.py import jax."""
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +18,7 @@ from xxhash import xxh3_128_digest
 
 from nanovllm_jax.checkpoints.load import ModelLoader
 from nanovllm_jax.config import DTYPES, EngineConfig, ModelConfig
-from nanovllm_jax.engine.batch import BatchShape, Buckets
+from nanovllm_jax.engine.batch import BatchShape, cpu_buckets, gpu_buckets
 from nanovllm_jax.engine.logprobs import TokenLogprobs
 from nanovllm_jax.engine.memory import (
     GIB,
@@ -208,14 +207,9 @@ class ModelRunner:
         self.num_blocks = decide_num_blocks(plan, config, wanted)
         self.max_model_len = decide_max_model_len(config, model.max_context, self.num_blocks)
         width = -(-self.max_model_len // config.block_size)
-        # A CPU is for small models: there few shapes to compile are worth more than little padding.
-        most = self.max_num_seqs
-        ratio, mixed = (2, {min(32, most), most}) if self.on_gpu else (16, {most})
-        sizes = most, self.max_num_batched_tokens, width, ratio, tuple(sorted(mixed))
-        large = 16 * most if len(mixed) > 1 else math.inf
-        # Padded decode rows make a large model's short prompts a tenth slower; a small one is to start soon.
-        alone = 0 if self.on_gpu and not self._tokens_in_a_dispatch() else large
-        self.buckets = Buckets(*sizes, self._run_ahead(), alone_from=alone, large_from=large)
+        sizes = self.max_num_seqs, self.max_num_batched_tokens, width, self._run_ahead()
+        is_large = not self._tokens_in_a_dispatch()
+        self.buckets = gpu_buckets(*sizes, is_large) if self.on_gpu else cpu_buckets(*sizes)
         logger.info(
             "memory a device: %.2f GiB weights, %.2f GiB workspace, %.2f GiB cache = %d blocks of %d tokens = "
             "%d tokens; max_model_len %d",
