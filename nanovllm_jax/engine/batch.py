@@ -200,7 +200,7 @@ class Buckets:
 def gpu_buckets(
     max_num_seqs: int, max_num_batched_tokens: int, table_width: int, run_ahead: RunAhead, is_large_model: bool
 ) -> Buckets:
-    """Those of a GPU, where little padding is worth many programs: a large model has some more, as it feels each row."""
+    """Those of a GPU, where little padding is worth many programs: a large model has more, as it feels each row."""
     few = min(32, max_num_seqs)
     mixed = (few,) if few == max_num_seqs else (few, max_num_seqs)
     large_from = 16 * max_num_seqs if len(mixed) > 1 else math.inf
