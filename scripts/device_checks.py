@@ -284,7 +284,7 @@ def main() -> None:
         except Exception as error:
             traceback.print_exc()
             outcome, note = "FAILED", f"{type(error).__name__}: {error}"
-        gc.collect()  # an engine refers to itself
+        gc.collect()  # what a traceback held
         print(f"{name:10} {outcome:6} {time.perf_counter() - start:6.1f} s  {note}", flush=True)
 
 

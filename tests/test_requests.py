@@ -1,8 +1,10 @@
 """What ends a text, a loop of one's own with aborts in every state, defaults of the model, and logprobs in outputs."""
 
+import gc
 import itertools
 import json
 import threading
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -33,6 +35,22 @@ def expected(llm):
     (output,) = llm.generate(PROMPT, GREEDY, use_tqdm=False)
     assert "\ufffd" not in output["text"], "choose another prompt"
     return output.outputs[0]
+
+
+def test_an_engine_that_is_dropped_is_gone(directory):
+    """With its memory, and no garbage collection: it does not refer to itself, and no call keeps what callers hold."""
+    gc.collect()
+    gc.disable()
+    try:
+        llm = small_llm(directory)
+        outputs = llm.generate([PROMPT, PROMPT], replace(GREEDY, max_tokens=3, logprobs=1), use_tqdm=False)
+        llm.score([PROMPT], [outputs[0]["token_ids"]], use_tqdm=False)
+        llm.update_weights(llm.model)
+        parts = [weakref.ref(part) for part in (llm, llm.runner, llm.runner.caches[0].k, llm.scheduler)]
+        del llm
+        assert [part() for part in parts] == [None] * 4
+    finally:
+        gc.enable()
 
 
 def generate(llm, params, prompts=(PROMPT,)):

@@ -319,9 +319,10 @@ class ModelRunner:
     def _score_program(self, size: int) -> Callable:
         """models/step.py's `prompt_logprobs` of `size` tokens, compiled for each step's shape when it is asked for."""
         if size not in self._score_programs:
+            treedef = self.weights.treedef  # and no self, which would refer to itself by its programs
 
             def score(leaves, *args):
-                return prompt_logprobs(jax.tree.unflatten(self.weights.treedef, leaves), *args)
+                return prompt_logprobs(jax.tree.unflatten(treedef, leaves), *args)
 
             in_specs = (specs_of(self.weights.shapes), Spec(None, DATA_AXIS), Spec(), Spec(), Spec())
             whole, options = per_device(score, self.mesh, in_specs, Spec()), compiler_options(self.mesh, size)

@@ -53,13 +53,16 @@ def not_from_within(method: Callable) -> Callable:
     @by_one_thread
     @wraps(method)
     def call(self: OneThread, *args: Any, **options: Any) -> Any:
-        frame = here = sys._getframe()  # the stack forgets no call, and remembers none that Ctrl-C has ended
-        while frame := frame.f_back:
-            if frame.f_code is here.f_code and frame.f_locals["self"] is self:
+        # The stack forgets no call, and remembers none that Ctrl-C has ended. This call's own frame is in no variable:
+        # it would refer to itself, and keep what all its callers hold until garbage is collected.
+        code, frame = sys._getframe().f_code, sys._getframe().f_back
+        while frame:
+            if frame.f_code is code and frame.f_locals["self"] is self:
                 raise RuntimeError(
                     f"{method.__name__}() was called in the middle of another call of this engine, by a signal's "
                     "handler or a tokenizer: call it when that one has returned"
                 )
+            frame = frame.f_back
         return method(self, *args, **options)
 
     return call

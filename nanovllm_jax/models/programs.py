@@ -107,6 +107,7 @@ def _no_garbage_collection() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+            gc.collect()  # half a second, once: else it comes while requests run, as JAX keeps most of these objects
 
 
 @cache
