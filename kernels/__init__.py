@@ -202,13 +202,9 @@ def _prefill(q, k_cache, *args, scale: float, fixed: bool) -> jax.Array:
 def fixed_matmul(x: jax.Array, weight: jax.Array, *, dtype: jax.typing.DTypeLike) -> jax.Array:
     """x [T, D] @ weight [F, D].T in float32, rounded to dtype: [T, F].
 
-    A row's result is the same to the last bit whatever T is, and whatever is in the other rows.
+    A row's result is the same to the last bit whatever T is, and whatever is in the other rows. Differentiable.
     """
-    return jax.lax.platform_dependent(
-        *(x, weight),
-        cuda=functools.partial(matmul.fixed_matmul, dtype=dtype),
-        default=functools.partial(reference.fixed_matmul, dtype=dtype),
-    )
+    return _differentiable(matmul.fixed_matmul, reference.fixed_matmul, dtype=dtype)(x, weight)
 
 
 @functools.partial(kernel, static_argnames=("eps", "fixed"))

@@ -73,7 +73,7 @@ class AsyncLLM:
     """
 
     def __init__(self, model: str | Path | LLMEngine = TINY_MODEL, **options: Any):
-        """`model` and options are LLM's; or `model` is an engine that nobody else uses from now on.
+        """`model` and options are LLM's; or `model` is an engine, which nobody else can use until `shutdown`.
 
         Loads and compiles before it returns: in a running event loop, call it through asyncio.to_thread.
         """
@@ -89,6 +89,8 @@ class AsyncLLM:
             )
         self.tokenizer = self._engine.tokenizer
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="AsyncLLM")
+        if not self._thread.submit(self._engine.keep).result():
+            raise ValueError("this engine is at work for another thread, or for another AsyncLLM")
         self._loop: asyncio.AbstractEventLoop | None = None  # that of the first call
         self._is_shut_down = False
         self._mailboxes: dict[str, Mailbox] = {}  # of unfinished requests, by id: the thread's
@@ -255,6 +257,7 @@ class AsyncLLM:
         with suppress(Exception):  # of a device that fails, when nobody waits for it any more
             while self._engine.has_unfinished_requests():  # steps that were dispatched
                 self._engine.step()
+        self._engine.let_go()
 
     def _tell(self, mailboxes: Iterable[Mailbox]) -> None:
         """Have the event loop wake these callers: with one message, however many steps it does not come to it."""

@@ -176,7 +176,12 @@ def _refuse_unsupported(raw: dict[str, Any]) -> None:
 
 def _read_rope(raw: dict[str, Any], max_position_embeddings: int) -> RopeConfig:
     """Rope settings from transformers 5's `rope_parameters` or 4's `rope_theta` and `rope_scaling`."""
-    settings = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    new, old = raw.get("rope_parameters"), raw.get("rope_scaling")
+    if new and old:
+        raise ValueError(
+            f"config.json has both rope_parameters={new!r} and rope_scaling={old!r}: put all into one of them"
+        )
+    settings = new or old or {}
     if not isinstance(settings, dict):
         raise ValueError(f"config.json: rope settings must be an object, not {settings!r}")
     settings = {"rope_theta": raw.get("rope_theta", 10000.0), **settings}

@@ -15,7 +15,6 @@ from nanovllm_jax.checkpoints.huggingface import save_pretrained
 from nanovllm_jax.checkpoints.load import ModelLoader, find_checkpoint, open_weights
 from nanovllm_jax.checkpoints.orbax import FOLDER, save_weights
 from nanovllm_jax.config import ModelConfig, read_json
-from nanovllm_jax.models.parameters import parameters_of
 from nanovllm_jax.parallel.sharding import make_mesh
 
 OTHER_FILES = ("*.json", "*.txt", "*.jinja")  # what a checkpoint has beside its weights
@@ -42,7 +41,7 @@ def convert(source: Path, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     model = loader.load()
     if to_orbax:
-        save_weights({path: param[...] for path, param in parameters_of(model).items()}, target)
+        save_weights(model, target)
     else:
         save_pretrained(model, target)
     for pattern in OTHER_FILES:
@@ -76,7 +75,7 @@ def main() -> None:
         else:
             convert(source, args.target)
             print(f"{args.target}: written in {time.perf_counter() - start:.1f} s")
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error
 
 

@@ -37,6 +37,7 @@ CLIP = 0.2  # how far a token's probability ratio may go before its gradient end
 FEWEST_ROWS, LENGTH_STEP = 16, 32  # rows are padded to a power of two, lengths to a multiple: few programs
 WARM_UP = 10  # optimizer steps
 HELD_OUT = 100
+PLOTS = (".png", ".pdf", ".svg")
 
 
 class Rollouts(NamedTuple):
@@ -196,6 +197,8 @@ def train(options: argparse.Namespace) -> list[Step]:
         seconds = time.monotonic() - begin
         steps.append(Step(len(steps) + 1, seconds, float(rewards.mean()), accuracy, *rates, *map(float, gap)))
         _print(steps[-1])
+    if not steps:  # the time was over before the first
+        return steps
     accuracy = held_out_accuracy(llm, held_out)
     steps[-1] = steps[-1]._replace(held_out=accuracy)
     print(f"\n{accuracy:.0f} of {HELD_OUT} held-out questions are answered right after {seconds:.0f} seconds")
@@ -255,12 +258,15 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     if not (options.minutes < math.inf or options.steps < math.inf):
         parser.error("say how long to train: --minutes or --steps")
     for name in ("minutes", "steps", "prompts"):
-        if getattr(options, name) <= 0:
+        if not getattr(options, name) > 0:
             parser.error(f"--{name} must be above 0, not {getattr(options, name)}")
     if options.samples < 2:
         parser.error(f"--samples must be 2 or more, to tell good from bad, not {options.samples}")
-    if options.plot and find_spec("matplotlib") is None:  # rather now than after the training
-        parser.error("--plot needs matplotlib: pip install matplotlib, or '.[train]' of this repository")
+    if options.plot:  # rather now than after the training
+        if find_spec("matplotlib") is None:
+            parser.error("--plot needs matplotlib: pip install matplotlib, or '.[train]' of this repository")
+        if not options.plot.parent.is_dir() or options.plot.suffix not in PLOTS:
+            parser.error(f"--plot {options.plot} must end in one of {', '.join(PLOTS)}, in a directory that is there")
     return options
 
 

@@ -224,9 +224,17 @@ def parse_options() -> argparse.Namespace:
     options = parser.parse_args()
     if not (options.minutes < math.inf or options.steps < math.inf):
         parser.error("say how long to train: --minutes or --steps")
-    for name in ("minutes", "steps"):
-        if getattr(options, name) <= 0:
+    for name in ("minutes", "steps", "rows", "problems", "hidden", "layers"):
+        if not getattr(options, name) > 0:
             parser.error(f"--{name} must be above 0, not {getattr(options, name)}")
+    if options.workers < 0:
+        parser.error(f"--workers must be 0 or more, not {options.workers}")
+    try:  # rather now than after the training
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out {options.out} cannot be a directory: {error}")
+    if (options.out / "orbax").is_dir():
+        parser.error(f"--out {options.out} holds Orbax weights, which would be loaded in place of the new ones")
     return options
 
 

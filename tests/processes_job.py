@@ -71,7 +71,7 @@ def every_form(llm, weights):
     return found
 
 
-def refused(llm, weights):
+def refused(llm, weights, directory):
     """What is said where processes ask for different things: they can go on from there."""
     mine, said = jax.process_index(), []
     wrong = [
@@ -87,6 +87,14 @@ def refused(llm, weights):
         except RuntimeError as error:
             said.append(str(error))
         assert_idle(llm)
+    sizes = dict(tensor_parallel_size=jax.device_count(), num_kvcache_blocks=9)
+    other = sizes | dict(num_kvcache_blocks=10)
+    split = dict(data_parallel_size=jax.device_count(), num_kvcache_blocks=9)
+    for first, second in ((dict(dtype="bfloat16", **sizes), sizes), (sizes, other), (sizes, split)):
+        try:
+            small_llm(directory, **(second if mine else first))
+        except RuntimeError as error:
+            said.append(str(error))
     return said
 
 
@@ -112,7 +120,7 @@ def main():
     weights = whole_weights(llm)
     report = dict(first=answers(llm), **every_form(llm, weights), last=answers(llm))
     if jax.process_count() > 1:
-        report |= dict(refused=refused(llm, weights), then=answers(llm), warned=warned(llm))
+        report |= dict(refused=refused(llm, weights, directory), then=answers(llm), warned=warned(llm))
     Path(f"{result}{jax.process_index()}").write_text(json.dumps(report))
 
 

@@ -171,7 +171,7 @@ def test_a_caller_that_stops_holds_up_nobody(engine):
 def test_an_event_loop_that_stands_still_gets_one_message(engine, monkeypatch):
     async def main(llm):
         stream, calls = llm.generate([1], LONG), []
-        await started(stream)
+        first = await started(stream)
         monkeypatch.setattr(llm._loop, "call_soon_threadsafe", lambda *call: calls.append(call), raising=False)
         while engine.has_unfinished_requests():
             time.sleep(0.01)  # not asyncio's: nothing runs here meanwhile
@@ -179,7 +179,7 @@ def test_an_event_loop_that_stands_still_gets_one_message(engine, monkeypatch):
         assert len(calls) <= 1
         llm._wake()
         (rest,) = [output async for output in stream]
-        assert len(rest["token_ids"]) > 90
+        assert len(first["token_ids"]) + len(rest["token_ids"]) == LONG.max_tokens
 
     run(engine, main)
 
@@ -492,3 +492,21 @@ def test_shutdown_from_several_threads(engine, monkeypatch):
             await task
 
     asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def test_an_engine_that_is_served_is_for_nobody_else(engine):
+    """Another thread's step would take callers' outputs, and its request an answer that nobody waits for."""
+
+    async def main(llm):
+        callers = [asyncio.create_task(complete(llm, prompt, LONG)) for prompt in PROMPTS]
+        await asyncio.sleep(0.05)
+        for call in (engine.step, lambda: engine.add_request([1]), lambda: engine.abort_request("0")):
+            with pytest.raises(RuntimeError, match="another thread is using this engine"):
+                call()
+        outputs = await asyncio.gather(*callers)
+        with pytest.raises(ValueError, match="this engine is at work for another thread, or for another AsyncLLM"):
+            AsyncLLM(engine)
+        return [output["token_ids"] for output, _ in outputs]
+
+    served = run(engine, main)
+    assert [output["token_ids"] for output in engine.generate(PROMPTS, LONG, use_tqdm=False)] == served  # ours again

@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 from small_model import SMALL
@@ -11,6 +12,7 @@ from small_model import SMALL
 from nanovllm_jax.checkpoints.huggingface import config_json, parameter_sources
 from nanovllm_jax.config import EngineConfig, ModelConfig
 from nanovllm_jax.layers.rope import RopeConfig
+from nanovllm_jax.parallel.backend import prepare_backend
 
 # What the sizes that Qwen publishes have in their config.json, and what they have in common.
 PUBLISHED = {
@@ -172,6 +174,10 @@ BAD_CONFIGS = {
     "negative eps": ({"rms_norm_eps": -1}, "rms_norm_eps.*-1"),
     "eps of a wrong type": ({"rms_norm_eps": "small"}, "rms_norm_eps.*small"),
     "rope type": ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "rope_type='longrope'.*linear and yarn"),
+    "rope in both forms": (
+        {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+        "both rope_parameters=.*default.* and rope_scaling=.*yarn.*: put all into one",
+    ),
     "rope no object": ({"rope_scaling": "yarn"}, "rope settings must be an object, not 'yarn'"),
     "rope theta": ({"rope_theta": 0}, "rope_theta must be a number from 2 to 1e\\+12, not 0"),
     "rope factor": (
@@ -283,3 +289,8 @@ BAD_OPTIONS = [
 def test_bad_option(options, error, message):
     with pytest.raises(error, match=message):
         EngineConfig.from_options(**options)
+
+
+def test_64_bit_numbers_are_refused():
+    with jax.enable_x64(True), pytest.raises(ValueError, match="jax_enable_x64 is set"):
+        prepare_backend(EngineConfig())

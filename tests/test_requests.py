@@ -411,3 +411,31 @@ def test_the_first_text_of_several(llm):
     assert len(whole_ones[0].token_ids) < len(whole_ones[1].token_ids), "choose another seed"
     assert "".join(output["text"] for output in outputs) == texts[0]
     assert [token for output in outputs for token in output["token_ids"]] == whole_ones[0].token_ids
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_request_is_started_once(llm, expected, ended):
+    request = llm.check_request(PROMPT, GREEDY)
+    request_id = llm.start_request(request)
+    outputs = []
+    while ended and llm.has_unfinished_requests():
+        outputs += llm.step()
+    with pytest.raises(ValueError, match=f"request '{request_id}' was started before"):
+        llm.start_request(request)
+    while llm.has_unfinished_requests():
+        outputs += llm.step()
+    assert [(output.request_id, output["token_ids"]) for output in outputs] == [(request_id, expected.token_ids)]
+    assert_idle(llm)
+
+
+def test_an_id_of_two_checked_requests(llm):
+    first, second = (llm.check_request(PROMPT, GREEDY, request_id="mine") for _ in range(2))
+    llm.start_request(first)
+    with pytest.raises(ValueError, match="'mine' is in use"):
+        llm.start_request(second)
+    llm.abort_request("mine")
+    assert llm.start_request(second) == "mine"
+    llm.abort_request("mine")
+    while llm.has_unfinished_requests():
+        llm.step()
+    assert_idle(llm)

@@ -277,8 +277,24 @@ def test_the_training_script_writes_a_directory_that_the_engine_runs(tmp_path, m
     assert len(output.outputs[0].token_ids) == 4
 
 
-def test_the_training_script_wants_to_know_how_long(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--out", "never_written"])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--out out", "--minutes or --steps"),
+        ("--out out --steps nan", "--minutes or --steps"),
+        ("--out out --steps 1 --rows 0", "--rows must be above 0, not 0"),
+        ("--out out --steps 1 --problems -1", "--problems must be above 0, not -1"),
+        ("--out out --steps 1 --workers -1", "--workers must be 0 or more, not -1"),
+        ("--out file --steps 1", "--out file cannot be a directory"),
+        ("--out served --steps 1", "--out served holds Orbax weights"),
+    ],
+)
+def test_bad_options_of_the_training_script(arguments, message, tmp_path, monkeypatch, capsys):
+    """Found out before the training."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "served" / "orbax").mkdir(parents=True)
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments.split()])
     with pytest.raises(SystemExit):
         runpy.run_path(str(SCRIPT), run_name="__main__")
-    assert "--minutes or --steps" in capsys.readouterr().err
+    assert message in capsys.readouterr().err

@@ -15,6 +15,7 @@ from nanovllm_jax.checkpoints.huggingface import parameter_sources
 from nanovllm_jax.checkpoints.load import load_model
 from nanovllm_jax.config import ModelConfig
 from nanovllm_jax.layers.attention import causal_attention
+from nanovllm_jax.layers.embedding import Embedding
 from nanovllm_jax.layers.norm import RMSNorm
 from nanovllm_jax.layers.rope import RopeConfig, rope_angles
 from nanovllm_jax.models.qwen3 import Qwen3ForCausalLM
@@ -142,3 +143,36 @@ def test_what_is_padded_for_cudnn_changes_nothing(monkeypatch, length):
 def test_token_logprobs_of_one_token_each():
     model = Qwen3ForCausalLM(SMALL, rngs=nnx.Rngs(0))
     assert token_logprobs(model, jnp.zeros((2, 1), jnp.int32)).tolist() == [[0.0], [0.0]]
+
+
+def test_a_frequent_tokens_gradient_adds_up_in_16_bits():
+    """One token 4,096 times: a sum in bfloat16 would stand still at 256."""
+    embedding = Embedding(8, 4, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    tokens = jnp.zeros(4096, jnp.int32).at[0].set(3)
+    graph, params = nnx.split(embedding)
+    change = jax.jit(jax.grad(lambda params: nnx.merge(graph, params)(tokens).astype(jnp.float32).sum()))(params)
+    [table] = jax.tree.leaves(change)
+    assert table.dtype == jnp.bfloat16
+    assert table[:, 0].astype(float).tolist() == [4096, 0, 0, 1, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 0.02), ("bfloat16", 0.1)])
+def test_16_bits(dtype, tolerance):
+    """The numbers of float32 but for rounding, on a CPU too, where XLA lacks some products of float16."""
+    tokens, _ = padded_batch()
+    model = Qwen3ForCausalLM(SMALL, rngs=nnx.Rngs(0))
+    graph, params = nnx.split(model)
+    wanted = token_logprobs(model, tokens)
+    found = token_logprobs(nnx.merge(graph, cast(params, jnp.dtype(dtype))), tokens)
+    np.testing.assert_allclose(found, wanted, atol=tolerance)
+
+
+def test_gradients_of_a_deterministic_model():
+    """As an engine with deterministic=True serves it."""
+    tokens, learned = padded_batch()
+    gradients = []
+    for deterministic in (False, True):
+        graph, params = nnx.split(Qwen3ForCausalLM(SMALL, rngs=nnx.Rngs(0), deterministic=deterministic))
+        gradients.append(jax.tree.leaves(value_and_grad(graph, tokens, learned)(params)))
+    for got, want in zip(*gradients, strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+from xxhash import xxh3_128
 
 from nanovllm_jax.config import ModelConfig, read_json
 from nanovllm_jax.models.parameters import ParameterPath, parameters_of
@@ -174,6 +175,13 @@ class CheckpointFiles:
             raise ValueError(f"{self.directory} does not fit its config.json: {'; '.join(problems[:8])}{more}")
         self.files = {name: self.files[name] for name in expected}
 
+    def sample(self) -> bytes:
+        """A digest of each tensor's name and first row: another checkpoint has other ones."""
+        digest = xxh3_128()
+        for name in sorted(self.files):
+            digest.update(f"{name}\n".encode() + self.read(name, (slice(0, 1),)).tobytes())
+        return digest.digest()
+
     def check_arrays(self, targets: dict[ParameterPath, jax.ShapeDtypeStruct]) -> None:
         """`check` has seen to it."""
 
@@ -207,8 +215,14 @@ class CheckpointFiles:
             raise ValueError(f"{self.directory}: {name} cannot be read: {error}") from error
 
 
-def save_pretrained(model: Qwen3ForCausalLM, directory: Path, dtype: np.dtype | None = None) -> None:
-    """Write config.json and model.safetensors that transformers opens; the tokenizer's files are the caller's."""
+def save_pretrained(model: Qwen3ForCausalLM, directory: str | Path, dtype: np.dtype | None = None) -> None:
+    """Write config.json and model.safetensors that transformers opens; the tokenizer's files are the caller's.
+
+    Raises ValueError for a directory with Orbax weights, which would be loaded in their place.
+    """
+    directory = Path(directory)
+    if (directory / "orbax").is_dir():
+        raise ValueError(f"{directory} holds Orbax weights, which would be loaded in place of these: choose another")
     directory.mkdir(parents=True, exist_ok=True)
     sources, tensors = parameter_sources(model.config), {}
     for path, param in parameters_of(model).items():

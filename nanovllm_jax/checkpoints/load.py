@@ -87,6 +87,10 @@ class ModelLoader:
             self.files.check_arrays(self.targets)
         set_parameters(self.model, self.targets)  # shapes with their shardings, until `load`
 
+    def sample(self) -> bytes | None:
+        """What tells one checkpoint from another, without reading all of it; None of random weights."""
+        return self.files.sample() if self.files else None
+
     @property
     def source(self) -> str:
         """What the weights come from: safetensors, Orbax or random."""

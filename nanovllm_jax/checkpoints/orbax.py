@@ -8,6 +8,8 @@ chunks, of which each device reads those that it has a part of.
 import logging
 import math
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,7 +18,8 @@ import jax
 import numpy as np
 
 from nanovllm_jax.config import ModelConfig
-from nanovllm_jax.models.parameters import ParameterPath, check_parameters, name_of
+from nanovllm_jax.models.parameters import ParameterPath, check_parameters, name_of, parameters_of
+from nanovllm_jax.models.qwen3 import Qwen3ForCausalLM
 
 FOLDER = "orbax"
 CHUNK_BYTES = 16 << 20
@@ -31,20 +34,27 @@ def saved_weights(directory: Path) -> Path | None:
     return max(saves, key=lambda path: int(path.name), default=None)
 
 
-def save_weights(arrays: dict[ParameterPath, jax.Array], directory: Path) -> None:
-    """Write a model's arrays; an older save in the directory goes when this one is complete.
+def save_weights(model: Qwen3ForCausalLM, directory: str | Path) -> None:
+    """Write a model's weights; an older save in the directory goes when this one is complete.
 
-    The other files of a checkpoint, config.json and the tokenizer's, are the caller's.
+    The other files of a checkpoint, config.json and the tokenizer's, are the caller's. Raises ValueError for a model of
+    an engine with more devices than kv heads.
     """
-    last, folder = saved_weights(directory), directory.absolute() / FOLDER
-    ocp, tree = _import_orbax(), {name_of(path): array for path, array in arrays.items()}
+    if model.config.kv_copies > 1:
+        raise ValueError(
+            f"each kv head is there {model.config.kv_copies} times, as the engine has more devices than kv heads: save "
+            "the weights that came into it, or with checkpoints.huggingface.save_pretrained, which leaves copies out"
+        )
+    last, folder = saved_weights(Path(directory)), Path(directory).absolute() / FOLDER
+    ocp, tree = _import_orbax(), {name_of(path): param[...] for path, param in parameters_of(model).items()}
     options = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
     path = folder / str(1 if last is None else int(last.name) + 1)
     with _checkpointer() as checkpointer:
         checkpointer.save(path, args=ocp.args.PyTreeSave(tree, save_args=options))
-    for other in folder.iterdir():  # older saves, and what is left of interrupted ones
-        if other != path:
-            shutil.rmtree(other)
+    if jax.process_index() == 0:
+        for other in folder.iterdir():  # older saves, and what is left of interrupted ones
+            if other != path:
+                shutil.rmtree(other)
 
 
 class OrbaxWeights:
@@ -71,6 +81,10 @@ class OrbaxWeights:
             raise ValueError(
                 f"{self.path} holds another model: {stored} weights, where config.json makes {config.num_parameters}"
             )
+
+    def sample(self) -> bytes:
+        """The arrays' names, shapes and dtypes: none of the numbers, which lie in chunks of many megabytes."""
+        return repr(sorted((name, array.shape, str(array.dtype)) for name, array in self.stored.items())).encode()
 
     def check_arrays(self, targets: dict[ParameterPath, jax.ShapeDtypeStruct]) -> None:
         """Raise ValueError naming the arrays that are not those of the targets."""
@@ -104,17 +118,27 @@ class OrbaxWeights:
         return {path: arrays[name] for name, path in paths.items()}
 
 
-def _checkpointer() -> Any:
+@contextmanager
+def _checkpointer() -> Iterator[Any]:
     ocp = _import_orbax()
-    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**STORAGE))
+    with _own_logging(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**STORAGE)) as checkpointer:
+        yield checkpointer
 
 
 def _import_orbax() -> ModuleType:
-    """orbax.checkpoint, only when it is needed: its import takes long, and takes over the program's logging."""
-    root = logging.getLogger()
-    before = list(root.handlers), root.level
-    import orbax.checkpoint as ocp
-
-    root.handlers[:], root.level = before
+    """orbax.checkpoint, only when it is needed: its import takes long."""
+    with _own_logging():
+        import orbax.checkpoint as ocp
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax says at every call what it does
     return ocp
+
+
+@contextmanager
+def _own_logging() -> Iterator[None]:
+    """The import and each use of Orbax take over the program's logging, through absl: give it back."""
+    root = logging.getLogger()
+    before = list(root.handlers), root.level
+    try:
+        yield
+    finally:
+        root.handlers[:], root.level = before

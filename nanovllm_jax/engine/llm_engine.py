@@ -106,8 +106,7 @@ class LLMEngine(OneThread):
         Raises TypeError or ValueError, naming the value, for what the engine cannot run, and for an id in use.
         """
         request = self.door.check_request(prompt, params, request_id, stream)
-        if self.knows(request_id):
-            raise ValueError(f"request_id {request_id!r} is in use by a request that has not finished")
+        self._check_id(request_id)
         return request
 
     def add_request(
@@ -128,8 +127,12 @@ class LLMEngine(OneThread):
     def start_request(self, request: Request) -> str:
         """Queue a request from `check_request` and return its id.
 
-        Raises RuntimeError in a forked process, and where the device's memory cannot be had back after a failure.
+        Raises ValueError for one that was started before and for an id in use, and RuntimeError in a forked process,
+        and where the device's memory cannot be had back after a failure.
         """
+        if request.completions:
+            raise ValueError(f"request {request.request_id!r} was started before: make another one by check_request()")
+        self._check_id(request.request_id)
         self._check_usable()
         self.runner.weights.check_whole()
         try:
@@ -148,7 +151,8 @@ class LLMEngine(OneThread):
         seed = drawn if request.params.seed is None else request.params.seed
         self._requests[request.request_id] = request
         if self.runner.num_processes > 1:
-            self._calls.append((request.request_id, seed, request.prompt_token_ids, request.params, request.scored))
+            call = request.request_id, seed, request.prompt_token_ids, request.params, request.scored
+            self._calls.append((*call, sorted(self.eos_token_ids)))
         for i in range(request.params.n):
             request.add(self._start_sequence(request, (seed + i) % 2**63))
         if request.stream:
@@ -194,6 +198,10 @@ class LLMEngine(OneThread):
     def stats(self) -> EngineStats:
         """What runs and waits, what the caches hold, totals and rates: from the thread that calls `step`."""
         return self.metrics.stats(self.scheduler, list(self._requests.values()))
+
+    def _check_id(self, request_id: str | None) -> None:
+        if self.knows(request_id):
+            raise ValueError(f"request_id {request_id!r} is in use by a request that has not finished")
 
     def _check_usable(self) -> None:
         if self._is_broken:

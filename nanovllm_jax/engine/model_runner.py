@@ -71,6 +71,8 @@ class ModelRunner:
         loader = ModelLoader(directory, model_config, dtype=self.dtype, mesh=self.mesh, **loading)
         if config.probe:
             config.probe.check(loader.model, self.dtype)
+        if self.num_processes > 1:
+            self.check_agreement([_shared(config), model_config, loader.sample()])
         self.weights = ServedWeights(loader)
         self.bytes_in_use = self._bytes_in_use()
         self._score_programs: dict[int, Callable] = {}
@@ -150,8 +152,8 @@ class ModelRunner:
         content = repr(asked).encode() + (digest_of(weights) if weights else b"")
         if not same_everywhere(xxh3_128_digest(content)):
             raise RuntimeError(
-                f"the {jax.process_count()} processes were given different requests or weights, or not in the same "
-                "order: each must run the same script on the same input"
+                f"the {jax.process_count()} processes were given different requests, weights or options, or not in the "
+                "same order: each must run the same script on the same input"
             )
 
     def reset(self) -> None:
@@ -335,6 +337,12 @@ class ModelRunner:
         state = specs_of(self._layout()[1])
         in_specs = (state, Spec(), Spec(), Spec())
         return jax.jit(per_device(write_tables, self.mesh, in_specs, state), donate_argnums=0)
+
+
+def _shared(config: EngineConfig) -> EngineConfig:
+    """The options in which all processes of an engine must agree: the others as if nobody had set them."""
+    own = ("distributed", "coordinator_address", "num_processes", "process_id", "compilation_cache_dir")
+    return replace(config, **{name: getattr(EngineConfig(), name) for name in own})
 
 
 def _entries(tokens: np.ndarray, logprobs: Iterable[np.ndarray]) -> list[TokenLogprobs]:

@@ -4,6 +4,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 from typing import Any
 
@@ -14,6 +15,15 @@ class OneThread:
     def __init__(self):
         self._process = os.getpid()
         self._at_work = threading.RLock()
+
+    def keep(self) -> bool:
+        """Refuse all other threads until this one calls `let_go`; False where another one is in here."""
+        return self._at_work.acquire(blocking=False)
+
+    def let_go(self) -> None:
+        """The end of `keep`; a second time nothing happens."""
+        with suppress(RuntimeError):  # it is not this thread's any more
+            self._at_work.release()
 
     def check_process(self) -> None:
         """Raise RuntimeError in a process that was forked from the engine's own, where anything might wait forever."""

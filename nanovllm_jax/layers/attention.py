@@ -92,8 +92,10 @@ class CausalAttention:
             # No query sees what comes after it.
             implementation = "cudnn"
             heads = [jnp.pad(x, [*[(0, 0)] * (x.ndim - 3), (0, -length % 16), (0, 0), (0, 0)]) for x in heads]
+        elif qkv.dtype == jnp.float16 and jax.default_backend() == "cpu":  # for which XLA has no such product
+            heads = [x.astype(jnp.float32) for x in heads]
         out = jax.nn.dot_product_attention(*heads, is_causal=True, implementation=implementation)
-        return out[..., :length, :, :], None
+        return out[..., :length, :, :].astype(qkv.dtype), None
 
 
 def cudnn_attends(q: jax.Array) -> bool:

@@ -28,10 +28,22 @@ class Embedding(nnx.Module):
         """tokens [...] int32 in [0, V) -> [..., D]."""
         table = self.weight[...]
         if not is_split():
-            return jnp.take(table, tokens, axis=0, mode="clip")
+            return _look_up(table, tokens)
         # Each device looks up its own tokens; the others' are zero.
         return sum_over("vocab", jnp.take(table, local_index(tokens, len(table)), axis=0, mode="fill", fill_value=0))
 
     def attend(self, x: jax.Array) -> jax.Array:
         """x [..., D] -> logits [..., V] float32, or a device's part of V."""
         return self.matmul(x, self.weight[...], out_dtype=jnp.float32)
+
+
+@jax.custom_jvp
+def _look_up(table: jax.Array, tokens: jax.Array) -> jax.Array:
+    return jnp.take(table, tokens, axis=0, mode="clip")
+
+
+@_look_up.defjvp
+def _(primals, tangents):
+    """In float32, or a frequent token's gradient would stand still: in bfloat16 256 + 1 is 256."""
+    (table, tokens), (change, _) = primals, tangents
+    return _look_up(table, tokens), _look_up(change.astype(jnp.float32), tokens).astype(table.dtype)

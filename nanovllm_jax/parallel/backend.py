@@ -26,13 +26,15 @@ def prepare_backend(config: EngineConfig) -> None:
     """Join the other processes, share the GPU's memory out, name the compilation cache, and begin to start the devices.
 
     Starting them takes seconds, and so does importing transformers, which the caller goes on to do for a tokenizer.
-    Raises RuntimeError in a process that was forked from one with an engine.
+    Raises RuntimeError in a process that was forked from one with an engine, and ValueError with 64-bit numbers.
     """
     if _process_of_backend() != os.getpid():
         raise RuntimeError(
             f"process {_process_of_backend()} has made an engine, and this process {os.getpid()} was forked from it, "
             "which JAX does not survive: it would wait forever. Start processes by multiprocessing's 'spawn' method"
         )
+    if jax.config.jax_enable_x64:
+        raise ValueError("jax_enable_x64 is set, and the engine's programs are made of 32-bit numbers: leave it False")
     os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", str(config.gpu_memory_utilization))
     if config.distributed or config.coordinator_address:
         connect(config.coordinator_address, config.num_processes, config.process_id)

@@ -244,3 +244,11 @@ def test_saving_in_another_dtype(tmp_path):
     assert (tmp_path / "bfloat16" / MODEL).stat().st_size < 0.6 * (tmp_path / "float32" / MODEL).stat().st_size
     for path, array in arrays_of(load(tmp_path / "bfloat16")).items():
         np.testing.assert_array_equal(array, arrays_of(model)[path].astype(jnp.bfloat16).astype(np.float32))
+
+
+def test_orbax_weights_would_be_loaded_in_place_of_what_is_saved(tmp_path):
+    model = load(write_checkpoint(tmp_path / "model"))
+    (tmp_path / "other" / "orbax").mkdir(parents=True)
+    with pytest.raises(ValueError, match="other holds Orbax weights, which would be loaded in place of these"):
+        save_pretrained(model, tmp_path / "other")
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["orbax"]

@@ -14,13 +14,15 @@ from pathlib import Path
 import convert
 import numpy as np
 import pytest
+from flax import nnx
 from small_model import SMALL, random_tensors, small_llm, write_checkpoint
 
 from nanovllm_jax import SamplingParams
 from nanovllm_jax.checkpoints.huggingface import config_json
 from nanovllm_jax.checkpoints.load import load_model
 from nanovllm_jax.checkpoints.orbax import FOLDER, OrbaxWeights, save_weights, saved_weights
-from nanovllm_jax.models.parameters import parameters_of
+from nanovllm_jax.models.parameters import parameters_of, set_parameters
+from nanovllm_jax.models.qwen3 import Qwen3ForCausalLM
 from nanovllm_jax.parallel.sharding import make_mesh
 
 SCRIPT = f"""
@@ -36,9 +38,12 @@ def in_process(code, *args, **environment):
     return subprocess.Popen(command, env={**os.environ, "JAX_PLATFORMS": "cpu", **environment})
 
 
-def arrays_of(directory, config=SMALL, devices=1):
-    model = load_model(directory, config, dtype=np.dtype("float32"), mesh=make_mesh(devices))
-    return {path: param[...] for path, param in parameters_of(model).items()}
+def model_of(directory, config=SMALL, devices=1):
+    return load_model(directory, config, dtype=np.dtype("float32"), mesh=make_mesh(devices))
+
+
+def arrays_of(*args, **options):
+    return {path: param[...] for path, param in parameters_of(model_of(*args, **options)).items()}
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +119,7 @@ def test_meshes(directory, tmp_path):
     code = """
 source, target = Path(sys.argv[1]), Path(sys.argv[2])
 wanted = arrays_of(source)
-save_weights(arrays_of(source, devices=4), target)
+save_weights(model_of(source, devices=4), target)
 for devices in (1, 2, 4):
     for path, array in arrays_of(target, devices=devices).items():
         np.testing.assert_array_equal(array, wanted[path])
@@ -130,12 +135,30 @@ for devices in (1, 2, 4):
 # --- what goes wrong ---
 
 
+def test_copies_of_kv_heads_are_not_saved(copy):
+    """As an engine with more devices than kv heads has them: no config.json asks for them, and nothing is replaced."""
+    model = Qwen3ForCausalLM(replace(SMALL, kv_copies=2), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="each kv head is there 2 times"):
+        save_weights(model, copy)
+    assert saved_weights(copy).name == "1"
+
+
+def test_a_programs_logging_stays_its_own(copy):
+    """absl, which Orbax logs by, gives the root logger a handler at each use: basicConfig would do nothing after it."""
+    code = """
+import logging
+model = model_of(Path(sys.argv[1]))
+save_weights(model, sys.argv[1])
+assert not logging.getLogger().handlers
+"""
+    assert in_process(code, copy).wait(120) == 0
+
+
 def test_an_interrupted_save_leaves_the_old_checkpoint(directory, copy):
     """kill -9, in the middle of a save over it."""
     before = {path: np.array(array) for path, array in arrays_of(copy).items()}
     code = """
-arrays = {("big", i): jax.numpy.full((1 << 21,), i, "float32") for i in range(100)}
-save_weights(arrays, Path(sys.argv[1]))
+save_weights(Qwen3ForCausalLM(replace(SMALL, vocab_size=4_000_000), rngs=nnx.Rngs(0)), sys.argv[1])
 """
     process = in_process(code, copy)
     folder, deadline = copy / FOLDER, time.monotonic() + 120
@@ -150,7 +173,9 @@ save_weights(arrays, Path(sys.argv[1]))
     assert saved_weights(copy).name == "1"
     for path, array in arrays_of(copy).items():
         np.testing.assert_array_equal(array, before[path])
-    save_weights({path: array + 1 for path, array in before.items()}, copy)  # the next one is complete, and tidies up
+    model = model_of(copy)
+    set_parameters(model, {path: array + 1 for path, array in before.items()})
+    save_weights(model, copy)  # the next one is complete, and tidies up
     assert [path.name for path in folder.iterdir()] == [saved_weights(copy).name] != ["1"]
     for path, array in arrays_of(copy).items():
         np.testing.assert_array_equal(array, before[path] + 1)
