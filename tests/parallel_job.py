@@ -12,9 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
+import numpy as np
 from small_model import SMALL, small_llm
 
 from nanovllm_jax import SamplingParams
+from nanovllm_jax.checkpoints.load import load_model
+from nanovllm_jax.config import ModelConfig
+from nanovllm_jax.models.parameters import parameters_of, set_parameters
+from nanovllm_jax.parallel.sharding import make_mesh
 
 # Group sizes 2, 4, 5 and 8; tied and untied; kv heads that divide 8 devices, and fewer than devices.
 CONFIGS = {
@@ -51,6 +56,8 @@ def run(directory, cache, data, model):
             report["tokens"] += [text.token_ids for text in output.outputs]
             report["logprobs"] += numbers(output.prompt_logprobs) + numbers(output.outputs[0].logprobs)
     llm.scheduler.check()
+    if jax.process_count() == 1:
+        report["updated"] = tokens_of_other_weights(llm, Path(directory))
     report["hits"] = llm.scheduler.num_prefix_hit_tokens
     report["preemptions"] = llm.scheduler.num_preemptions
     report["shares"] = {"matrices": set(), "norms": set(), "cache": {share_of(llm.runner.caches[0].k)}}
@@ -60,6 +67,17 @@ def run(directory, cache, data, model):
     decoding = max((s for s in llm.runner.programs if not s.prefill_tokens), key=lambda shape: shape.decode_rows)
     report["collectives"] = collectives(llm.runner.programs[decoding].as_text())
     return report
+
+
+def tokens_of_other_weights(llm, directory):
+    """What it generates with those of a model on one device, where kv heads have no copies."""
+    config = ModelConfig.from_pretrained(directory)
+    model = load_model(directory, config, dtype=np.dtype("float32"), mesh=make_mesh(1))
+    arrays = {path: param[...] for path, param in parameters_of(model).items()}
+    set_parameters(model, {path: 0.8 * array if array.ndim > 1 else array for path, array in arrays.items()})
+    llm.update_weights(model)
+    outputs = llm.generate(PROMPTS, PARAMS[0], use_tqdm=False)
+    return [output["token_ids"] for output in outputs]
 
 
 def share_of(array):

@@ -68,6 +68,13 @@ def test_results_are_those_of_one_device(reports, mesh):
         assert reports[name]["preemptions"] > 0, name
 
 
+def test_new_weights_of_one_device(reports):
+    """Those of a training loop, which knows nothing of copied kv heads."""
+    updated = reports["1x1"]["updated"]
+    assert reports["1x4"]["updated"] == reports["2x2"]["updated"] == updated
+    assert updated[0] != reports["1x1"]["tokens"][0]
+
+
 def test_each_device_has_its_share(reports):
     """Of every matrix and of the cache; norms are whole on each. Two kv heads become four: their rows are not fewer."""
     assert reports["1x4"]["shares"] == {"matrices": [1 / 4], "norms": [1], "cache": [1 / 4]}

@@ -1,7 +1,7 @@
 """A model's parameters by path: the one way in which weights enter and leave the modules."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from reprlib import repr as short_repr
 from typing import Any
 
@@ -45,11 +45,16 @@ def checked_weights(
 ) -> Mapping[ParameterPath, Any]:
     """The arrays by path of a model, or of a dict of all its arrays, that may take the places of `targets`.
 
+    A model's kv heads get the copies that `config` has.
+
     Raises TypeError for what is neither, and ValueError, naming the array or setting, for what does not fit.
     """
     if isinstance(weights, Qwen3ForCausalLM):
-        check_same_model(weights.config, config)
+        copies = max(1, config.kv_copies // weights.config.kv_copies)
+        check_same_model(replace(weights.config, kv_copies=weights.config.kv_copies * copies), config)
         weights = {path: param[...] for path, param in parameters_of(weights).items()}
+        if copies > 1:
+            weights |= {path: with_copies(array, copies) for path, array in weights.items() if "qkv_proj" in path}
     if not isinstance(weights, Mapping):
         raise TypeError(f"weights must be a Qwen3ForCausalLM or a dict of arrays by path, not {type(weights)}")
     check_parameters(weights, targets)
@@ -82,10 +87,13 @@ def check_same_model(found: ModelConfig, expected: ModelConfig) -> None:
     different = {name: value for name, value in asdict(found).items() if value != wanted[name] and name != "dtype"}
     if different:
         settings = ", ".join(f"{name}={value!r} (here {wanted[name]!r})" for name, value in different.items())
-        hint = ""
-        if "kv_copies" in different:
-            hint = "; more devices than kv heads need copies of them: make the model of parallel.sizes.split_config's"
-        raise ValueError(f"these weights are another model's: {settings}{hint}")
+        raise ValueError(f"these weights are another model's: {settings}")
+
+
+def with_copies(qkv: jax.Array, copies: int) -> jax.Array:
+    """A fused qkv projection [K, G + 2, ...] as [K * copies, G / copies + 2, ...]: neighbours share a key and value."""
+    queries = qkv[:, :-2].reshape(len(qkv) * copies, -1, *qkv.shape[2:])
+    return jnp.concatenate((queries, jnp.repeat(qkv[:, -2:], copies, axis=0)), axis=1)
 
 
 def digest_of(arrays: Mapping[ParameterPath, Any]) -> bytes:
