@@ -253,11 +253,13 @@ class AsyncLLM:
             self._engine.abort_request(request_id)
 
     def _finish(self) -> None:
-        self._abort_all("this AsyncLLM was shut down while the request was under way")
-        with suppress(Exception):  # of a device that fails, when nobody waits for it any more
-            while self._engine.has_unfinished_requests():  # steps that were dispatched
-                self._engine.step()
-        self._engine.let_go()
+        try:
+            self._abort_all("this AsyncLLM was shut down while the request was under way")
+            with suppress(Exception):  # of a device that fails, when nobody waits for it any more
+                while self._engine.has_unfinished_requests():  # steps that were dispatched
+                    self._engine.step()
+        finally:
+            self._engine.let_go()
 
     def _tell(self, mailboxes: Iterable[Mailbox]) -> None:
         """Have the event loop wake these callers: with one message, however many steps it does not come to it."""

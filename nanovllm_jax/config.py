@@ -177,7 +177,7 @@ def _refuse_unsupported(raw: dict[str, Any]) -> None:
 def _read_rope(raw: dict[str, Any], max_position_embeddings: int) -> RopeConfig:
     """Rope settings from transformers 5's `rope_parameters` or 4's `rope_theta` and `rope_scaling`."""
     new, old = raw.get("rope_parameters"), raw.get("rope_scaling")
-    if new and old:
+    if new and old and new != old:
         raise ValueError(
             f"config.json has both rope_parameters={new!r} and rope_scaling={old!r}: put all into one of them"
         )
@@ -193,6 +193,8 @@ def _read_rope(raw: dict[str, Any], max_position_embeddings: int) -> RopeConfig:
     for name, value in values.items():
         _check_rope_setting(name, value)
     original = values.get("original_max_position_embeddings")
+    if rope_type == "default":  # of which nothing else counts
+        values = {name: value for name, value in values.items() if name == "rope_theta"}
     if rope_type == "linear" and "factor" not in values:
         raise ValueError("config.json: rope_type 'linear' needs a factor")
     if rope_type == "yarn":

@@ -144,6 +144,7 @@ def test_what_an_old_config_may_leave_out(read):
     ("scaling", "context"),
     [
         (None, 40960),
+        (dict(rope_type="default", factor=2.0), 40960),
         (dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32768), 131072),  # Qwen's own advice
         (dict(rope_type="linear", factor=2.0), 81920),
     ],

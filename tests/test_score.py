@@ -56,6 +56,8 @@ def test_sampling_scoring_and_training_agree(llm, trained):
             assert other == pytest.approx(one, abs=ABS)
             assert other == pytest.approx(trained(prompt, completion), abs=ABS)
     assert llm.scheduler.num_prefix_hit_tokens > 0
+    arrays = [[np.array(tokens) for tokens in part] for part in (PROMPTS, completions)]
+    assert llm.score(*arrays, use_tqdm=False) == [pytest.approx(one, abs=ABS) for one in scored]
     assert_idle(llm)
 
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from nanovllm_jax.engine.metrics import now
 from nanovllm_jax.engine.prompts import Prompt, check_params, check_probing, check_token_ids, encode, read_prompt
 from nanovllm_jax.engine.requests import Request
@@ -67,6 +69,8 @@ class Door:
         tokens = completion
         if isinstance(completion, str):
             tokens = encode(self.tokenizer, completion, "completion", add_special_tokens=False)
+        elif isinstance(completion, np.ndarray):
+            tokens = completion.tolist()
         elif not isinstance(completion, (list, tuple)):
             raise TypeError(f"a completion is a string or a list of token ids, not {completion!r}")
         tokens = check_token_ids(list(tokens), self.vocab_size, "completion") if tokens else []
