@@ -184,6 +184,7 @@ def _read_rope(raw: dict[str, Any], max_position_embeddings: int) -> RopeConfig:
     settings = new or old or {}
     if not isinstance(settings, dict):
         raise ValueError(f"config.json: rope settings must be an object, not {settings!r}")
+    settings = {name: value for name, value in settings.items() if value is not None}
     settings = {"rope_theta": raw.get("rope_theta", 10000.0), **settings}
     rope_type = settings.get("rope_type") or settings.pop("type", None) or "default"
     if rope_type not in ("default", "linear", "yarn"):
@@ -193,8 +194,8 @@ def _read_rope(raw: dict[str, Any], max_position_embeddings: int) -> RopeConfig:
     for name, value in values.items():
         _check_rope_setting(name, value)
     original = values.get("original_max_position_embeddings")
-    if rope_type == "default":  # of which nothing else counts
-        values = {name: value for name, value in values.items() if name == "rope_theta"}
+    counts = {"default": ("rope_theta",), "linear": ("rope_theta", "factor")}.get(rope_type, values)
+    values = {name: value for name, value in values.items() if name in counts}
     if rope_type == "linear" and "factor" not in values:
         raise ValueError("config.json: rope_type 'linear' needs a factor")
     if rope_type == "yarn":

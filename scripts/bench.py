@@ -78,7 +78,10 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, help="write a picture here (.png, .svg, .pdf); needs matplotlib")
     parser.add_argument("--report", type=Path, help="a record: show it, run nothing")
     parser.add_argument("--verbose", action="store_true", help="show what the engines print")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.requests is not None and args.requests < 1:
+        parser.error(f"--requests must be at least 1, not {args.requests}")
+    return args
 
 
 def assignment(text: str) -> tuple[str, str]:

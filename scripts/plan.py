@@ -150,7 +150,10 @@ def main() -> None:
     models = {name: published(name) for name in SIZES}
     if args.model:
         known = args.model in SIZES
-        models = {args.model: models[args.model] if known else ModelConfig.from_pretrained(Path(args.model))}
+        try:
+            models = {args.model: models[args.model] if known else ModelConfig.from_pretrained(Path(args.model))}
+        except ValueError as error:
+            parser.error(str(error))
     columns = "model", "GPUs", "GB read", "TFLOP", "MB sent", "compute ms", "link ms", "step ms"
     print(f"| {' | '.join((*columns, '1 sequence ms', 'prefill ms', 'fit'))} |")
     print("|---" * 11 + "|")

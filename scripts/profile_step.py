@@ -78,7 +78,10 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--picture", type=Path, help="write a step's timeline here (.png, .svg, .pdf)")
     parser.add_argument("--bandwidth", type=float, default=4.4, help="the card's measured TB/s (H200: 4.4)")
     parser.add_argument("--flops", type=float, default=790, help="the card's measured TFLOP/s (H200, bf16: 790)")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if min(args.batch, args.context, args.steps) < 1:
+        parser.error("--batch, --context and --steps must be at least 1")
+    return args
 
 
 # ------------------------------------------------------------ the work

@@ -510,3 +510,18 @@ def test_an_engine_that_is_served_is_for_nobody_else(engine):
 
     served = run(engine, main)
     assert [output["token_ids"] for output in engine.generate(PROMPTS, LONG, use_tqdm=False)] == served  # ours again
+
+
+def test_an_engine_is_free_when_its_thread_has_ended(engine):
+    """Whoever forgets shutdown() has not lost the engine."""
+    llm = AsyncLLM(engine)
+    threads = [thread for thread in threading.enumerate() if thread.name.startswith("AsyncLLM")]
+    assert threads
+    with pytest.raises(RuntimeError, match="another thread is using this engine"):
+        engine.generate([1], GREEDY, use_tqdm=False)
+    del llm
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
+    assert engine.generate([1], GREEDY, use_tqdm=False)
+    assert run(engine, lambda llm: complete(llm, [1], GREEDY))

@@ -295,3 +295,12 @@ def test_bad_option(options, error, message):
 def test_64_bit_numbers_are_refused():
     with jax.enable_x64(True), pytest.raises(ValueError, match="jax_enable_x64 is set"):
         prepare_backend(EngineConfig())
+
+
+@pytest.mark.parametrize("rope_type", ["default", "linear", "yarn"])
+def test_what_is_saved_is_read_again(read, rope_type):
+    """With settings that do not count among those that do, and one that is null."""
+    rope = dict(rope_type=rope_type, factor=2.0, original_max_position_embeddings=512, beta_fast=16.0, rope_theta=None)
+    config = read(published("4B") | {"rope_theta": 1e6, "rope_scaling": rope})
+    assert config.rope.rope_theta == 1e6
+    assert read(config_json(config, "bfloat16")) == config

@@ -321,3 +321,18 @@ def test_an_id_is_in_use_until_its_last_output(llm, models):
     assert output.prompt_token_ids == PROMPTS[0]
     assert llm.add_request(PROMPTS[1], GREEDY, "mine") == "mine"
     drain(llm)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_one_array_under_several_paths_is_donated_once(directories, dtype):
+    """As a trainer may have it of all norms that begin as ones."""
+    results = []
+    for donate in (False, True):
+        llm = small_llm(directories[0])
+        arrays = {path: param[...].astype(dtype) for path, param in parameters_of(llm.model).items()}
+        one = jnp.ones(SMALL.hidden_size, dtype)
+        shared = [path for path in arrays if "layernorm" in str(path)]
+        assert len(shared) > 1
+        llm.update_weights(arrays | dict.fromkeys(shared, one), donate=donate)
+        results.append(llm.generate(PROMPTS, GREEDY, use_tqdm=False))
+    assert [output["token_ids"] for output in results[0]] == [output["token_ids"] for output in results[1]]

@@ -69,7 +69,7 @@ class Door:
         tokens = completion
         if isinstance(completion, str):
             tokens = encode(self.tokenizer, completion, "completion", add_special_tokens=False)
-        elif isinstance(completion, np.ndarray):
+        elif isinstance(completion, np.ndarray) and completion.ndim:
             tokens = completion.tolist()
         elif not isinstance(completion, (list, tuple)):
             raise TypeError(f"a completion is a string or a list of token ids, not {completion!r}")

@@ -4,7 +4,6 @@ import os
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from functools import wraps
 from typing import Any
 
@@ -15,15 +14,30 @@ class OneThread:
     def __init__(self):
         self._process = os.getpid()
         self._at_work = threading.RLock()
+        self._keeper: threading.Thread | None = None
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether another thread, which has not ended, keeps this to itself."""
+        keeper = self._keeper
+        return keeper not in (None, threading.current_thread()) and keeper.is_alive()
 
     def keep(self) -> bool:
-        """Refuse all other threads until this one calls `let_go`; False where another one is in here."""
-        return self._at_work.acquire(blocking=False)
+        """Refuse all other threads until this one calls `let_go`, or ends; False where another one is in here."""
+        if not self._at_work.acquire(blocking=False):
+            return False
+        try:
+            if self.is_kept:
+                return False
+            self._keeper = threading.current_thread()
+            return True
+        finally:
+            self._at_work.release()
 
     def let_go(self) -> None:
         """The end of `keep`; a second time nothing happens."""
-        with suppress(RuntimeError):  # it is not this thread's any more
-            self._at_work.release()
+        if self._keeper is threading.current_thread():
+            self._keeper = None
 
     def check_process(self) -> None:
         """Raise RuntimeError in a process that was forked from the engine's own, where anything might wait forever."""
@@ -42,7 +56,7 @@ def by_one_thread(method: Callable) -> Callable:
         self.check_process()
         # Written so that Ctrl-C, wherever it comes, leaves the lock free when all calls have ended.
         try:
-            if self._at_work.acquire(blocking=False):
+            if self._at_work.acquire(blocking=False) and not self.is_kept:
                 return method(self, *args, **options)
         finally:
             try:  # noqa: SIM105  (Ctrl-C has no place between here and the release)

@@ -60,12 +60,14 @@ class ServedWeights:
         They take their places one by one, so that the device needs room for the old weights and one array.
         """
         self.is_whole = False  # should it fail on the way
+        last = {id(arrays[path]): path for path in self.targets}  # an array may be there under several paths
         for i, (path, target) in enumerate(self.targets.items()):
             given = arrays[path]
-            array = _placed(given, target.sharding, donate)
+            is_spare = donate and last.get(id(given), path) == path
+            array = _placed(given, target.sharding, is_spare)
             if array.dtype != target.dtype:
                 array = _cast(array, target.dtype)
-                if donate and isinstance(given, jax.Array):
+                if is_spare and isinstance(given, jax.Array):
                     given.delete()
             self.leaves[i] = array
         self.is_whole = True

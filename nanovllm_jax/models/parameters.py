@@ -54,7 +54,8 @@ def checked_weights(
         check_same_model(replace(weights.config, kv_copies=weights.config.kv_copies * copies), config)
         weights = {path: param[...] for path, param in parameters_of(weights).items()}
         if copies > 1:
-            weights |= {path: with_copies(array, copies) for path, array in weights.items() if "qkv_proj" in path}
+            fused = {path: array for path, array in weights.items() if "qkv_proj" in path and not _is_deleted(array)}
+            weights |= {path: with_copies(array, copies) for path, array in fused.items()}
     if not isinstance(weights, Mapping):
         raise TypeError(f"weights must be a Qwen3ForCausalLM or a dict of arrays by path, not {type(weights)}")
     check_parameters(weights, targets)
@@ -74,11 +75,15 @@ def check_parameters(arrays: Mapping[ParameterPath, Any], targets: dict[Paramete
             problems.append(f"{name} has shape {tuple(array.shape)}, not {target.shape}")
         elif jnp.dtype(array.dtype).name not in FLOATS:
             problems.append(f"{name} has dtype {array.dtype}, not one of {', '.join(FLOATS)}")
-        elif isinstance(array, jax.Array) and array.is_deleted():
+        elif _is_deleted(array):
             problems.append(f"{name} has been deleted: it was donated to a jitted function")
     if problems:
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise ValueError(f"these weights do not fit the model: {'; '.join(problems[:8])}{more}")
+
+
+def _is_deleted(array: Any) -> bool:
+    return isinstance(array, jax.Array) and array.is_deleted()
 
 
 def check_same_model(found: ModelConfig, expected: ModelConfig) -> None:

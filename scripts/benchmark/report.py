@@ -209,7 +209,7 @@ def notes(record: dict[str, Any]) -> str:
     card, machine, config = record["card"], record["machine"], ModelConfig(**record["model_config"])
     terabytes, teraflops = card["bytes_per_second"] / 1e12, card["flops_per_second"] / 1e12
     lines = [
-        f"{machine['gpu'] or card['device']}; commit {machine['commit']}",
+        f"{machine['gpu'] or card['device'] or 'no GPU'}; commit {machine['commit']}",
         f"model: {record['model']}, {config.num_parameters / 1e9:.3g} billion parameters",
         f"limit: memory at {terabytes:.3g} TB/s, matmuls at {teraflops:.3g} TFLOP/s",
     ]
