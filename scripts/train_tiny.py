@@ -25,6 +25,7 @@ from flax import nnx
 from tokenizers import Tokenizer
 
 from nanovllm_jax.checkpoints.huggingface import save_pretrained
+from nanovllm_jax.checkpoints.orbax import FOLDER
 from nanovllm_jax.config import ModelConfig
 from nanovllm_jax.layers.attention import split_norm_rope
 from nanovllm_jax.models.qwen3 import Qwen3ForCausalLM
@@ -233,7 +234,7 @@ def parse_options() -> argparse.Namespace:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         parser.error(f"--out {options.out} cannot be a directory: {error}")
-    if (options.out / "orbax").is_dir():
+    if (options.out / FOLDER).is_dir():
         parser.error(f"--out {options.out} holds Orbax weights, which would be loaded in place of the new ones")
     return options
 

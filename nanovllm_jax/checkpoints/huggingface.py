@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from xxhash import xxh3_128
 
+from nanovllm_jax.checkpoints.orbax import FOLDER
 from nanovllm_jax.config import ModelConfig, read_json
 from nanovllm_jax.models.parameters import ParameterPath, parameters_of
 from nanovllm_jax.models.qwen3 import Qwen3ForCausalLM
@@ -221,7 +222,7 @@ def save_pretrained(model: Qwen3ForCausalLM, directory: str | Path, dtype: np.dt
     Raises ValueError for a directory with Orbax weights, which would be loaded in their place.
     """
     directory = Path(directory)
-    if (directory / "orbax").is_dir():
+    if (directory / FOLDER).is_dir():
         raise ValueError(f"{directory} holds Orbax weights, which would be loaded in place of these: choose another")
     directory.mkdir(parents=True, exist_ok=True)
     sources, tensors = parameter_sources(model.config), {}

@@ -45,7 +45,8 @@ def save_weights(model: Qwen3ForCausalLM, directory: str | Path) -> None:
             f"each kv head is there {model.config.kv_copies} times, as the engine has more devices than kv heads: save "
             "the weights that came into it, or with checkpoints.huggingface.save_pretrained, which leaves copies out"
         )
-    last, folder = saved_weights(Path(directory)), Path(directory).absolute() / FOLDER
+    directory = Path(directory).absolute()
+    last, folder = saved_weights(directory), directory / FOLDER
     ocp, tree = _import_orbax(), {name_of(path): param[...] for path, param in parameters_of(model).items()}
     options = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
     path = folder / str(1 if last is None else int(last.name) + 1)

@@ -58,6 +58,7 @@ class LLMEngine(OneThread):
         self.eos_token_ids = stop_token_ids(directory, self.tokenizer)
         self.default_sampling_params = default_sampling_params(directory)
         self.runner = runner = ModelRunner(directory, self.model_config, config)
+        runner.check_agreement([sorted(self.eos_token_ids)])  # by which sequences end
         self.max_model_len = runner.max_model_len
         self.door = Door(
             self.model_config.vocab_size,
@@ -151,8 +152,7 @@ class LLMEngine(OneThread):
         seed = drawn if request.params.seed is None else request.params.seed
         self._requests[request.request_id] = request
         if self.runner.num_processes > 1:
-            call = request.request_id, seed, request.prompt_token_ids, request.params, request.scored
-            self._calls.append((*call, sorted(self.eos_token_ids)))
+            self._calls.append((request.request_id, seed, request.prompt_token_ids, request.params, request.scored))
         for i in range(request.params.n):
             request.add(self._start_sequence(request, (seed + i) % 2**63))
         if request.stream:

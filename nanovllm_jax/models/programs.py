@@ -55,7 +55,10 @@ class ProgramStore:
             # Tracing holds the interpreter, compiling does not: each program compiles while the next is traced.
             missing = [name for name, program in programs.items() if program is None]
             compiling = {name: pool.submit(compile, lower(name), name) for name in missing}
-            return programs | {name: job.result() for name, job in compiling.items()}, len(missing)
+            programs |= {name: job.result() for name, job in compiling.items()}
+        if missing and gc.isenabled():
+            gc.collect()  # half a second, once: else it comes while requests run, as JAX keeps most of these objects
+        return programs, len(missing)
 
     def load(self, name: str) -> Compiled | None:
         """The program of this name, None where there is none that can be used."""
@@ -107,7 +110,6 @@ def _no_garbage_collection() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
-            gc.collect()  # half a second, once: else it comes while requests run, as JAX keeps most of these objects
 
 
 @cache
