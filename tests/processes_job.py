@@ -5,6 +5,7 @@ Alone over two devices of a CPU, under scripts/launch.py over those of all proce
 
 import json
 import logging
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -90,9 +91,14 @@ def refused(llm, weights, directory):
     sizes = dict(tensor_parallel_size=jax.device_count(), num_kvcache_blocks=9)
     other = sizes | dict(num_kvcache_blocks=10)
     split = dict(data_parallel_size=jax.device_count(), num_kvcache_blocks=9)
-    for first, second in ((dict(dtype="bfloat16", **sizes), sizes), (sizes, other), (sizes, split)):
+    ends = Path(f"{directory}-ends{mine}")  # the same model, whose texts end with another token in each process
+    shutil.copytree(directory, ends)
+    (ends / "generation_config.json").write_text(json.dumps({"eos_token_id": 7 + mine}))
+    cases = [(directory, dict(dtype="float32" if mine else "bfloat16", **sizes))]
+    cases += [(directory, other if mine else sizes), (directory, split if mine else sizes), (ends, sizes)]
+    for model, options in cases:
         try:
-            small_llm(directory, **(second if mine else first))
+            small_llm(model, **options)
         except RuntimeError as error:
             said.append(str(error))
     return said

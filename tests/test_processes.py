@@ -37,7 +37,7 @@ def test_scores_and_new_weights(directory, tmp_path):
         for name in ("first", "numpy", "own", "spread", "last"):
             assert_same(report[name], alone[name])
         assert_same(report["then"], report["last"])
-        assert [said[:48] for said in report["refused"]] == ["the 2 processes were given different requests, w"] * 8
+        assert [said[:48] for said in report["refused"]] == ["the 2 processes were given different requests, w"] * 9
     assert alone["finish"] != alone["recompute"]
     assert len({str(alone[name][0]) for name in ("first", "numpy", "own", "spread")}) == 4, "the weights differ"
     assert_same(alone["last"], alone["first"])
