@@ -1,5 +1,5 @@
 """Paged attention (a function each to write the KV cache, decode from it and prefill against it), a norm, linear layers
-of one row, sampling.
+of one row, of a few and of many, sampling.
 
 On an NVIDIA GPU each runs its Pallas kernel, anywhere else its plain-jnp oracle (in the files called reference, same
 signature, but for a `fixed` that it has no need of). Which one is settled when a program is lowered, so a compiled step
@@ -16,11 +16,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from . import (
     adjust,
     common,
     decode,
+    few,
     logprobs,
     matmul,
     norm,
@@ -32,6 +34,8 @@ from . import (
     threshold,
 )
 from .common import kernel
+from .few import fits as is_few_rows
+from .reference import whole
 from .reference_sampling import ENDS, MAX_LOGPROBS, PROMPT
 from .row import fits as is_row
 
@@ -41,7 +45,9 @@ __all__ = [
     "PROMPT",
     "add_norm",
     "adjust_logits",
+    "few_linear",
     "fixed_matmul",
+    "is_few_rows",
     "is_many_rows",
     "is_row",
     "load_runtime",
@@ -54,6 +60,7 @@ __all__ = [
     "store_and_decode",
     "swiglu",
     "token_logprobs",
+    "whole",
 ]
 
 
@@ -213,7 +220,8 @@ def add_norm(
 ) -> tuple[jax.Array, jax.Array]:
     """The residual sum, and its RMS norm as transformers rounds it: to x's dtype before the gain and after.
 
-    x, delta [T, D], of one dtype; gain [D]. Returns (x + delta, its norm times gain), both [T, D]. Differentiable.
+    x [T, D]; delta [S, T, D], parts of what is added, whose sum is rounded to x's dtype; gain [D]. Returns (x + that
+    sum, its norm times gain), both [T, D]. Differentiable.
     """
     oracle = functools.partial(reference.add_norm, fixed=fixed)  # the kernel goes row by row anyway
     return _differentiable(norm.add_norm, oracle, eps=eps)(x, delta, gain)
@@ -235,6 +243,18 @@ def row_norm_linear(
     Returns (x + delta [1, D], the layer's output [1, F]).
     """
     return _differentiable(row.row_norm_linear, reference.row_norm_linear, eps=eps)(x, delta, gain, weight)
+
+
+@functools.partial(kernel, static_argnames="dtype")
+def few_linear(x: jax.Array, weight: jax.Array, *, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
+    """A linear layer of a few rows in float32, for what `is_few_rows` says. Differentiable.
+
+    x [T, D]; weight [1, F, D], or [2, F, D] for SwiGLU: silu(first) * second. Returns [1, T, F], rounded to dtype (None
+    is x's), or where there are few features [S, T, F] float32, whose sum over S it is (`add_norm`, `whole`).
+    """
+    parts = few.parts_of(weight)
+    dtype = jnp.dtype(jnp.float32 if parts > 1 else dtype or x.dtype)
+    return _differentiable(few.few_linear, reference.few_linear, parts=parts, dtype=dtype)(x, weight)
 
 
 def is_many_rows(x: jax.Array, weight: jax.Array) -> bool:

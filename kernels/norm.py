@@ -1,4 +1,4 @@
-"""Pallas kernel: the residual sum and the RMS norm after it in one pass. Shapes: T tokens, D hidden."""
+"""Pallas kernel: the residual sum and the RMS norm after it in one pass. Shapes: T tokens, D hidden, S parts."""
 
 from functools import partial
 from typing import NamedTuple
@@ -25,13 +25,14 @@ def default_tiles(features: int) -> Tiles:
 
 
 def _add_norm_kernel(x_ref, delta_ref, gain_ref, sum_ref, normed_ref, *, tile: int, width: int, eps: float):
-    tokens, features = x_ref.shape
+    (tokens, features), parts = x_ref.shape, delta_ref.shape[0]
     # The last tile is moved back to end with the last token: what two programs both write is the same.
     at = pl.ds(jnp.minimum(pl.program_id(0) * tile, tokens - tile), tile), pl.ds(0, width)
     used = jnp.arange(width) < features  # of D rounded up to a power of two
     live = jnp.broadcast_to(used[None], (tile, width))
     load, store = partial(plgpu.load, mask=live, other=0), partial(plgpu.store, mask=live)
-    total = (load(x_ref.at[at]).astype(jnp.float32) + load(delta_ref.at[at]).astype(jnp.float32)).astype(x_ref.dtype)
+    delta = sum(load(delta_ref.at[jnp.int32(part), *at]).astype(jnp.float32) for part in range(parts))
+    total = (load(x_ref.at[at]).astype(jnp.float32) + rounded(delta, x_ref.dtype)).astype(x_ref.dtype)
     store(sum_ref.at[at], total)
     wide = total.astype(jnp.float32)
     scale = lax.rsqrt((wide * wide).sum(axis=1) / features + eps)

@@ -3,6 +3,8 @@
 Shapes: T tokens, B sequences, N query heads, K kv heads, G = N / K, H head_dim, S tokens of a block.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -35,7 +37,13 @@ def add_norm(x, delta, gain, *, eps, fixed=False):
         total = _rounded(x + delta, x.dtype)
         return total, rms_norm(total, gain, eps)
 
+    delta = whole(delta, x.dtype)
     return _in_tiles(add_norm, x, delta) if fixed else add_norm(x, delta)
+
+
+def whole(parts, dtype):
+    """Parts [S, ...] -> [...]: their sum, in float32 and then rounded to dtype."""
+    return _rounded(functools.reduce(jnp.add, parts), dtype).astype(dtype)
 
 
 def row_linear(x, weight):
@@ -45,8 +53,18 @@ def row_linear(x, weight):
 
 def row_norm_linear(x, delta, gain, weight, *, eps):
     """See nanovllm_jax.kernels.row_norm_linear."""
-    total, normed = add_norm(x, delta, gain, eps=eps)
+    total, normed = add_norm(x, delta[None], gain, eps=eps)
     return total, swiglu(normed, weight) if len(weight) == 2 else row_linear(normed, weight[0])
+
+
+def few_linear(x, weight, *, parts=1, dtype):
+    """See nanovllm_jax.kernels.few_linear."""
+    if len(weight) == 2:
+        return swiglu(x, weight)[None].astype(dtype)
+    # A part more than there are is no part: zeros.
+    x, weight = (jnp.pad(array, ((0, 0), (0, -array.shape[1] % parts))) for array in (x, weight[0]))
+    x, weight = (array.reshape(len(array), parts, -1).swapaxes(0, 1) for array in (x, weight))
+    return jax.vmap(_product)(x, weight).astype(dtype)
 
 
 def swiglu(x, weight):

@@ -8,7 +8,8 @@ Those of sampling have a script of their own, bench_sampling.py.
     python scripts/bench_kernels.py --group 4 --kv-heads 8 --block-size 16
 
 A call's time is that of a program which makes many of them, on inputs that are together more than the L2 cache holds
-(but for a few tokens of store and norm), divided by their number: launch gaps count, host time does not. The median of
+(but for a few tokens of store and norm), divided by their number: launch gaps count, host time does not. Where calls do
+not wait for one another (all but store, new and norm) small ones overlap, which in a model they cannot. The median of
 several runs is printed.
 """
 
@@ -36,6 +37,7 @@ PREFILL_CUTS += [(128, 64, 4, 3), (128, 32, 4, 3), (64, 64, 4, 2), (64, 64, 4, 3
 PREFILL_CUTS += [(64, 32, 4, 3), (32, 64, 4, 3), (32, 64, 2, 3), (256, 64, 8, 3), (256, 128, 8, 2)]
 STORE_CUTS = [*itertools.product((1, 2, 4), (1, 2, 4)), (8, 2), (8, 4), (8, 8), (16, 4), (16, 8), (32, 8)]
 ROW_CUTS = [*itertools.product((1, 2, 4, 8), (2, 4, 8, 16))]
+FEW_CUTS = [*itertools.product((16, 32, 64), (64, 128, 256), (2, 4), (3, 4, 6))]
 NORM_CUTS = [*itertools.product((1, 2), (1, 2, 4, 8, 16)), (4, 2), (4, 4), (4, 8), (8, 4), (8, 8)]
 
 
@@ -112,7 +114,7 @@ def rate(case: Case, seconds: float, args) -> str:
 def bench(case: Case, shape: Shape, args) -> None:
     seconds = seconds_per_call(case, compiled(case, case.call))
     oracle = seconds_per_call(case, compiled(case, case.oracle), samples=1)
-    line = f"{case.kernel:8}{case.name:16}{rate(case, seconds, args)}"
+    line = f"{case.kernel:8}{case.name:17}{rate(case, seconds, args)}"
     line += f"  oracle {oracle * 1e6:.0f} us, {relative_error(case):.1e} from it"
     if case.first_prefill:
         other = cudnn_seconds(case, shape, *case.first_prefill)
@@ -123,11 +125,11 @@ def bench(case: Case, shape: Shape, args) -> None:
 def settings(case: Case, shape: Shape) -> list:
     """What to try on a case, its default first."""
     tokens = len(case.sets[0][0])
-    cuts = {"prefill": PREFILL_CUTS, "store": STORE_CUTS, "norm": NORM_CUTS, "row": ROW_CUTS}
+    cuts = {"prefill": PREFILL_CUTS, "store": STORE_CUTS, "norm": NORM_CUTS, "row": ROW_CUTS, "few": FEW_CUTS}
     if case.kernel in ("decode", "new"):
         tried = [decode.Tiles(k, extra, *rest) for (k, *rest), extra in itertools.product(DECODE_CUTS, DECODE_EXTRA)]
-    else:  # a tile of more tokens than there are is of use in prefill alone, and a row's is of features
-        anyway = case.kernel in ("prefill", "row")
+    else:  # a tile of more tokens than there are is of use in prefill alone, and row's and few's are of features
+        anyway = case.kernel in ("prefill", "row", "few")
         tried = [type(case.default)(*cut) for cut in cuts[case.kernel] if anyway or cut[0] <= tokens]
     return list(dict.fromkeys([case.default, *tried]))
 
@@ -171,7 +173,7 @@ def main() -> None:
     parser.add_argument("--block-size", type=int, default=256)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--tokens", type=int, default=2**19, help="size of the KV cache")
-    parser.add_argument("--hidden", type=int, default=1024, help="what norm and row work on")
+    parser.add_argument("--hidden", type=int, default=1024, help="what norm, row and few work on")
     parser.add_argument("--only", nargs="+", choices=KERNELS, default=list(KERNELS))
     parser.add_argument("--sweep", action="store_true", help="time many tile settings")
     parser.add_argument("--top", type=int, default=6, help="how many of a sweep's settings to print for each problem")

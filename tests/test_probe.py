@@ -170,18 +170,18 @@ def test_programs_with_a_probe_are_not_kept_on_disk(llm, monkeypatch):
 
 
 def plain_model(model, tokens, positions, caches, attend, run_layer):
-    x = model.embed_tokens(tokens)
+    residual, delta = model.embed_tokens(tokens), model.layers[0].mlp.down_proj.no_parts(tokens.shape)
     cos, sin = rope_angles(positions, model.config.rope, model.config.head_dim)
-    residual, new_caches = jnp.zeros_like(x), []
+    new_caches = []
     for layer, cache in zip(model.layers, caches):
-        residual, x, cache = qwen3._run_layer(layer, residual, x, cos, sin, cache, attend)
+        residual, delta, cache = qwen3._run_layer(layer, residual, delta, cos, sin, cache, attend)
         new_caches.append(cache)
-    return model.norm.add(residual, x)[1], new_caches
+    return model.norm.add(residual, delta)[1], new_caches
 
 
-def plain_layer(layer, residual, x, cos, sin, cache, attend):
-    residual, x, cache = layer.self_attn(layer.input_layernorm, residual, x, cos, sin, cache, attend)
-    return *layer.mlp(layer.post_attention_layernorm, residual, x), cache
+def plain_layer(layer, residual, delta, cos, sin, cache, attend):
+    residual, delta, cache = layer.self_attn(layer.input_layernorm, residual, delta, cos, sin, cache, attend)
+    return *layer.mlp(layer.post_attention_layernorm, residual, delta), cache
 
 
 # --- bad input ---

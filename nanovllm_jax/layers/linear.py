@@ -8,7 +8,7 @@ from flax import nnx
 from jax import lax
 
 from nanovllm_jax import kernels
-from nanovllm_jax.parallel.sharding import sum_over
+from nanovllm_jax.parallel.sharding import is_summed_over, sum_over
 
 STDDEV = 0.02  # of random weights, as Qwen3's initializer_range
 
@@ -23,6 +23,9 @@ def matmul(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype | None = None) 
 
     float32 inputs use full-precision products: on a GPU the default would be TF32.
     """
+    if kernels.is_few_rows(x, weight):
+        y = kernels.few_linear(x, weight.reshape(1, -1, weight.shape[-1]), dtype=out_dtype)
+        return kernels.whole(y, out_dtype or x.dtype).reshape(-1, *weight.shape[:-1])
     if out_dtype is None and kernels.is_row(x, weight, normed=False):
         return kernels.row_linear(x, weight.reshape(-1, weight.shape[-1])).reshape(1, *weight.shape[:-1])
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
@@ -43,7 +46,7 @@ def fixed_matmul(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype | None = 
 class Linear(nnx.Module):
     """y = x @ weight.T (+ bias). One output may be several dimensions: [..., in] -> [..., *out]."""
 
-    parts = 1  # products of which the output is made
+    products = 1  # of which the output is made
 
     def __init__(
         self,
@@ -68,13 +71,26 @@ class Linear(nnx.Module):
         y = sum_over(self.in_axis, self.matmul(x, self.weight[...]))
         return y if self.bias is None else y + self.bias[...]
 
+    def parts(self, x: jax.Array) -> jax.Array:
+        """x [..., in] -> [S, ..., *out], whose sum over S is what this layer gives: for `of_sum` of the next one."""
+        weight = self.weight[...]
+        alone = self.matmul is matmul and self.bias is None and not is_summed_over(self.in_axis)
+        if alone and weight.ndim == 2 and kernels.is_few_rows(x, weight):
+            return kernels.few_linear(x, weight[None])
+        return self(x)[None]
+
+    def no_parts(self, leading: tuple[int, ...]) -> jax.Array:
+        """Zeros like `parts` of x [*leading, in]."""
+        x = jax.ShapeDtypeStruct((*leading, self.weight.shape[-1]), self.weight.dtype)
+        return jnp.zeros_like(jax.eval_shape(self.parts, x))
+
     def of_sum(self, norm: nnx.Module, x: jax.Array, delta: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """x and delta [..., in] -> their sum, and this layer of the sum's norm (an RMSNorm)."""
+        """x [..., in] and delta [S, ..., in], in parts -> their sum, and this layer of the sum's norm (an RMSNorm)."""
         weight = self.weight[...]
         if self.matmul is matmul and self.bias is None and kernels.is_row(x, weight, normed=True):
-            parts = weight.reshape(self.parts, -1, weight.shape[-1])
-            total, y = kernels.row_norm_linear(x, delta, norm.weight[...], parts, norm.eps)
-            return total, y.reshape(1, *weight.shape[self.parts - 1 : -1])
+            matrices = weight.reshape(self.products, -1, weight.shape[-1])
+            total, y = kernels.row_norm_linear(x, delta[0], norm.weight[...], matrices, norm.eps)
+            return total, y.reshape(1, *weight.shape[self.products - 1 : -1])
         total, normed = norm.add(x, delta, fixed=self.matmul is fixed_matmul)
         return total, self(normed)
 
@@ -82,12 +98,15 @@ class Linear(nnx.Module):
 class GatedLinear(Linear):
     """SwiGLU (Shazeer 2020), silu(gate(x)) * up(x): weights [2, out, in], and x [..., in] -> [..., out]."""
 
-    parts = 2
+    products = 2
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., in] -> [..., out]."""
         weight = self.weight[...]
-        if self.matmul is matmul and self.bias is None and kernels.is_many_rows(x, weight):
-            return kernels.swiglu(x, weight)
+        if self.matmul is matmul and self.bias is None:
+            if kernels.is_few_rows(x, weight):
+                return kernels.few_linear(x, weight)[0]
+            if kernels.is_many_rows(x, weight):
+                return kernels.swiglu(x, weight)
         gate_up = super().__call__(x)  # (..., 2, out)
         return jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]

@@ -21,7 +21,7 @@ class RMSNorm(nnx.Module):
         return rms_norm(x, self.weight[...], self.eps)
 
     def add(self, x: jax.Array, delta: jax.Array, *, fixed: bool = False) -> tuple[jax.Array, jax.Array]:
-        """x and delta [..., features] -> their sum, and its norm, in one pass over memory."""
-        rows = [array.reshape(-1, x.shape[-1]) for array in (x, delta)]
-        total, normed = add_norm(*rows, self.weight[...], self.eps, fixed=fixed)
+        """x [..., features], delta [S, ..., features] in parts -> their sum, and its norm, in one pass over memory."""
+        rows, parts = x.reshape(-1, x.shape[-1]), delta.reshape(len(delta), -1, x.shape[-1])
+        total, normed = add_norm(rows, parts, self.weight[...], self.eps, fixed=fixed)
         return total.reshape(x.shape), normed.reshape(x.shape)

@@ -1,7 +1,7 @@
 """Qwen3 (dense), true to transformers' Qwen3ForCausalLM.
 
 Shapes: T tokens (any leading dimensions), N query heads, K kv heads (their copies included), G = N / K, H head_dim,
-D hidden, F mlp, V vocab; on a device of several, its parts of N, K, F and V.
+D hidden, F mlp, V vocab; on a device of several, its parts of N, K, F and V. What layers hand on is S parts of a sum.
 Modules carry logical axis names only; `parallel.sharding` maps them to a mesh.
 """
 
@@ -37,12 +37,12 @@ class Attention(nnx.Module):
         self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps, dtype=dtype)
         self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps, dtype=dtype)
 
-    def __call__(self, norm: RMSNorm, residual: jax.Array, x: jax.Array, cos, sin, cache, attend: Attend):
-        """residual and x [T, D] -> their sum, the attention over that sum's norm [T, D], and the cache."""
-        residual, qkv = self.qkv_proj.of_sum(norm, residual, x)  # (T, K, G + 2, H)
+    def __call__(self, norm: RMSNorm, residual: jax.Array, delta: jax.Array, cos, sin, cache, attend: Attend):
+        """residual [T, D], delta [S, T, D] -> their sum, the attention over its norm, in parts too, and the cache."""
+        residual, qkv = self.qkv_proj.of_sum(norm, residual, delta)  # (T, K, G + 2, H)
         with jax.named_scope("attend"):
             out, cache = attend(qkv, self.q_norm, self.k_norm, cos, sin, cache)  # (T, N, H)
-        return residual, self.o_proj(out.reshape(*x.shape[:-1], -1)), cache
+        return residual, self.o_proj.parts(out.reshape(*residual.shape[:-1], -1)), cache
 
 
 class MLP(nnx.Module):
@@ -53,10 +53,10 @@ class MLP(nnx.Module):
         self.gate_up_proj = GatedLinear(d, (2, f), axes=(None, "mlp", "embed"), **options)
         self.down_proj = Linear(f, (d,), axes=("embed", "mlp"), **options)
 
-    def __call__(self, norm: RMSNorm, residual: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """residual and x [T, D] -> their sum, and what the layers make of that sum's norm [T, D]."""
-        residual, gated = self.gate_up_proj.of_sum(norm, residual, x)  # (T, F)
-        return residual, self.down_proj(gated)
+    def __call__(self, norm: RMSNorm, residual: jax.Array, delta: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """residual [T, D] and delta [S, T, D] -> their sum, and what the layers make of its norm, in parts too."""
+        residual, gated = self.gate_up_proj.of_sum(norm, residual, delta)  # (T, F)
+        return residual, self.down_proj.parts(gated)
 
 
 class DecoderLayer(nnx.Module):
@@ -68,29 +68,32 @@ class DecoderLayer(nnx.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
         self.mlp = MLP(config, dtype=dtype, rngs=rngs, matmul=matmul)
 
-    def __call__(self, residual: jax.Array, x: jax.Array, cos: jax.Array, sin: jax.Array, cache, attend: Attend):
-        """residual and x [T, D], whose sum is the residual stream -> the same two after this layer, and the cache."""
-        residual, x, cache = self.attention_half(residual, x, cos, sin, cache, attend)
-        return *self.mlp_half(residual, x), cache
+    def __call__(self, residual: jax.Array, delta: jax.Array, cos: jax.Array, sin: jax.Array, cache, attend: Attend):
+        """The residual stream as [T, D] and what is still to be added -> the same after this layer, and the cache.
+
+        delta [S, T, D] comes in parts, for the next norm to add up.
+        """
+        residual, delta, cache = self.attention_half(residual, delta, cos, sin, cache, attend)
+        return *self.mlp_half(residual, delta), cache
 
     @jax.named_scope("attention")
-    def attention_half(self, residual: jax.Array, x: jax.Array, cos: jax.Array, sin: jax.Array, cache, attend: Attend):
-        """The first half of a layer: the x that comes back is the attention's output [T, D]."""
-        return self.self_attn(self.input_layernorm, residual, x, cos, sin, cache, attend)
+    def attention_half(self, residual: jax.Array, delta: jax.Array, cos, sin, cache, attend: Attend):
+        """The first half of a layer: the delta that comes back is the attention's output."""
+        return self.self_attn(self.input_layernorm, residual, delta, cos, sin, cache, attend)
 
     @jax.named_scope("mlp")
-    def mlp_half(self, residual: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The second half: residual and x [T, D], and the same two after it."""
-        return self.mlp(self.post_attention_layernorm, residual, x)
+    def mlp_half(self, residual: jax.Array, delta: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The second half."""
+        return self.mlp(self.post_attention_layernorm, residual, delta)
 
 
 # A module is a pytree, and the layers differ only in their arrays: the inner jit traces one of them for all.
 _run_layer = jax.jit(DecoderLayer.__call__)
 
 
-def run_layer(number: int, layer: DecoderLayer, residual: jax.Array, x: jax.Array, cos, sin, cache, attend: Attend):
+def run_layer(number: int, layer: DecoderLayer, residual: jax.Array, delta: jax.Array, cos, sin, cache, attend: Attend):
     """How a model runs its layer `number` (from 0), unless it is told another way."""
-    return _run_layer(layer, residual, x, cos, sin, cache, attend)
+    return _run_layer(layer, residual, delta, cos, sin, cache, attend)
 
 
 class Qwen3ForCausalLM(nnx.Module):
@@ -121,13 +124,13 @@ class Qwen3ForCausalLM(nnx.Module):
         `caches` holds one cache a layer, or is None where `attend` needs none (`causal_attention`). `run_layer` is for
         those who want to do more at each layer: look inside, or forget activations and compute them again.
         """
-        x = self.embed_tokens(tokens)  # (T, D)
+        residual, delta = self.embed_tokens(tokens), self.layers[0].mlp.down_proj.no_parts(tokens.shape)
         cos, sin = rope_angles(positions, self.config.rope, self.config.head_dim)
-        residual, new_caches = jnp.zeros_like(x), []
+        new_caches = []
         for number, (layer, cache) in enumerate(zip(self.layers, caches or [None] * len(self.layers), strict=True)):
-            residual, x, cache = run_layer(number, layer, residual, x, cos, sin, cache, attend)
+            residual, delta, cache = run_layer(number, layer, residual, delta, cos, sin, cache, attend)
             new_caches.append(cache)
-        return self.norm.add(residual, x, fixed=self.deterministic)[1], new_caches
+        return self.norm.add(residual, delta, fixed=self.deterministic)[1], new_caches
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Hidden [..., D] -> [..., V] float32."""

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from nanovllm_jax.kernels import whole
 from nanovllm_jax.models.qwen3 import DecoderLayer, run_layer
 from nanovllm_jax.probe import Probe
 
@@ -16,19 +17,19 @@ class Watch:
         self.probe, self.model, self.steering = probe, model, steering
         self.captured: dict[str, jax.Array] = {}
 
-    def run_layer(self, number: int, layer: DecoderLayer, residual: jax.Array, x: jax.Array, cos, sin, cache, attend):
+    def run_layer(self, number: int, layer: DecoderLayer, residual: jax.Array, delta: jax.Array, *args):
         """models.qwen3.run_layer, with this probe's functions around the halves of the layer."""
         if not self.probe.watches(number):
-            return run_layer(number, layer, residual, x, cos, sin, cache, attend)
-        residual, x, cache = layer.attention_half(residual, x, cos, sin, cache, attend)
-        self.take(f"attention.{number}", x)
-        residual, x = layer.mlp_half(residual, x)
-        stream = residual + x
+            return run_layer(number, layer, residual, delta, *args)
+        residual, delta, cache = layer.attention_half(residual, delta, *args)
+        self.take(f"attention.{number}", whole(delta, residual.dtype))
+        residual, delta = layer.mlp_half(residual, delta)
+        stream = residual + whole(delta, residual.dtype)
         if edit := self.probe.edit.get(f"residual.{number}"):
-            stream = edit(stream, self.steering).astype(x.dtype)
-            residual, x = stream, jnp.zeros_like(x)
+            stream = edit(stream, self.steering).astype(stream.dtype)
+            residual, delta = stream, jnp.zeros_like(delta)
         self.take(f"residual.{number}", stream)
-        return residual, x, cache
+        return residual, delta, cache
 
     def take(self, place: str, x: jax.Array) -> None:
         """Keep x [rows, ...], or what the user's function makes of it, if the place is one to take out."""

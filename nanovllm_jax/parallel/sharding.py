@@ -82,10 +82,15 @@ def is_split(axis: str = MODEL_AXIS) -> bool:
     return axis in mesh.manual_axes and mesh.shape[axis] > 1
 
 
+def is_summed_over(logical_axis: str | None) -> bool:
+    """Whether each of several devices has a part of a logical axis, so that what adds it up has a part of the sum."""
+    axis = getattr(RULES, logical_axis) if logical_axis else None
+    return axis is not None and is_split(axis)
+
+
 def sum_over(logical_axis: str | None, x: jax.Array) -> jax.Array:
     """The sum of the devices' x, each of which has added up its part of a logical axis."""
-    axis = getattr(RULES, logical_axis) if logical_axis else None
-    return lax.psum(x, axis) if axis and is_split(axis) else x
+    return lax.psum(x, getattr(RULES, logical_axis)) if is_summed_over(logical_axis) else x
 
 
 def first_of_shard(size: int, axis: str = MODEL_AXIS) -> jax.Array | int:

@@ -8,7 +8,18 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from nanovllm_jax.kernels import common, decode, hopper_prefill, hopper_swiglu, norm, prefill, reference, row, store
+from nanovllm_jax.kernels import (
+    common,
+    decode,
+    few,
+    hopper_prefill,
+    hopper_swiglu,
+    norm,
+    prefill,
+    reference,
+    row,
+    store,
+)
 
 # (batch, shortest and longest context), (sequences, new tokens and context of each), tokens, tokens
 DECODE = [(1, 1000, 1000), (1, 32000, 32000), (8, 1000, 1000), (64, 1000, 1000), (64, 200, 1486)]
@@ -18,6 +29,8 @@ NEW = [(1, 1000), (8, 1000), (64, 128)]
 STORE = [1, 64, 256, 16384]
 NORM = [1, 256, 16384]
 ROW = [(1, 4096), (2, 3072)]  # (weights, features of each): q/k/v, gate and up
+VOCABULARY = 151936
+FEW = [(rows, *layer) for rows in (8, 64) for layer in [*ROW, (1, 1024), (1, VOCABULARY)]]  # rows; and o, and the head
 SWIGLU = [(1024, 3072), (16384, 3072)]  # rows, features
 TABLE_TOKENS = 4096  # a block table's width: at least so many tokens, as an engine's goes by its longest context
 
@@ -147,7 +160,7 @@ def store_case(rng, shape: Shape, pool, tokens) -> Case:
 
 def norm_case(rng, shape: Shape, pool, tokens) -> Case:
     def output_first(add_norm, delta, gain, x, **tiles):
-        return add_norm(x, delta, gain, **tiles)[::-1]
+        return add_norm(x, delta[None], gain, **tiles)[::-1]
 
     moved = 4.0 * tokens * shape.hidden * shape.dtype.itemsize
     x, gain = shape.random(rng, tokens, shape.hidden), shape.random(rng, shape.hidden)
@@ -164,6 +177,17 @@ def row_case(rng, shape: Shape, pool, weights, features) -> Case:
     return Case("row", f"{weights} x {features}", *functions, sets, row.default_tiles(shape.hidden), moved)
 
 
+def few_case(rng, shape: Shape, pool, rows, weights, features) -> Case:
+    moved = float(weights * features * shape.hidden * shape.dtype.itemsize)
+    x = shape.random(rng, rows, shape.hidden)
+    sets = [(x, shape.random(rng, weights, features, shape.hidden)) for _ in range(sets_for(moved))]
+    parts = few.parts_of(sets[0][1])
+    kind = jnp.dtype(jnp.float32) if parts > 1 or features == VOCABULARY else shape.dtype
+    functions = kernel_and_oracle(few, "few_linear", parts=parts, dtype=kind)
+    name = f"{rows} x {weights} x {features}"
+    return Case("few", name, *functions, sets, few.default_tiles(weights, features), moved)
+
+
 def hopper_case(rng, shape: Shape, pool, *problem) -> Case:
     call, oracle = kernel_and_oracle(hopper_prefill, "paged_prefill_attention", scale=shape.head_dim**-0.5)
     return prefill_case(rng, shape, pool, *problem)._replace(kernel="hopper", call=call, oracle=oracle, default=None)
@@ -178,7 +202,7 @@ def swiglu_case(rng, shape: Shape, pool, rows, features) -> Case:
 
 
 KERNELS = {"decode": (decode_case, DECODE), "new": (new_case, NEW), "prefill": (prefill_case, PREFILL)}
-KERNELS |= {"store": (store_case, STORE), "norm": (norm_case, NORM), "row": (row_case, ROW)}
+KERNELS |= {"store": (store_case, STORE), "norm": (norm_case, NORM), "row": (row_case, ROW), "few": (few_case, FEW)}
 if common.is_hopper():
     KERNELS |= {"hopper": (hopper_case, PREFILL), "swiglu": (swiglu_case, SWIGLU)}
 

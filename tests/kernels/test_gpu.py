@@ -10,6 +10,8 @@ from nanovllm_jax.kernels import (
     add_norm,
     common,
     decode,
+    few,
+    few_linear,
     hopper,
     hopper_prefill,
     is_many_rows,
@@ -245,10 +247,11 @@ def test_store_tiles(tiles):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 @pytest.mark.parametrize(("tokens", "features"), [(1, 1024), (257, 2560), (5001, 4096), (33, 5120), (3, 48)])
-def test_add_norm(tokens, features, dtype):
+@pytest.mark.parametrize("parts", [1, 4])
+def test_add_norm(tokens, features, dtype, parts):
     rng = np.random.default_rng(tokens)
-    x, delta, gain = (rng.standard_normal(size) for size in ((tokens, features), (tokens, features), features))
-    args = [jnp.asarray(array, dtype) for array in (x, delta, gain)]
+    x, delta, gain = (rng.standard_normal(size) for size in ((tokens, features), (parts, tokens, features), features))
+    args = [jnp.asarray(x, dtype), jnp.asarray(delta, dtype if parts == 1 else jnp.float32), jnp.asarray(gain, dtype)]
     expected = jax.jit(functools.partial(reference.add_norm, eps=1e-6))(*args)
     assert_rounded_alike(add_norm(*args, 1e-6), expected, dtype)
     tiled = functools.partial(norm.add_norm, eps=1e-6, tiles=norm.Tiles(1 if tokens == 1 else 2, 4))
@@ -272,6 +275,26 @@ def test_linear_layers_of_a_row(weights, features, depth, dtype):
         got, want = (np.asarray(array, np.float32) for array in pair)
         assert got.shape == want.shape == (1, features)
         assert np.abs(got - want).max() <= TOLERANCE[dtype] * np.abs(want).max()
+
+
+FEW = [(1, 4096, 1024), (2, 3072, 1024), (1, 1024, 3072), (2, 6144, 2048), (1, 2048, 6144)]  # of 0.6B and 1.7B
+FEW += [(1, 151936, 1024), (2, 1000, 600), (1, 3000, 1100), (1, 40, 513)]  # a vocabulary, and ends inside tiles
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("shape", FEW, ids=str)
+@pytest.mark.parametrize("rows", [2, 8, 31, 64])
+def test_linear_layers_of_few_rows(rows, shape, dtype):
+    """Sums of products of 16-bit numbers, which tensor cores add up in float32, if not in one order."""
+    rng = np.random.default_rng(rows)
+    x, weight = (jnp.asarray(rng.standard_normal(size) / 8, dtype) for size in ((rows, shape[2]), shape))
+    parts = few.parts_of(weight)
+    for kind in (dtype, jnp.float32) if shape[0] == 1 else (dtype,):
+        y = few_linear(x, weight, dtype=kind)
+        assert y.shape == (parts, rows, shape[1])
+        assert y.dtype == (jnp.float32 if parts > 1 else kind)
+        got, want = (np.asarray(y, np.float32).sum(axis=0) for y in (y, reference.few_linear(x, weight, dtype=y.dtype)))
+        assert np.abs(got - want).max() <= {2: 1e-2, 4: 1e-4}[y.dtype.itemsize] * np.abs(want).max()
 
 
 @pytest.mark.parametrize("apart", [True, False])

@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 from nanovllm_jax.kernels import (
     add_norm,
+    few_linear,
     fixed_matmul,
     norm_rope_store,
     paged_decode_attention,
@@ -58,8 +59,8 @@ def store_case(tokens, group, pool):
 
 
 def norm_case(tokens, features, dtype=jnp.bfloat16):
-    x = jax.ShapeDtypeStruct((tokens, features), dtype)
-    return functools.partial(add_norm, eps=1e-6), (x, x, jax.ShapeDtypeStruct((features,), dtype))
+    x, delta = (jax.ShapeDtypeStruct((*parts, tokens, features), dtype) for parts in ((), (1,)))
+    return functools.partial(add_norm, eps=1e-6), (x, delta, jax.ShapeDtypeStruct((features,), dtype))
 
 
 def matmul_case(rows, features, depth, dtype=jnp.bfloat16):
@@ -125,6 +126,16 @@ def test_linear_layers_of_a_row_lower_to_one_kernel(weights, features, depth):
     assert custom_calls(lowered_for_cuda(fused, row, row, gain, weight)) == [PALLAS]
     part = jax.ShapeDtypeStruct((features, depth), jnp.bfloat16)
     assert custom_calls(lowered_for_cuda(row_linear, row, part)) == [PALLAS]
+
+
+@pytest.mark.parametrize(
+    ("weights", "features", "depth"),
+    [(1, 4096, 1024), (2, 3072, 1024), (1, 1024, 3072), (1, 151936, 1024), (2, 40, 600)],
+)
+def test_linear_layers_of_few_rows_lower_to_one_kernel(weights, features, depth):
+    for rows, dtype in ((2, jnp.bfloat16), (33, jnp.float16), (64, jnp.bfloat16)):
+        x, weight = (jax.ShapeDtypeStruct(shape, dtype) for shape in ((rows, depth), (weights, features, depth)))
+        assert custom_calls(lowered_for_cuda(few_linear, x, weight)) == [PALLAS]
 
 
 @pytest.mark.parametrize(("group", "pool"), SHAPES, ids=str)

@@ -13,15 +13,18 @@ EPS = 1e-6
 FEATURES = [1024, 2560, 4096, 5120, 48]  # of Qwen3 0.6B, 4B, 8B and 14B, and a small one
 
 
-def inputs(tokens, features, dtype):
+def inputs(tokens, features, dtype, parts=1):
+    """Parts of 16-bit numbers are float32: what adds them up rounds once."""
     rng = np.random.default_rng(features)
-    x, delta = rng.standard_normal((2, tokens, features)) * 3
-    return tuple(jnp.asarray(x, dtype) for x in (x, delta, rng.uniform(0.5, 2, features)))
+    x, *delta = rng.standard_normal((1 + parts, tokens, features)) * 3
+    delta = jnp.asarray(delta, dtype if parts == 1 else jnp.float32)
+    return jnp.asarray(x, dtype), delta, jnp.asarray(rng.uniform(0.5, 2, features), dtype)
 
 
 def expected_of(x, delta, gain):
     """float32, rounded to the dtype after each step that transformers rounds."""
-    total = (np.asarray(x, np.float32) + np.asarray(delta, np.float32)).astype(x.dtype)
+    delta = functools.reduce(np.add, np.asarray(delta, np.float32)).astype(x.dtype).astype(np.float32)
+    total = (np.asarray(x, np.float32) + delta).astype(x.dtype)
     wide = total.astype(np.float32)
     normed = (wide / np.sqrt((wide * wide).mean(axis=-1, keepdims=True) + EPS)).astype(x.dtype)
     return total, normed * np.asarray(gain)
@@ -39,18 +42,20 @@ def assert_rounded_alike(got, want):
         assert np.mean(a != b) < 0.002
 
 
+@pytest.mark.parametrize("parts", [1, 2, 4])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-def test_oracle_equals_numpy(dtype):
-    args = inputs(5, 2560, dtype)
+def test_oracle_equals_numpy(dtype, parts):
+    args = inputs(5, 2560, dtype, parts)
     assert_rounded_alike(add_norm(*args, EPS), expected_of(*args))
 
 
 @pytest.mark.parametrize("features", FEATURES)
 @pytest.mark.parametrize(
-    ("tokens", "tile", "dtype"), [(5, 1, jnp.bfloat16), (7, 4, jnp.float16), (1, 1, jnp.float32), (3, 2, jnp.float32)]
+    ("tokens", "tile", "dtype", "parts"),
+    [(5, 1, jnp.bfloat16, 4), (7, 4, jnp.float16, 1), (1, 1, jnp.float32, 1), (3, 2, jnp.float32, 3)],
 )
-def test_kernel_equals_numpy(tokens, tile, dtype, features):
-    args = inputs(tokens, features, dtype)
+def test_kernel_equals_numpy(tokens, tile, dtype, parts, features):
+    args = inputs(tokens, features, dtype, parts)
     got = norm.add_norm(*args, eps=EPS, tiles=norm.Tiles(tile, num_warps=4), interpret=True)
     assert_rounded_alike(got, expected_of(*args))
 
@@ -59,15 +64,16 @@ def test_kernel_equals_numpy(tokens, tile, dtype, features):
 def test_fixed_does_not_depend_on_the_other_rows(features):
     """Without it XLA adds some of these up in another order, where there are more rows."""
     x, delta, gain = inputs(70, features, jnp.float32)
-    for got, want in zip(add_norm(x[:3], delta[:3], gain, EPS, fixed=True), add_norm(x, delta, gain, EPS, fixed=True)):
+    few, many = (add_norm(x[:rows], delta[:, :rows], gain, EPS, fixed=True) for rows in (3, 70))
+    for got, want in zip(few, many):
         np.testing.assert_array_equal(got, want[:3])
 
 
 def test_gradient_equals_that_of_plain_jnp():
-    args, weights = inputs(3, 48, jnp.float32), np.random.default_rng(1).standard_normal((2, 3, 48))
+    args, weights = inputs(3, 48, jnp.float32, parts=2), np.random.default_rng(1).standard_normal((2, 3, 48))
 
     def plain(x, delta, gain):
-        total = x + delta
+        total = x + delta.sum(axis=0)
         return total, total / jnp.sqrt(jnp.mean(total * total, axis=-1, keepdims=True) + EPS) * gain
 
     def gradients(f):
@@ -85,5 +91,5 @@ def test_a_kernel_runs_without_jit():
     x = jnp.ones((2, 48))
     compiled = kernel(functools.partial(norm.add_norm, interpret=True), static_argnames="eps")
     with jax.disable_jit():
-        total, _ = compiled(x, x, x[0], eps=1e-6)
+        total, _ = compiled(x, x[None], x[0], eps=1e-6)
     assert (total == 2).all()

@@ -26,7 +26,7 @@ def inputs(weights, features, depth, dtype):
 
 def expected_of(x, delta, gain, weight):
     """In float64 from the norm as it is rounded."""
-    total, normed = (np.asarray(part, np.float64) for part in add_norm(x, delta, gain, EPS))
+    total, normed = (np.asarray(part, np.float64) for part in add_norm(x, delta[None], gain, EPS))
     y = [normed @ np.asarray(part, np.float64).T for part in weight]
     return total, y[0] if len(y) == 1 else y[0] / (1 + np.exp(-y[0])) * y[1]
 
@@ -47,7 +47,7 @@ interpreted = functools.partial(row.row_norm_linear, eps=EPS, interpret=True)
 def test_norm_and_linear(function, shape, dtype):
     args = inputs(*shape, dtype)
     total, y = function(*args)
-    np.testing.assert_array_equal(np.asarray(total), np.asarray(add_norm(*args[:3], EPS)[0]))
+    np.testing.assert_array_equal(np.asarray(total), np.asarray(args[0] + args[1]))
     assert_close(y, expected_of(*args)[1], dtype)
 
 
@@ -91,7 +91,7 @@ def test_gradients_are_those_of_the_parts():
     args = inputs(2, 48, 1024, jnp.float32)
 
     def parts(x, delta, gain, weight):
-        total, normed = add_norm(x, delta, gain, EPS)
+        total, normed = add_norm(x, delta[None], gain, EPS)
         gate, up = (row_linear(normed, part) for part in weight)
         return total, jax.nn.silu(gate) * up
 
@@ -108,9 +108,9 @@ def test_a_layer_of_one_row(kind, out):
     options = dict(axes=(*[None] * len(out), "embed"), dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     layer, norm = kind(1024, out, **options), RMSNorm(1024, EPS, dtype=jnp.bfloat16)
     x, delta = jnp.asarray(np.random.default_rng(0).standard_normal((2, 2, 1024)), jnp.bfloat16)
-    both, one = layer.of_sum(norm, x, delta), layer.of_sum(norm, x[:1], delta[:1])
+    both, one = layer.of_sum(norm, x, delta[None]), layer.of_sum(norm, x[:1], delta[None, :1])
     assert one[1].shape == (1, *both[1].shape[1:])
     np.testing.assert_array_equal(one[0], both[0][:1])
     assert_close(one[1], np.asarray(both[1][:1], np.float64), jnp.bfloat16)
-    assert "row_norm_linear" in str(jax.make_jaxpr(lambda x: layer.of_sum(norm, x, x))(x[:1]))
-    assert "row_norm_linear" not in str(jax.make_jaxpr(lambda x: layer.of_sum(norm, x, x))(x))
+    assert "row_norm_linear" in str(jax.make_jaxpr(lambda x: layer.of_sum(norm, x, x[None]))(x[:1]))
+    assert "row_norm_linear" not in str(jax.make_jaxpr(lambda x: layer.of_sum(norm, x, x[None]))(x))
