@@ -31,7 +31,7 @@ class Tiles(NamedTuple):
 
 
 def default_tiles(weights: int, features: int) -> Tiles:
-    """Settings for an H200: some tiles to each of its SMs."""
+    """Settings for an H200: a tile to each of its SMs, or more."""
     if weights == 2:
         return Tiles(features=16, depth=128, num_warps=2, num_stages=4)
     return Tiles(features=32 if features <= 2**15 else 64, depth=128, num_warps=4, num_stages=4)

@@ -61,7 +61,7 @@ def few_linear(x, weight, *, parts=1, dtype):
     """See nanovllm_jax.kernels.few_linear."""
     if len(weight) == 2:
         return swiglu(x, weight)[None].astype(dtype)
-    # A part more than there are is no part: zeros.
+    # Parts of one size: zeros add nothing.
     x, weight = (jnp.pad(array, ((0, 0), (0, -array.shape[1] % parts))) for array in (x, weight[0]))
     x, weight = (array.reshape(len(array), parts, -1).swapaxes(0, 1) for array in (x, weight))
     return jax.vmap(_product)(x, weight).astype(dtype)

@@ -142,4 +142,6 @@ def test_a_layer_in_parts():
     for got, want in zip(add_norm(residual, parts, gain, EPS), add_norm(residual, summed, gain, EPS)):
         np.testing.assert_array_equal(got, want)
     np.testing.assert_array_equal(biased.parts(x), biased(x)[None])
+    gated = GatedLinear(1024, (2, 512), axes=(None, None, "embed"), dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    np.testing.assert_array_equal(gated.parts(x), gated(x)[None])
     assert biased.no_parts((6,)).shape == (1, 6, 512)
