@@ -56,6 +56,7 @@ def part_depth(depth: int, parts: int, tile: int) -> int:
 
 def _few_kernel(x_ref, weight_ref, out_ref, *, rows: int, part: int, tiles: Tiles):
     (used_rows, depth), (weights, features, _), dtype = x_ref.shape, weight_ref.shape, x_ref.dtype
+    whole_depth = depth == part * out_ref.shape[0]  # else a part ends inside a tile, or is not there at all
     feature, start = pl.program_id(0) * tiles.features, pl.program_id(1) * part
     all_rows, own = pl.ds(0, rows), pl.ds(feature, tiles.features)
     live_rows = _inside(0, rows, used_rows, used_rows == rows)
@@ -63,7 +64,7 @@ def _few_kernel(x_ref, weight_ref, out_ref, *, rows: int, part: int, tiles: Tile
 
     def step(i, sums):
         first = start + i * tiles.depth
-        at, live_depth = pl.ds(first, tiles.depth), _inside(first, tiles.depth, depth, depth % part == 0)
+        at, live_depth = pl.ds(first, tiles.depth), _inside(first, tiles.depth, depth, whole_depth)
         x = plgpu.load(x_ref.at[all_rows, at], **_masked(live_rows, live_depth, (rows, tiles.depth)))
         masked = _masked(live_features, live_depth, (tiles.features, tiles.depth))
         tile = [plgpu.load(weight_ref.at[jnp.int32(w), own, at], **masked) for w in range(weights)]

@@ -81,6 +81,39 @@ def test_each_device_has_its_share(reports):
     assert reports["2x2"]["shares"] == {"matrices": [1 / 2], "norms": [1], "cache": [1 / 4]}
 
 
+A_LAYER = """
+import jax
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 2)
+import jax.numpy as jnp, numpy as np
+from flax import nnx
+from jax.sharding import PartitionSpec as Spec
+from nanovllm_jax.kernels import whole
+from nanovllm_jax.layers.linear import Linear
+from nanovllm_jax.parallel.sharding import make_mesh, per_device
+
+layer = Linear(1024, (512,), axes=("embed", "mlp"), dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+x = jax.random.normal(jax.random.key(0), (5, 1024), jnp.bfloat16)
+assert layer.parts(x).shape == (4, 5, 512)
+leaves, treedef = jax.tree.flatten(layer)
+
+def parts(x, *leaves):
+    layer = jax.tree.unflatten(treedef, leaves)
+    assert layer.no_parts((5,)).shape == (1, 5, 512)
+    return layer.parts(x)
+
+share = Spec(None, "model")
+both = jax.jit(per_device(parts, make_mesh(2), (share, share), Spec()))(x, *leaves)
+got, want = (np.asarray(whole(p, x.dtype), np.float32) for p in (both, layer.parts(x)))
+np.testing.assert_allclose(got, want, rtol=0.02, atol=0.02 * np.abs(want).max())
+"""
+
+
+def test_a_layer_in_parts_is_summed_over_devices():
+    """There it has one part, the devices' sum."""
+    run(sys.executable, "-c", A_LAYER)
+
+
 def check_collectives(report, data, model, layers):
     """Of a decode step with 4 rows: two sums a layer and one for the embedding, and a gather of pairs."""
     rows, hidden, vocab, top = 4, 48, 512, 20

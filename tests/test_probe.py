@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from small_model import SMALL, assert_idle, small_llm, write_checkpoint
 
 from nanovllm_jax import Probe, SamplingParams
@@ -114,6 +115,28 @@ def test_preempted_sequences_have_each_position_once(llm, expected):
     assert llm.scheduler.num_preemptions > before
     for output in outputs:
         assert_captured(output, expected)
+
+
+def test_layers_that_hand_on_parts_of_sums():
+    """As they do for up to 64 rows of 16 bits: each place is what it is among more rows."""
+    config = replace(SMALL, hidden_size=512, intermediate_size=512, head_dim=64)
+    model = Qwen3ForCausalLM(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    probe = Probe(capture=PLACES, edit={"residual.0": lambda x, steering: x + steering}, steering_size=512)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 511, 100))
+
+    def captured(rows):
+        watch = Watch(probe, model, jnp.linspace(-1, 1, 512)[None])
+        hidden, _ = model(tokens[:rows], jnp.arange(rows), None, causal_attention, watch.run_layer)
+        watch.take("logits", model.logits(hidden))
+        return watch.captured
+
+    in_parts, whole = captured(40), captured(100)
+    down = model.layers[0].mlp.down_proj
+    assert (len(down.no_parts((40,))), len(down.no_parts((100,)))) == (4, 1)
+    for place in PLACES:
+        assert in_parts[place].dtype == whole[place].dtype
+        got, want = (np.asarray(array[place], np.float32)[:40] for array in (in_parts, whole))
+        np.testing.assert_allclose(got, want, atol=0.02 * np.abs(want).max(), err_msg=place)
 
 
 def test_each_request_is_steered_by_its_own_vector(llm, expected):

@@ -23,19 +23,15 @@ def matmul(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype | None = None) 
 
     float32 inputs use full-precision products: on a GPU the default would be TF32.
     """
-    if kernels.is_few_rows(x, weight):
-        return kernels.whole(matmul_parts(x, weight, out_dtype), out_dtype or x.dtype)
+    matrix = weight.reshape(-1, weight.shape[-1])
+    if kernels.is_few_rows(x, matrix):
+        parts = kernels.few_linear(x, matrix[None], dtype=out_dtype)
+        return kernels.whole(parts, out_dtype or x.dtype).reshape(-1, *weight.shape[:-1])
     if out_dtype is None and kernels.is_row(x, weight, normed=False):
-        return kernels.row_linear(x, weight.reshape(-1, weight.shape[-1])).reshape(1, *weight.shape[:-1])
+        return kernels.row_linear(x, matrix).reshape(1, *weight.shape[:-1])
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     contract = (((x.ndim - 1,), (weight.ndim - 1,)), ((), ()))
     return lax.dot_general(x, weight, contract, precision=precision, preferred_element_type=out_dtype or x.dtype)
-
-
-def matmul_parts(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
-    """`matmul` of a few rows as parts [S, ..., *F] that add up to it."""
-    y = kernels.few_linear(x, weight.reshape(1, -1, weight.shape[-1]), dtype=out_dtype)
-    return y.reshape(*y.shape[:-1], *weight.shape[:-1])
 
 
 MatMul = Callable  # matmul or fixed_matmul
@@ -79,9 +75,9 @@ class Linear(nnx.Module):
     def parts(self, x: jax.Array) -> jax.Array:
         """x [..., in] -> [S, ..., *out], whose sum over S is what this layer gives: for `of_sum` of the next one."""
         weight = self.weight[...]
-        plain = self.matmul is matmul and self.bias is None and self.products == 1
+        plain = self.matmul is matmul and self.bias is None and weight.ndim == 2
         if plain and not is_summed_over(self.in_axis) and kernels.is_few_rows(x, weight):
-            return matmul_parts(x, weight)
+            return kernels.few_linear(x, weight[None])
         return self(x)[None]
 
     def no_parts(self, leading: tuple[int, ...]) -> jax.Array:

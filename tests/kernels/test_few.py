@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from nanovllm_jax.kernels import add_norm, few, few_linear, is_few_rows, reference, whole
 
-from nanovllm_jax.layers.linear import GatedLinear, Linear
+from nanovllm_jax.layers.linear import GatedLinear, Linear, matmul
 from nanovllm_jax.layers.norm import RMSNorm
 
 EPS, PARTS = 1e-6, few.PARTS
@@ -23,6 +23,7 @@ CASES = [
     (33, 1, 72, 1160, PARTS),
 ]
 CASES += [(7, 1, 33, 520, 3), (3, 1, 32, 513, 8)]  # parts of which the last have little, or nothing
+CASES += [(5, 1, 48, 768, PARTS), (5, 1, 48, 1152, PARTS)]  # depths that are whole parts, but fewer than there are
 
 
 def inputs(rows, weights, features, depth, dtype):
@@ -72,6 +73,22 @@ def test_tiles(tiles):
     assert_close(y, expected_of(x, weight), jnp.float32)
 
 
+@pytest.mark.parametrize("tile", [32, 64, 128, 256])
+@pytest.mark.parametrize("depth", range(512, 1537, 64))
+def test_depths(depth, tile):
+    """Nothing is left out and nothing read twice or past the end, where interpreted kernels have NaN."""
+    x, weight = inputs(3, 1, 32, depth, jnp.float32)
+    y = interpreted(x, weight, parts=PARTS, dtype=x.dtype, tiles=few.Tiles(32, tile, 4, 2))
+    assert_close(y.sum(axis=0), expected_of(x, weight), jnp.float32)
+
+
+def test_swiglu_rounds_where_transformers_does():
+    """The same numbers as the oracle's but for sums that lay between two."""
+    x, weight = inputs(32, 2, 200, 512, jnp.bfloat16)
+    got, want = (np.asarray(function(x, weight, dtype=x.dtype)) for function in (interpreted, oracle))
+    assert np.mean(got != want) < 0.01
+
+
 @pytest.mark.parametrize(
     ("rows", "weight", "is_few"),
     [
@@ -82,16 +99,30 @@ def test_tiles(tiles):
         ((65, 1024), (3072, 1024), False),
         ((1, 1024), (3072, 1024), False),
         ((64, 6144), (2048, 6144), True),
+        ((32, 4096), (8, 6, 128, 4096), False),
         ((2, 2560), (2, 9728, 2560), False),
         ((2, 8, 1024), (3072, 1024), False),  # training's
         ((2, 64), (128, 64), False),
     ],
 )
 def test_which_arrays(rows, weight, is_few):
+    """Those of `matmul`, and for SwiGLU the two matrices."""
     x, weight = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in (rows, weight))
-    assert is_few_rows(x, weight) == is_few
+    if weight.shape[0] == 2:
+        assert is_few_rows(x, weight) == is_few
+    else:
+        assert ("few_linear" in str(jax.make_jaxpr(matmul)(x, weight))) == is_few
     wide = [jax.ShapeDtypeStruct(array.shape, jnp.float32) for array in (x, weight)]
     assert not is_few_rows(*wide)
+
+
+@pytest.mark.parametrize("features", [64, 2100])
+def test_a_product_that_is_not_rounded(features):
+    """As logits are, in parts or not."""
+    x, [weight] = inputs(5, 1, features, 512, jnp.bfloat16)
+    y = matmul(x, weight, jnp.float32)
+    assert y.dtype == jnp.float32
+    assert_close(y, expected_of(x, weight[None]), jnp.float32)
 
 
 @pytest.mark.parametrize(("weights", "features", "parts"), [(2, 48, 1), (1, 2100, 1), (1, 48, PARTS)])

@@ -279,6 +279,7 @@ def test_linear_layers_of_a_row(weights, features, depth, dtype):
 
 FEW = [(1, 4096, 1024), (2, 3072, 1024), (1, 1024, 3072), (2, 6144, 2048), (1, 2048, 6144)]  # of 0.6B and 1.7B
 FEW += [(1, 151936, 1024), (2, 1000, 600), (1, 3000, 1100), (1, 40, 513)]  # a vocabulary, and ends inside tiles
+FEW += [(1, 1024, 768), (1, 1024, 1152)]  # fewer whole parts than there are
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
