@@ -6,7 +6,8 @@ from typing import Any
 from nanovllm_jax.engine.prompts import Prompt, encode
 
 Message = dict[str, Any]
-OWN_ARGUMENTS = ("add_generation_prompt", "conversation", "return_dict", "tokenize", "tools")
+OWN_ARGUMENTS = ("add_generation_prompt", "conversation", "max_length", "padding", "return_dict", "return_tensors")
+OWN_ARGUMENTS += ("tokenize", "tools", "truncation")
 
 
 def chat_prompt(

@@ -9,6 +9,7 @@ from typing import Any
 
 from nanovllm_jax.layers.rope import RopeConfig
 from nanovllm_jax.probe import Probe
+from nanovllm_jax.sampling_params import plain
 
 DTYPES = {
     "float32": "float32",
@@ -292,11 +293,12 @@ class EngineConfig:
             "process_id",
         )
         for name in (*optional, "tensor_parallel_size", "data_parallel_size", "block_size", "seed"):
-            value = getattr(self, name)
+            value = plain(getattr(self, name))
             if value is None and name in optional:
                 continue
             if type(value) is not int:
                 raise TypeError(f"{name} must be an integer, not {value!r}")
+            object.__setattr__(self, name, value)
             least = {"max_model_len": 2, "process_id": 0}.get(name, 1)  # one token of the prompt, one generated
             if value < least and name != "seed":
                 raise ValueError(f"{name} must be at least {least}, not {value}")
@@ -315,7 +317,7 @@ class EngineConfig:
             )
         if self.block_size not in (16, 32, 64, 128, 256):
             raise ValueError(f"block_size must be 16, 32, 64, 128 or 256, not {self.block_size}")
-        utilization = self.gpu_memory_utilization
+        utilization = plain(self.gpu_memory_utilization)
         if type(utilization) not in (int, float):
             raise TypeError(f"gpu_memory_utilization must be a number, not {utilization!r}")
         if not 0 < utilization <= 1:

@@ -6,7 +6,6 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm.auto import tqdm
 
 from nanovllm_jax.chat import Message, chat_prompt
@@ -18,7 +17,7 @@ from nanovllm_jax.engine.one_thread import by_one_thread
 from nanovllm_jax.engine.prompts import Prompt
 from nanovllm_jax.engine.requests import Request
 from nanovllm_jax.outputs import RequestOutput
-from nanovllm_jax.sampling_params import SamplingParams
+from nanovllm_jax.sampling_params import SamplingParams, plain
 
 
 class LLM(LLMEngine):
@@ -89,7 +88,7 @@ class LLM(LLMEngine):
         prompt share its keys and values through the prefix cache. Raises as `generate` does.
         """
         self._check_idle("score()")
-        prompts, completions = _as_list(prompts), _as_list(completions)
+        prompts, completions = _as_list(prompts), _as_list(completions, "completions")
         if len(prompts) != len(completions):
             raise ValueError(f"score() needs as many completions as prompts, not {len(completions)} for {len(prompts)}")
         requests = self.door.check_scores(prompts, completions)
@@ -138,14 +137,16 @@ class LLM(LLMEngine):
     def _stream(self, requests: list[Request]) -> Generator[RequestOutput, None, None]:
         self._check_idle("stream()")  # which time has passed since
         try:
-            request_ids = {self.start_request(request) for request in requests}
+            for request in requests:
+                self.start_request(request)
+            own = set(map(id, requests))
             while self._requests or self._ready:
-                if not self._requests.keys() <= request_ids:
+                if not own.issuperset(map(id, self._requests.values())):
                     raise RuntimeError("add_request() was called while a stream() was open, which needs the engine")
                 yield from self.step()
         finally:
             for request in requests:
-                if request.request_id is not None:  # it was started
+                if self._has(request):
                     self.abort_request(request.request_id)
 
     def _run(self, requests: list[Request], description: str, use_tqdm: bool) -> list[RequestOutput]:
@@ -200,12 +201,12 @@ class _Rates:
         return {"Prefill": f"{prefill / seconds:.0f}tok/s", "Decode": f"{decode / seconds:.0f}tok/s"}
 
 
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+def _as_list(prompts: Prompt | Sequence[Prompt], what: str = "prompts") -> list[Prompt]:
     """One prompt or many as a list: a list of integers is one prompt of token ids."""
     if isinstance(prompts, (str, dict)):
         return [prompts]
-    if isinstance(prompts, np.ndarray):
-        prompts = prompts.tolist()
+    prompts = plain(prompts)
     if not isinstance(prompts, (list, tuple)):
-        raise TypeError(f"prompts must be a string, a dict, token ids or a list of those, not {prompts!r}")
-    return [list(prompts)] if prompts and isinstance(prompts[0], Integral) else list(prompts)
+        kinds = "a string, a dict, token ids" if what == "prompts" else "a string, token ids"
+        raise TypeError(f"{what} must be {kinds} or a list of those, not {prompts!r}")
+    return [list(prompts)] if prompts and isinstance(plain(prompts[0]), Integral) else list(prompts)

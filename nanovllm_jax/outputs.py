@@ -78,6 +78,7 @@ class RequestOutput:
     prompt: str | None
     """The prompt's text, where it was given as text."""
     prompt_token_ids: list[int]
+    """A stream's outputs share one list: copy it to add to it."""
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     """For each prompt token, as CompletionOutput.logprobs, and None for the first. With a stream's first output."""
     outputs: list[CompletionOutput] = field(default_factory=list)

@@ -21,6 +21,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from nanovllm_jax.sampling_params import plain
+
 Capture = Callable[[nnx.Module, jax.Array], jax.Array]
 Edit = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -58,6 +60,7 @@ class Probe:
                 raise TypeError(f"an edit of {place!r} needs a function f(x, steering)")
             if not place.startswith("residual."):
                 raise ValueError(f"only the residual stream can be edited ('residual.3'), not {place!r}")
+        object.__setattr__(self, "steering_size", plain(self.steering_size))
         if type(self.steering_size) is not int or self.steering_size < 0:
             raise ValueError(f"steering_size must be an integer of at least 0, not {self.steering_size!r}")
 

@@ -6,13 +6,15 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
+
 MAX_LOGPROBS = 20
 """Most likely tokens that `logprobs` and `prompt_logprobs` can ask for."""
 
 FLOAT32_MAX = 3.4e38
 POSITIVE = math.ulp(0.0)
 NUMBERS = {  # least, most, and both in words
-    "temperature": (0, FLOAT32_MAX, "0 (greedy) or a positive number"),
+    "temperature": (0, FLOAT32_MAX, f"0 (greedy) or a positive number up to {FLOAT32_MAX}"),
     "top_p": (POSITIVE, 1, "above 0 and at most 1 (which is off)"),
     "min_p": (0, 1, "from 0 (which is off) to 1"),
     "presence_penalty": (-2, 2, "from -2 to 2"),
@@ -116,7 +118,13 @@ class SamplingParams:
             raise ValueError(f"n={self.n} with temperature=0 would be the same text {self.n} times: use n=1, or sample")
 
 
+def plain(value: Any) -> Any:
+    """An array of any library (NumPy's, JAX'), or a scalar of its, as a list or a Python number; all else as it is."""
+    return np.asarray(value).tolist() if hasattr(value, "__array__") else value
+
+
 def _number(name: str, value: Any, least: float, most: float, words: str) -> float:
+    value = plain(value)
     if isinstance(value, bool) or not isinstance(value, (float, int, Real)):  # the usual ones first, which are quick
         raise TypeError(f"{name} must be a number, not {value!r}")
     if not least <= value <= most:  # false for NaN
@@ -129,6 +137,7 @@ def _number(name: str, value: Any, least: float, most: float, words: str) -> flo
 
 def _integer(name: str, value: Any, least: int, most: float, words: str) -> int | None:
     """An integer of any kind, such as NumPy's, as Python's; True and False are refused."""
+    value = plain(value)
     if value is None and name in OPTIONAL:
         return None
     if not _is_integer(value):
@@ -153,7 +162,7 @@ def _strings(stop: Any) -> tuple[str, ...]:
 
 def _token_ids(ids: Any) -> tuple[int, ...]:
     try:
-        listed = () if ids is None else tuple(ids)
+        listed = () if ids is None else tuple(plain(ids))
     except TypeError:
         listed = None
     if listed is None or isinstance(ids, (str, bytes, Mapping)):
@@ -182,7 +191,8 @@ def _steering(numbers: Any) -> tuple[float, ...] | None:
     if numbers is None:
         return None
     try:
-        listed = (numbers,) if isinstance(numbers, Real) else tuple(numbers)
+        listed = plain(numbers)
+        listed = (listed,) if isinstance(listed, Real) else tuple(listed)
     except TypeError:
         listed = None
     if listed is None or isinstance(numbers, (str, bytes, Mapping)):

@@ -81,6 +81,8 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.requests is not None and args.requests < 1:
         parser.error(f"--requests must be at least 1, not {args.requests}")
+    if args.report and not args.report.is_file():
+        parser.error(f"--report {args.report} is no file")
     return args
 
 

@@ -5,10 +5,12 @@ import math
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from small_model import SMALL
 
+from nanovllm_jax import Probe
 from nanovllm_jax.checkpoints.huggingface import config_json, parameter_sources
 from nanovllm_jax.config import EngineConfig, ModelConfig
 from nanovllm_jax.layers.rope import RopeConfig
@@ -284,6 +286,13 @@ BAD_OPTIONS = [
     (dict(load_format=None), ValueError, "load_format must be 'auto' or 'dummy', not None"),
     (dict(compilation_cache_dir=3), TypeError, "compilation_cache_dir must be a directory or None, not 3"),
 ]
+
+
+def test_integers_of_any_kind():
+    options = EngineConfig(max_model_len=np.int64(64), seed=jnp.int32(3), gpu_memory_utilization=np.float32(0.5))
+    assert options == EngineConfig(max_model_len=64, seed=3, gpu_memory_utilization=0.5)
+    assert {type(value) for value in (options.max_model_len, options.seed)} == {int}
+    assert Probe(steering_size=np.int64(3)).steering_size == 3
 
 
 @pytest.mark.parametrize(("options", "error", "message"), BAD_OPTIONS)

@@ -5,6 +5,7 @@ import re
 import shutil
 from dataclasses import replace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from small_model import OPTIONS, SMALL, assert_idle, small_llm, write_checkpoint
@@ -56,6 +57,9 @@ ONE_PROMPT = {
     "dict of an array": {"prompt_token_ids": np.array(PROMPT, np.int32)},
     "NumPy's integers": list(np.array(PROMPT)),
     "list of an array": [np.array(PROMPT)],
+    "JAX' array": jnp.array(PROMPT),
+    "list of JAX' arrays": [jnp.array(PROMPT)],
+    "JAX' integers": list(jnp.array(PROMPT)),
 }
 
 

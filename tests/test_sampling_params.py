@@ -4,6 +4,7 @@ import math
 import pickle
 from dataclasses import asdict, replace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from small_model import assert_idle, small_llm, write_checkpoint
@@ -37,7 +38,7 @@ def test_vllms_defaults():
     ) | dict(capture=False, steering=None)  # for a probe: this engine's own
 
 
-TEMPERATURE = r"temperature must be 0 \(greedy\) or a positive number, not "
+TEMPERATURE = r"temperature must be 0 \(greedy\) or a positive number up to 3.4e\+38, not "
 TOP_K = r"top_k must be at least 1, or 0 or -1 \(which are off\), and below 2\*\*31, not "
 
 BAD_PARAMS = [
@@ -163,6 +164,17 @@ def test_numpys_numbers_become_pythons():
     (bias,) = given.logit_bias.items()
     kinds = [type(value) for value in (given.temperature, given.max_tokens, given.seed, *bias)]
     assert kinds == [float, int, int, int, float]
+
+
+def test_arrays_of_jax_become_pythons_numbers():
+    ids, numbers = jnp.array([1, 2]), jnp.array([1.0, 2.0])
+    given = SamplingParams(temperature=jnp.float32(0.5), top_k=jnp.int32(3), stop_token_ids=ids, steering=numbers)
+    assert given == SamplingParams(temperature=0.5, top_k=3, stop_token_ids=[1, 2], steering=[1.0, 2.0])
+    assert SamplingParams(steering=jnp.float32(2)) == SamplingParams(steering=2.0)
+    kinds = [type(value) for value in (given.temperature, given.top_k, *given.stop_token_ids, *given.steering)]
+    assert kinds == [float, int, int, int, float, float]
+    with pytest.raises(TypeError, match=r"temperature must be a number, not \[0.5\]"):
+        SamplingParams(temperature=jnp.array([0.5]))
 
 
 def test_the_caller_may_change_what_it_gave():

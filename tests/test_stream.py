@@ -134,6 +134,33 @@ def test_the_engine_is_the_streams_alone(llm):
     assert_idle(llm)
 
 
+def test_an_old_stream_leaves_alone_who_has_its_ids_now(llm):
+    """Ids may be used again after a request's end, of which the stream's caller knows before the stream does."""
+    stream = llm.stream(PROMPT, GREEDY)
+    last = next(output for output in stream if output.finished)
+    assert llm.add_request([1, 2], GREEDY, request_id=last.request_id) == last.request_id
+    stream.close()
+    outputs = []
+    while llm.has_unfinished_requests():
+        outputs += llm.step()
+    assert [(output.prompt_token_ids, output.finished) for output in outputs] == [([1, 2], True)]
+    assert_idle(llm)
+
+
+def test_a_stream_does_not_run_who_has_its_ids_now(llm):
+    short = SamplingParams(temperature=0, max_tokens=1)
+    stream = llm.stream([PROMPT, [1, 2]], [short, GREEDY])
+    first = next(output for output in stream if output.finished)
+    llm.add_request([3], short, request_id=first.request_id)
+    with pytest.raises(RuntimeError, match=r"add_request\(\) was called while a stream\(\) was open"):
+        list(stream)
+    outputs = []
+    while llm.has_unfinished_requests():
+        outputs += llm.step()
+    assert [output.prompt_token_ids for output in outputs] == [[3]]
+    assert_idle(llm)
+
+
 # --- one's own loop ---
 
 

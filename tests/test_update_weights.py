@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from small_model import SMALL, assert_idle, join, random_tensors, small_llm, whole, write_checkpoint
 from test_model_runner import compiles
 
@@ -259,6 +260,8 @@ def test_bad_names(llm, models):
 def test_what_is_no_weights(llm, models):
     with pytest.raises(TypeError, match="weights must be a Qwen3ForCausalLM or a dict of arrays by path, not <class"):
         llm.update_weights(llm.runner.weights.leaves)
+    with pytest.raises(TypeError, match=r"of an nnx\.State make one by nnx\.merge\(graph, state\)"):
+        llm.update_weights(nnx.state(llm.model))
     with pytest.raises(ValueError, match="in_flight must be None, 'finish' or 'recompute', not 'now'"):
         llm.update_weights(models[1], in_flight="now")
 

@@ -5,14 +5,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from nanovllm_jax.engine.metrics import now
 from nanovllm_jax.engine.prompts import Prompt, check_params, check_probing, check_token_ids, encode, read_prompt
 from nanovllm_jax.engine.requests import Request
 from nanovllm_jax.engine.sequence import Scored
 from nanovllm_jax.outputs import RequestMetrics
-from nanovllm_jax.sampling_params import SamplingParams
+from nanovllm_jax.sampling_params import SamplingParams, plain
 
 # A request that is run for the log probabilities of its own tokens.
 SCORING = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False)
@@ -66,12 +64,10 @@ class Door:
     def check_score(self, prompt: Prompt, completion: str | Sequence[int]) -> Request:
         """A request whose `scored` will hold the log probabilities of the completion's tokens."""
         request = self.check_request(prompt, SCORING)
-        tokens = completion
+        tokens = plain(completion)
         if isinstance(completion, str):
             tokens = encode(self.tokenizer, completion, "completion", add_special_tokens=False)
-        elif isinstance(completion, np.ndarray) and completion.ndim:
-            tokens = completion.tolist()
-        elif not isinstance(completion, (list, tuple)):
+        elif not isinstance(tokens, (list, tuple)):
             raise TypeError(f"a completion is a string or a list of token ids, not {completion!r}")
         tokens = check_token_ids(list(tokens), self.vocab_size, "completion") if tokens else []
         length = len(request.prompt_token_ids)

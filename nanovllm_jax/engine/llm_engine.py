@@ -190,6 +190,11 @@ class LLMEngine(OneThread):
         """Whether this is a request that is unfinished, or has outputs that the next `step` returns."""
         return request_id in self._requests or any(output.request_id == request_id for output in self._ready)
 
+    def _has(self, request: Request) -> bool:
+        """Whether `knows` speaks of this very request: after its end another may have its id."""
+        is_ready = any(output.metrics is request.metrics for output in self._ready)
+        return is_ready or self._requests.get(request.request_id) is request
+
     @property
     def model(self) -> Any:
         """The Qwen3ForCausalLM that is served. Its arrays are the engine's own: to be read, and never donated."""

@@ -3,9 +3,7 @@
 from numbers import Integral
 from typing import Any
 
-import numpy as np
-
-from nanovllm_jax.sampling_params import SamplingParams
+from nanovllm_jax.sampling_params import SamplingParams, plain
 
 Prompt = str | list[int] | dict[str, Any]
 """A text, token ids, or a dict with "prompt" (a text), "prompt_token_ids", or both: then the ids are what runs."""
@@ -24,9 +22,7 @@ def read_prompt(prompt: Prompt, tokenizer: Any | None) -> tuple[str | None, list
         fields = {key: value for key, value in prompt.items() if value is not None}  # an output's own, given back
     else:
         raise ValueError(f"a prompt dict has the key 'prompt_token_ids' or 'prompt', not {list(prompt)}")
-    text, tokens = fields.get("prompt"), fields.get("prompt_token_ids")
-    if isinstance(tokens, np.ndarray):
-        tokens = tokens.tolist()
+    text, tokens = fields.get("prompt"), plain(fields.get("prompt_token_ids"))
     good_text = isinstance(text, str) or "prompt" not in fields
     good_tokens = isinstance(tokens, (list, tuple)) or "prompt_token_ids" not in fields
     if not (fields and good_text and good_tokens):
@@ -54,9 +50,9 @@ def check_token_ids(tokens: list, vocab_size: int, what: str = "prompt") -> list
     """Python integers, all in the vocabulary. A prompt may have 100,000: the good ones never meet a Python loop."""
     if set(map(type, tokens)) != {int}:
         for token in tokens:
-            if isinstance(token, bool) or not isinstance(token, Integral):
+            if isinstance(token, bool) or not isinstance(plain(token), Integral):
                 raise TypeError(f"{what} token ids must be integers, not {token!r}; one {what} is wanted here")
-        tokens = list(map(int, tokens))  # NumPy's
+        tokens = list(map(int, tokens))  # NumPy's and JAX'
     if min(tokens) < 0 or max(tokens) >= vocab_size:
         wrong = next(token for token in tokens if not 0 <= token < vocab_size)
         raise ValueError(f"{what} token id {wrong} is not in the vocabulary: 0 to {vocab_size - 1}")

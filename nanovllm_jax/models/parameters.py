@@ -56,6 +56,8 @@ def checked_weights(
         if copies > 1:
             fused = {path: array for path, array in weights.items() if "qkv_proj" in path and not _is_deleted(array)}
             weights |= {path: with_copies(array, copies) for path, array in fused.items()}
+    if isinstance(weights, nnx.State):
+        raise TypeError("weights must be a Qwen3ForCausalLM: of an nnx.State make one by nnx.merge(graph, state)")
     if not isinstance(weights, Mapping):
         raise TypeError(f"weights must be a Qwen3ForCausalLM or a dict of arrays by path, not {type(weights)}")
     check_parameters(weights, targets)
