@@ -6,6 +6,7 @@ between would take as long as this one. Shapes: T rows, D depth, F features, S p
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -41,7 +42,8 @@ def fits(x: jax.Array, weight: jax.Array) -> bool:
     """Whether x [T, D] is for this kernel, with weights [*F, D]: a few rows of 16 bits that are not short."""
     if x.ndim != 2 or x.dtype.itemsize != 2 or weight.dtype != x.dtype:
         return False
-    return 2 <= x.shape[0] <= MOST_ROWS and x.shape[1] >= 512 and min(weight.shape[-2:]) <= MOST_SIDE
+    depth, features = x.shape[1], math.prod(weight.shape[:-1])
+    return 2 <= x.shape[0] <= MOST_ROWS and depth >= 512 and min(depth, features) <= MOST_SIDE
 
 
 def parts_of(weight: jax.Array) -> int:

@@ -23,12 +23,11 @@ def matmul(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype | None = None) 
 
     float32 inputs use full-precision products: on a GPU the default would be TF32.
     """
-    matrix = weight.reshape(-1, weight.shape[-1])
-    if kernels.is_few_rows(x, matrix):
-        parts = kernels.few_linear(x, matrix[None], dtype=out_dtype)
+    if kernels.is_few_rows(x, weight):
+        parts = kernels.few_linear(x, weight.reshape(1, -1, weight.shape[-1]), dtype=out_dtype)
         return kernels.whole(parts, out_dtype or x.dtype).reshape(-1, *weight.shape[:-1])
     if out_dtype is None and kernels.is_row(x, weight, normed=False):
-        return kernels.row_linear(x, matrix).reshape(1, *weight.shape[:-1])
+        return kernels.row_linear(x, weight.reshape(-1, weight.shape[-1])).reshape(1, *weight.shape[:-1])
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     contract = (((x.ndim - 1,), (weight.ndim - 1,)), ((), ()))
     return lax.dot_general(x, weight, contract, precision=precision, preferred_element_type=out_dtype or x.dtype)

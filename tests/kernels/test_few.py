@@ -106,12 +106,9 @@ def test_swiglu_rounds_where_transformers_does():
     ],
 )
 def test_which_arrays(rows, weight, is_few):
-    """Those of `matmul`, and for SwiGLU the two matrices."""
     x, weight = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in (rows, weight))
-    if weight.shape[0] == 2:
-        assert is_few_rows(x, weight) == is_few
-    else:
-        assert ("few_linear" in str(jax.make_jaxpr(matmul)(x, weight))) == is_few
+    assert is_few_rows(x, weight) == is_few
+    assert ("few_linear" in str(jax.make_jaxpr(matmul)(x, weight))) == is_few
     wide = [jax.ShapeDtypeStruct(array.shape, jnp.float32) for array in (x, weight)]
     assert not is_few_rows(*wide)
 
