@@ -14,6 +14,7 @@ from small_model import SMALL, assert_idle, small_llm, write_checkpoint
 from nanovllm_jax import SamplingParams
 from nanovllm_jax.config import EngineConfig
 from nanovllm_jax.engine.memory import GIB, MemoryPlan, decide_num_blocks, memory_stats
+from nanovllm_jax.engine.model_runner import _check_for_gpu
 from nanovllm_jax.models.qwen3 import MLP
 
 GREEDY = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
@@ -145,6 +146,12 @@ def test_dtype_option(directory, dtype):
 def test_a_cpu_computes_16_bit_checkpoints_in_float32(tmp_path):
     config = replace(SMALL, dtype="bfloat16")
     assert small_llm(write_checkpoint(tmp_path, config)).runner.dtype == np.float32
+
+
+def test_a_gpu_needs_heads_of_a_power_of_two():
+    _check_for_gpu(SMALL)
+    with pytest.raises(ValueError, match=r"head_dim=96 is no power of two, .* a CPU can"):
+        _check_for_gpu(replace(SMALL, head_dim=96))
 
 
 def test_dummy_weights_need_only_a_config(tmp_path):

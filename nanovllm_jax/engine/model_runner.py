@@ -64,6 +64,8 @@ class ModelRunner:
         self.device = self.mesh.local_devices[0]
         self.num_processes, self.is_first_process = jax.process_count(), jax.process_index() == 0
         self.on_gpu = self.device.platform == "gpu"
+        if self.on_gpu:
+            _check_for_gpu(model_config)
         self.dtype = self._resolve_dtype()
         self.max_num_seqs = config.max_num_seqs or (512 if self.on_gpu else 32)
         self.max_num_batched_tokens = config.max_num_batched_tokens or (16384 if self.on_gpu else 1024)
@@ -337,6 +339,14 @@ class ModelRunner:
         state = specs_of(self._layout()[1])
         in_specs = (state, Spec(), Spec(), Spec())
         return jax.jit(per_device(write_tables, self.mesh, in_specs, state), donate_argnums=0)
+
+
+def _check_for_gpu(config: ModelConfig) -> None:
+    if config.head_dim.bit_count() != 1:
+        raise ValueError(
+            f"head_dim={config.head_dim} is no power of two, which Triton's tiles are: a GPU cannot run this model "
+            "here, a CPU can (JAX_PLATFORMS=cpu)"
+        )
 
 
 def _shared(config: EngineConfig) -> EngineConfig:
