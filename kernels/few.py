@@ -48,7 +48,8 @@ def fits(x: jax.Array, weight: jax.Array) -> bool:
 
 def parts_of(weight: jax.Array) -> int:
     """Into how many parts the sums of a layer with weights [W, F, D] are cut."""
-    return PARTS if len(weight) == 1 and weight.shape[1] <= MOST_FEATURES else 1
+    products, features, _ = weight.shape
+    return PARTS if products == 1 and features <= MOST_FEATURES else 1
 
 
 def part_depth(depth: int, parts: int, tile: int) -> int:

@@ -178,11 +178,11 @@ def row_case(rng, shape: Shape, pool, weights, features) -> Case:
 
 
 def few_case(rng, shape: Shape, pool, rows, weights, features) -> Case:
-    moved = float(weights * features * shape.hidden * shape.dtype.itemsize)
-    x = shape.random(rng, rows, shape.hidden)
-    sets = [(x, shape.random(rng, weights, features, shape.hidden)) for _ in range(sets_for(moved))]
-    parts = few.parts_of(sets[0][1])
+    x, weight = shape.random(rng, rows, shape.hidden), (weights, features, shape.hidden)
+    parts = few.parts_of(jax.ShapeDtypeStruct(weight, shape.dtype))
     kind = jnp.dtype(jnp.float32) if parts > 1 or features == VOCABULARY else shape.dtype
+    moved = float(weights * features * shape.hidden * shape.dtype.itemsize + parts * rows * features * kind.itemsize)
+    sets = [(x, shape.random(rng, *weight)) for _ in range(sets_for(moved))]
     functions = kernel_and_oracle(few, "few_linear", parts=parts, dtype=kind)
     name = f"{rows} x {weights} x {features}"
     return Case("few", name, *functions, sets, few.default_tiles(weights, features), moved)
