@@ -318,6 +318,7 @@ class EngineConfig:
         if self.block_size not in (16, 32, 64, 128, 256):
             raise ValueError(f"block_size must be 16, 32, 64, 128 or 256, not {self.block_size}")
         utilization = plain(self.gpu_memory_utilization)
+        object.__setattr__(self, "gpu_memory_utilization", utilization)
         if type(utilization) not in (int, float):
             raise TypeError(f"gpu_memory_utilization must be a number, not {utilization!r}")
         if not 0 < utilization <= 1:

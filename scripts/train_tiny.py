@@ -24,8 +24,7 @@ import optax
 from flax import nnx
 from tokenizers import Tokenizer
 
-from nanovllm_jax.checkpoints.huggingface import save_pretrained
-from nanovllm_jax.checkpoints.orbax import FOLDER
+from nanovllm_jax.checkpoints.huggingface import make_target, save_pretrained
 from nanovllm_jax.config import ModelConfig
 from nanovllm_jax.layers.attention import split_norm_rope
 from nanovllm_jax.models.qwen3 import Qwen3ForCausalLM
@@ -231,11 +230,11 @@ def parse_options() -> argparse.Namespace:
     if options.workers < 0:
         parser.error(f"--workers must be 0 or more, not {options.workers}")
     try:  # rather now than after the training
-        options.out.mkdir(parents=True, exist_ok=True)
+        make_target(options.out)
     except OSError as error:
         parser.error(f"--out {options.out} cannot be a directory: {error}")
-    if (options.out / FOLDER).is_dir():
-        parser.error(f"--out {options.out} holds Orbax weights, which would be loaded in place of the new ones")
+    except ValueError as error:
+        parser.error(f"--out {error}")
     return options
 
 

@@ -292,6 +292,7 @@ def test_integers_of_any_kind():
     options = EngineConfig(max_model_len=np.int64(64), seed=jnp.int32(3), gpu_memory_utilization=np.float32(0.5))
     assert options == EngineConfig(max_model_len=64, seed=3, gpu_memory_utilization=0.5)
     assert {type(value) for value in (options.max_model_len, options.seed)} == {int}
+    assert type(options.gpu_memory_utilization) is float
     assert Probe(steering_size=np.int64(3)).steering_size == 3
 
 

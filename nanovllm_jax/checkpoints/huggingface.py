@@ -216,15 +216,24 @@ class CheckpointFiles:
             raise ValueError(f"{self.directory}: {name} cannot be read: {error}") from error
 
 
-def save_pretrained(model: Qwen3ForCausalLM, directory: str | Path, dtype: np.dtype | None = None) -> None:
-    """Write config.json and model.safetensors that transformers opens; the tokenizer's files are the caller's.
+def make_target(directory: str | Path) -> Path:
+    """A directory for `save_pretrained`, made where there is none.
 
-    Raises ValueError for a directory with Orbax weights, which would be loaded in their place.
+    Raises OSError where it cannot be made, and ValueError where Orbax weights would be loaded in place of the new ones.
     """
     directory = Path(directory)
     if (directory / FOLDER).is_dir():
         raise ValueError(f"{directory} holds Orbax weights, which would be loaded in place of these: choose another")
     directory.mkdir(parents=True, exist_ok=True)
+    return directory
+
+
+def save_pretrained(model: Qwen3ForCausalLM, directory: str | Path, dtype: np.dtype | None = None) -> None:
+    """Write config.json and model.safetensors that transformers opens; the tokenizer's files are the caller's.
+
+    Raises as `make_target` does.
+    """
+    directory = make_target(directory)
     sources, tensors = parameter_sources(model.config), {}
     for path, param in parameters_of(model).items():
         array = np.asarray(jax.device_get(param[...]))

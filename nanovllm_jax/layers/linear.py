@@ -71,11 +71,16 @@ class Linear(nnx.Module):
         y = sum_over(self.in_axis, self.matmul(x, self.weight[...]))
         return y if self.bias is None else y + self.bias[...]
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether there are kernels for this layer: a product as `matmul` makes it, and no bias."""
+        return self.matmul is matmul and self.bias is None
+
     def parts(self, x: jax.Array) -> jax.Array:
         """x [..., in] -> [S, ..., *out], whose sum over S is what this layer gives: for `of_sum` of the next one."""
         weight = self.weight[...]
-        plain = self.matmul is matmul and self.bias is None and weight.ndim == 2
-        if plain and not is_summed_over(self.in_axis) and kernels.is_few_rows(x, weight):
+        alone = self.is_plain and weight.ndim == 2 and not is_summed_over(self.in_axis)
+        if alone and kernels.is_few_rows(x, weight):
             return kernels.few_linear(x, weight[None])
         return self(x)[None]
 
@@ -87,7 +92,7 @@ class Linear(nnx.Module):
     def of_sum(self, norm: nnx.Module, x: jax.Array, delta: jax.Array) -> tuple[jax.Array, jax.Array]:
         """x [..., in] and delta [S, ..., in], in parts -> their sum, and this layer of the sum's norm (an RMSNorm)."""
         weight = self.weight[...]
-        if self.matmul is matmul and self.bias is None and kernels.is_row(x, weight, normed=True):
+        if self.is_plain and kernels.is_row(x, weight, normed=True):
             matrices = weight.reshape(self.products, -1, weight.shape[-1])
             total, y = kernels.row_norm_linear(x, delta[0], norm.weight[...], matrices, norm.eps)
             return total, y.reshape(1, *weight.shape[self.products - 1 : -1])
@@ -103,7 +108,7 @@ class GatedLinear(Linear):
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., in] -> [..., out]."""
         weight = self.weight[...]
-        if self.matmul is matmul and self.bias is None:
+        if self.is_plain:
             if kernels.is_few_rows(x, weight):
                 return kernels.few_linear(x, weight)[0]
             if kernels.is_many_rows(x, weight):

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from linear_layers import assert_close, assert_layer_gives_the_same
 from nanovllm_jax.kernels import add_norm, few, few_linear, is_few_rows, reference, whole
 
 from nanovllm_jax.layers.linear import GatedLinear, Linear, matmul
-from nanovllm_jax.layers.norm import RMSNorm
 
 EPS, PARTS = 1e-6, few.PARTS
 DTYPES = [jnp.bfloat16, jnp.float16, jnp.float32]
@@ -35,11 +35,6 @@ def inputs(rows, weights, features, depth, dtype):
 def expected_of(x, weight):
     y = [np.asarray(x, np.float64) @ np.asarray(part, np.float64).T for part in weight]
     return y[0] if len(y) == 1 else y[0] / (1 + np.exp(-y[0])) * y[1]
-
-
-def assert_close(got, want, dtype):
-    tolerance = {2: 0.03, 4: 1e-5}[jnp.dtype(dtype).itemsize]
-    np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=tolerance, atol=tolerance * np.abs(want).max())
 
 
 oracle = reference.few_linear
@@ -141,16 +136,7 @@ def test_gradients_are_those_of_plain_jnp(weights, features, parts):
 
 @pytest.mark.parametrize(("kind", "out"), [(Linear, (4, 3, 8)), (GatedLinear, (2, 32))])
 def test_a_layer_of_few_rows(kind, out):
-    """It gives each row what it gives it among many, which go another way; in the same shape."""
-    options = dict(axes=(*[None] * len(out), "embed"), dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-    layer, norm = kind(1024, out, **options), RMSNorm(1024, EPS, dtype=jnp.bfloat16)
-    x, delta = jnp.asarray(np.random.default_rng(0).standard_normal((2, 70, 1024)), jnp.bfloat16)
-    many, some = layer.of_sum(norm, x, delta[None]), layer.of_sum(norm, x[:5], delta[None, :5])
-    assert some[1].shape == (5, *many[1].shape[1:])
-    np.testing.assert_array_equal(some[0], many[0][:5])
-    assert_close(some[1], np.asarray(many[1][:5], np.float64), jnp.bfloat16)
-    assert "few_linear" in str(jax.make_jaxpr(layer)(x[:5]))
-    assert "few_linear" not in str(jax.make_jaxpr(layer)(x))
+    assert_layer_gives_the_same(kind, out, few=5, many=70, kernel="few_linear")
 
 
 def test_a_layer_in_parts():

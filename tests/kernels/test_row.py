@@ -6,11 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from linear_layers import assert_close, assert_layer_gives_the_same
 from nanovllm_jax.kernels import add_norm, is_row, row, row_linear, row_norm_linear
 
 from nanovllm_jax.layers.linear import GatedLinear, Linear
-from nanovllm_jax.layers.norm import RMSNorm
 
 EPS = 1e-6
 DTYPES = [jnp.bfloat16, jnp.float16, jnp.float32]
@@ -29,12 +28,6 @@ def expected_of(x, delta, gain, weight):
     total, normed = (np.asarray(part, np.float64) for part in add_norm(x, delta[None], gain, EPS))
     y = [normed @ np.asarray(part, np.float64).T for part in weight]
     return total, y[0] if len(y) == 1 else y[0] / (1 + np.exp(-y[0])) * y[1]
-
-
-def assert_close(got, want, dtype):
-    assert got.dtype == dtype
-    tolerance = {2: 0.03, 4: 1e-5}[jnp.dtype(dtype).itemsize]
-    np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=tolerance, atol=tolerance * np.abs(want).max())
 
 
 oracle = functools.partial(row_norm_linear, eps=EPS)
@@ -104,13 +97,4 @@ def test_gradients_are_those_of_the_parts():
 
 @pytest.mark.parametrize(("kind", "out"), [(Linear, (4, 3, 8)), (GatedLinear, (2, 32))])
 def test_a_layer_of_one_row(kind, out):
-    """It gives what it gives that row among two, which go another way; in the same shape."""
-    options = dict(axes=(*[None] * len(out), "embed"), dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-    layer, norm = kind(1024, out, **options), RMSNorm(1024, EPS, dtype=jnp.bfloat16)
-    x, delta = jnp.asarray(np.random.default_rng(0).standard_normal((2, 2, 1024)), jnp.bfloat16)
-    both, one = layer.of_sum(norm, x, delta[None]), layer.of_sum(norm, x[:1], delta[None, :1])
-    assert one[1].shape == (1, *both[1].shape[1:])
-    np.testing.assert_array_equal(one[0], both[0][:1])
-    assert_close(one[1], np.asarray(both[1][:1], np.float64), jnp.bfloat16)
-    assert "row_norm_linear" in str(jax.make_jaxpr(lambda x: layer.of_sum(norm, x, x[None]))(x[:1]))
-    assert "row_norm_linear" not in str(jax.make_jaxpr(lambda x: layer.of_sum(norm, x, x[None]))(x))
+    assert_layer_gives_the_same(kind, out, few=1, many=2, kernel="row_norm_linear")
