@@ -174,14 +174,15 @@ def test_streams_bring_activations_at_their_end(llm, expected):
 
 def test_without_a_probe_the_programs_are_what_they_were(llm, monkeypatch):
     """Line by line those of a model whose loop knows nothing of probes."""
-    monkeypatch.setattr(llm.runner, "config", replace(llm.runner.config, probe=None))
-    lowered = {shape: llm.runner._lower(shape) for shape in llm.runner.buckets.all_shapes()}
+    settings = llm.runner.steps.settings
+    monkeypatch.setattr(llm.runner.steps, "settings", settings._replace(config=replace(settings.config, probe=None)))
+    lowered = {shape: llm.runner.steps.lower(shape) for shape in llm.runner.buckets.all_shapes()}
     monkeypatch.setattr(Qwen3ForCausalLM, "__call__", plain_model)
     monkeypatch.setattr(qwen3, "_run_layer", jax.jit(plain_layer))
     assert {shape.num_steps for shape in lowered} == {1, 4}
     for shape, program in lowered.items():
         assert program.out_info[0].activations == {}
-        assert program.as_text() == llm.runner._lower(shape).as_text().replace("plain_layer", "__call__")
+        assert program.as_text() == llm.runner.steps.lower(shape).as_text().replace("plain_layer", "__call__")
 
 
 def test_programs_with_a_probe_are_not_kept_on_disk(llm, monkeypatch):

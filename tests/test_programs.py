@@ -75,3 +75,25 @@ def test_a_directory_that_may_not_be_entered(tmp_path, program, caplog, monkeypa
     monkeypatch.setattr("pathlib.Path.exists", exists)
     assert store(tmp_path).load("name") is None
     assert "cannot be used (PermissionError: Permission denied" in caplog.text
+
+
+class Fails:
+    """A lowered program whose compiling fails so many times."""
+
+    def __init__(self, times, program):
+        self.times, self.program = times, program
+
+    def compile(self, options):
+        self.times -= 1
+        if self.times >= 0:
+            raise RuntimeError("Failed to launch ptxas")
+        return self.program
+
+
+def test_what_failed_beside_others_is_compiled_once_more(program):
+    assert store(None).compile_all([("a", Fails(1, program)), ("b", Fails(0, program))], lambda name: {}) == {
+        "a": program,
+        "b": program,
+    }
+    with pytest.raises(RuntimeError, match="ptxas"):
+        store(None).compile_all([("a", Fails(2, program))], lambda name: {})

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 
 from nanovllm_jax.checkpoints.huggingface import CheckpointFiles
@@ -15,7 +14,7 @@ from nanovllm_jax.checkpoints.orbax import FOLDER, OrbaxWeights
 from nanovllm_jax.checkpoints.random import random_parameters
 from nanovllm_jax.config import ModelConfig
 from nanovllm_jax.engine.memory import GIB, host_memory
-from nanovllm_jax.models.parameters import parameter_targets, set_parameters
+from nanovllm_jax.models.parameters import abstract_model, set_parameters
 from nanovllm_jax.models.qwen3 import Qwen3ForCausalLM
 
 TINY_MODEL = Path(__file__).parent.parent / "assets" / "tiny-qwen3"
@@ -80,12 +79,9 @@ class ModelLoader:
             self.files.check(config)
         else:
             _check_room(directory, config, dtype, mesh)
-        options = dict(dtype=dtype, deterministic=deterministic)
-        self.model = nnx.eval_shape(lambda: Qwen3ForCausalLM(config, rngs=nnx.Rngs(0), **options))
-        self.targets = parameter_targets(self.model, mesh)
+        self.model, self.targets = abstract_model(config, dtype, mesh, deterministic)  # until `load`
         if self.files:
             self.files.check_arrays(self.targets)
-        set_parameters(self.model, self.targets)  # shapes with their shardings, until `load`
 
     def sample(self) -> bytes | None:
         """What tells one checkpoint from another, without reading all of it; None of random weights."""

@@ -1,6 +1,7 @@
 """The device: KV cache, compiled programs, dispatch and collect. Of engine/, only this and weights.py import jax."""
 
 import logging
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -31,14 +32,15 @@ from nanovllm_jax.engine.memory import (
 )
 from nanovllm_jax.engine.schedule import ONE_STEP, RunAhead
 from nanovllm_jax.engine.weights import ServedWeights
-from nanovllm_jax.layers.attention import KVCache
 from nanovllm_jax.models.draw import DeviceState, LogprobArrays, write_tables
+from nanovllm_jax.models.lowering import helpers_for, lower_all
 from nanovllm_jax.models.parameters import ParameterPath, digest_of
 from nanovllm_jax.models.programs import ProgramStore
-from nanovllm_jax.models.step import StepOutput, engine_step, prompt_logprobs
+from nanovllm_jax.models.step import StepOutput, prompt_logprobs
+from nanovllm_jax.models.step_programs import ProgramSettings, StepPrograms
 from nanovllm_jax.parallel.backend import compiler_options
 from nanovllm_jax.parallel.processes import largest, same_everywhere
-from nanovllm_jax.parallel.sharding import DATA_AXIS, MODEL_AXIS, gather_groups, make_mesh, per_device, specs_of
+from nanovllm_jax.parallel.sharding import DATA_AXIS, make_mesh, per_device, specs_of
 from nanovllm_jax.parallel.sizes import split_config
 
 logger = logging.getLogger(__name__)
@@ -170,17 +172,9 @@ class ModelRunner:
             except Exception as error:
                 raise RuntimeError(f"the device failed, and its memory cannot be had back yet: {error}") from error
 
-    def _step(self, shape: BatchShape, leaves, caches, state, buffer):
-        # A module is a pytree; passed flat, it costs no Python at a call.
-        model = jax.tree.unflatten(self.weights.treedef, leaves)
-        static = dict(shape=shape, block_size=self.config.block_size, probe=self.config.probe)
-        output, caches, state = engine_step(model, caches, state, buffer, **static)
-        tokens, logprobs = jax.tree.map(partial(gather_groups, axis=1), (output.tokens, output.logprobs))
-        return output._replace(tokens=tokens, logprobs=logprobs), caches, state
-
     def _eager_step(self, shape: BatchShape, *args):
         with jax.disable_jit():
-            return self._program(shape)(*args[:-1], jnp.asarray(args[-1]))
+            return self.steps.function(shape)(*args[:-1], jnp.asarray(args[-1]))
 
     def _on_devices(self, buffer: np.ndarray) -> np.ndarray | jax.Array:
         """Numbers of all data groups, one group's after another's, where those groups' devices read them."""
@@ -210,6 +204,8 @@ class ModelRunner:
         wanted = self.max_num_seqs * (config.max_model_len or model.max_context)
         self.num_blocks = decide_num_blocks(plan, config, wanted)
         self.max_model_len = decide_max_model_len(config, model.max_context, self.num_blocks)
+        settings = ProgramSettings(config, model, self.dtype, self.max_num_seqs, self.num_blocks)
+        self.steps = StepPrograms(settings, self.mesh, self.weights.shapes, self.weights.treedef)
         width = -(-self.max_model_len // config.block_size)
         sizes = self.max_num_seqs, self.max_num_batched_tokens, width, self._run_ahead()
         is_large = not self._tokens_in_a_dispatch()
@@ -248,25 +244,10 @@ class ModelRunner:
         steering = 4 * self.config.probe.steering_size if self.config.probe else 0
         return (self.max_num_seqs + 1) * (self.model_config.vocab_size * 8 // self.num_shards + steering)
 
-    def _layout(self) -> tuple[list[KVCache], DeviceState]:
-        """Shapes and shardings of the caches and of the device's state."""
-        c, groups, probe = self.model_config, self.num_groups, self.config.probe
-        slots = groups * (self.max_num_seqs + 1)
-        split = NamedSharding(self.mesh, Spec(DATA_AXIS, MODEL_AXIS))
-        shape = (groups * self.num_blocks, c.kv_heads, self.config.block_size, c.head_dim)
-        pages = jax.ShapeDtypeStruct(shape, self.dtype, sharding=split)
-        state = DeviceState(
-            last_tokens=jax.ShapeDtypeStruct((slots,), jnp.int32, sharding=self.by_group),
-            token_counts=jax.ShapeDtypeStruct((slots, c.vocab_size), jnp.int32, sharding=split),
-            logit_bias=jax.ShapeDtypeStruct((slots, c.vocab_size), jnp.float32, sharding=split),
-            steering=probe and jax.ShapeDtypeStruct((slots, probe.steering_size), jnp.float32, sharding=self.by_group),
-        )
-        return [KVCache(pages, pages)] * c.num_hidden_layers, state
-
     def _allocate(self) -> None:
         """Make the caches and the device's state, all zeros."""
         self.caches, self.state = jax.tree.map(
-            lambda array: jnp.zeros(array.shape, array.dtype, device=array.sharding), self._layout()
+            lambda array: jnp.zeros(array.shape, array.dtype, device=array.sharding), self.steps.layout()
         )
 
     # ------------------------------------------------------------ programs
@@ -279,13 +260,16 @@ class ModelRunner:
             self.programs = {shape: partial(self._eager_step, shape) for shape in shapes}
             return 0
         start = time.perf_counter()
-        self.programs: dict[BatchShape, Callable]
-        self.programs, num_compiled = self._program_store().get(shapes, self._lower, self._compiler_options)
+        store = self._program_store()
+        self.programs: dict[BatchShape, Callable] = store.load_all(shapes)
+        missing = [shape for shape in shapes if shape not in self.programs]
+        lowered = lower_all(self.steps, missing, self._num_helpers(len(missing)))
+        self.programs |= store.compile_all(lowered, self._compiler_options)
         workspace = max(program.memory_analysis().temp_size_in_bytes for program in self.programs.values())
         logger.info(
             "compiled %d batch shapes and found %d on disk, in %.1f s; largest workspace %.2f GiB",
-            num_compiled,
-            len(shapes) - num_compiled,
+            len(missing),
+            len(shapes) - len(missing),
             time.perf_counter() - start,
             workspace / GIB,
         )
@@ -296,29 +280,21 @@ class ModelRunner:
         # functions do cannot be told from their names, and of a program over several processes each would have a part.
         kept = self.on_gpu and self.config.compilation_cache_dir and not self.config.probe and self.num_processes == 1
         directory = jax.config.jax_compilation_cache_dir if kept else None
-        settings = replace(self.config, seed=0, load_format="auto")  # what weights there are decides no program
+        config = replace(self.config, seed=0, load_format="auto")  # what weights there are decides no program
         return ProgramStore(
             Path(directory) / "programs" if directory else None,
             list(self.mesh.devices.flat),
-            repr((settings, self.model_config, self.dtype, self.weights.shapes, self._layout())),
+            repr((self.steps.settings._replace(config=config), self.weights.shapes, self.steps.layout())),
         )
+
+    def _num_helpers(self, num_programs: int) -> int:
+        if not self.on_gpu or self.config.probe or self.num_processes > 1:  # a probe's functions cannot be sent
+            return 0
+        share = float(os.environ["XLA_CLIENT_MEM_FRACTION"])
+        return helpers_for(num_programs, memory_stats(self.device)["bytes_limit"] * (1 / share - 1))
 
     def _compiler_options(self, shape: BatchShape) -> dict[str, bool | str]:
         return compiler_options(self.mesh, shape.decode_rows + shape.prefill_tokens)
-
-    def _lower(self, shape: BatchShape):
-        buffer = jax.ShapeDtypeStruct((self.num_groups * shape.size,), jnp.int32, sharding=self.by_group)
-        state = self._layout()
-        out_shardings = (None, *jax.tree.map(lambda array: array.sharding, state))
-        step = jax.jit(self._program(shape), donate_argnums=(1, 2), out_shardings=out_shardings)
-        return step.lower(self.weights.shapes, *state, buffer)
-
-    def _program(self, shape: BatchShape) -> Callable:
-        """The step of all devices, as a function of whole arrays."""
-        donated = specs_of(self._layout())
-        output = StepOutput(tokens=Spec(), logprobs=Spec(), hidden=Spec(None, DATA_AXIS), activations=Spec())
-        in_specs = (specs_of(self.weights.shapes), *donated, Spec(DATA_AXIS))
-        return per_device(partial(self._step, shape), self.mesh, in_specs, (output, *donated))
 
     def _score_program(self, size: int) -> Callable:
         """models/step.py's `prompt_logprobs` of `size` tokens, compiled for each step's shape when it is asked for."""
@@ -336,7 +312,7 @@ class ModelRunner:
     @cached_property
     def table_writer(self) -> Callable:
         """models/draw.py's `write_tables`, compiled."""
-        state = specs_of(self._layout()[1])
+        state = specs_of(self.steps.layout()[1])
         in_specs = (state, Spec(), Spec(), Spec())
         return jax.jit(per_device(write_tables, self.mesh, in_specs, state), donate_argnums=0)
 

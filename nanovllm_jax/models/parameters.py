@@ -32,6 +32,17 @@ def parameter_targets(model: nnx.Module, mesh: jax.sharding.Mesh) -> dict[Parame
     }
 
 
+def abstract_model(
+    config: ModelConfig, dtype: np.dtype, mesh: jax.sharding.Mesh, deterministic: bool = False
+) -> tuple[Qwen3ForCausalLM, dict[ParameterPath, jax.ShapeDtypeStruct]]:
+    """A model of shapes with their shardings on `mesh` in place of arrays, and these shapes by path."""
+    options = dict(dtype=dtype, deterministic=deterministic)
+    model = nnx.eval_shape(lambda: Qwen3ForCausalLM(config, rngs=nnx.Rngs(0), **options))
+    targets = parameter_targets(model, mesh)
+    set_parameters(model, targets)
+    return model, targets
+
+
 def set_parameters(model: nnx.Module, arrays: dict[ParameterPath, jax.Array]) -> None:
     """Put arrays in place of a model's parameters."""
     params = parameters_of(model)

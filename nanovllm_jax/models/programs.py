@@ -2,7 +2,8 @@
 
 JAX's own compilation cache is asked with a traced program, and tracing takes a GPU engine longer than all else. Here a
 program's name is a digest of everything that it is made from: this package's source, the versions of what compiles it,
-the card, and the settings. The files are as trustworthy as the directory: loading one runs what is in it.
+the card, the engine's settings and JAX's. The files are as trustworthy as the directory: loading one runs what is in
+it.
 """
 
 import gc
@@ -11,7 +12,7 @@ import logging
 import os
 import pickle
 import tempfile
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
@@ -36,29 +37,35 @@ class ProgramStore:
         the versions and the devices.
         """
         self.directory, self.devices = directory, devices
-        about = [_source_digest(), jax.__version__, os.environ.get("XLA_FLAGS", ""), settings]
+        about = [_source_digest(), jax.__version__, os.environ.get("XLA_FLAGS", ""), repr(jax.config.values), settings]
         about += [devices[0].client.platform_version, *(f"{device.device_kind} {device.id}" for device in devices)]
         self._digest = hashlib.sha256("\n".join(about).encode())
 
-    def get(
-        self, names: list[Hashable], lower: Callable[[Any], Lowered], options: Callable[[Any], dict[str, Any]]
-    ) -> tuple[dict[Hashable, Compiled], int]:
-        """Each name's program, loaded or else compiled with its XLA options; and how many were compiled."""
-
-        def compile(lowered: Lowered, name: Hashable) -> Compiled:
-            program = lowered.compile(options(name))
-            self.save(repr(name), program)
-            return program
-
+    def load_all(self, names: list[Hashable]) -> dict[Hashable, Compiled]:
+        """The programs of these names that are there and can be used."""
         with ThreadPoolExecutor(os.cpu_count()) as pool, _no_garbage_collection():
             programs = dict(zip(names, pool.map(self.load, map(repr, names))))
+        return {name: program for name, program in programs.items() if program is not None}
+
+    def compile_all(
+        self, lowered: Iterable[tuple[Hashable, Lowered]], options: Callable[[Any], dict[str, Any]]
+    ) -> dict[Hashable, Compiled]:
+        """Each name's program, compiled with its XLA options and kept."""
+
+        def compile(name: Hashable, program: Lowered) -> Compiled:
+            compiled = program.compile(options(name))
+            self.save(repr(name), compiled)
+            return compiled
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool, _no_garbage_collection():
             # Tracing holds the interpreter, compiling does not: each program compiles while the next is traced.
-            missing = [name for name, program in programs.items() if program is None]
-            compiling = {name: pool.submit(compile, lower(name), name) for name in missing}
-            programs |= {name: job.result() for name, job in compiling.items()}
-        if missing and gc.isenabled():
+            jobs = {name: (program, pool.submit(compile, name, program)) for name, program in lowered}
+        # Many at a time may be more than the machine has processes or memory for: once more, alone, what failed.
+        failed = {name: compile(name, program) for name, (program, job) in jobs.items() if job.exception()}
+        programs = {name: job.result() for name, (_, job) in jobs.items() if name not in failed} | failed
+        if programs and gc.isenabled():
             gc.collect()  # half a second, once: else it comes while requests run, as JAX keeps most of these objects
-        return programs, len(missing)
+        return programs
 
     def load(self, name: str) -> Compiled | None:
         """The program of this name, None where there is none that can be used."""

@@ -1,0 +1,133 @@
+"""Lowering in several processes: it takes a start longer than all else, and holds the interpreter while it does.
+
+A helper reads from its standard input what the programs are made from, and then one batch shape after another; and it
+writes each one's step to its standard output.
+"""
+
+import gc
+import logging
+import os
+import pickle
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Iterator
+from contextlib import suppress
+from queue import Empty, SimpleQueue
+from threading import Thread
+
+import jax
+from jax.stages import Lowered
+
+from nanovllm_jax.engine.batch import BatchShape
+from nanovllm_jax.models.step_programs import StepPrograms
+
+logger = logging.getLogger(__name__)
+PATIENCE = 20  # seconds that a helper may take for a program before this process lowers it
+CONTEXT_BYTES = 1 << 30  # what a process takes of a GPU
+
+
+def helpers_for(num_programs: int, free_bytes: float) -> int:
+    """How many helpers are of use: there must be work and cores for them, and memory that nobody has of the GPU."""
+    return min(3, num_programs // 4, os.cpu_count() // 4, int(free_bytes // CONTEXT_BYTES))
+
+
+def lower_all(
+    programs: StepPrograms, shapes: list[BatchShape], num_helpers: int = 0
+) -> Iterator[tuple[BatchShape, Lowered]]:
+    """Each shape's step, as it is ready. A helper that fails, or is late, costs time and nothing else."""
+    todo, done = deque(shapes), SimpleQueue()
+    missing, helpers = dict.fromkeys(shapes), []
+    try:
+        with suppress(OSError):  # no memory for another process
+            helpers += (Helper(programs, todo, done) for _ in range(num_helpers))
+        while missing:
+            shape, exported = _next(todo, done, missing)
+            if shape in missing:
+                del missing[shape]
+                yield shape, programs.lower(shape) if exported is None else programs.lower_exported(shape, exported)
+    finally:
+        for helper in helpers:
+            helper.end()
+
+
+def _next(todo: deque, done: SimpleQueue, missing: dict) -> tuple[BatchShape, bytes | None]:
+    """What a helper has ready; else what nobody has begun; else what a helper comes up with, if it does."""
+    with suppress(Empty):
+        return done.get_nowait()
+    with suppress(IndexError):
+        return todo.popleft(), None
+    with suppress(Empty):
+        return done.get(timeout=PATIENCE)
+    return next(iter(missing)), None
+
+
+class Helper(Thread):
+    """A process that lowers, and the thread that talks to it: it takes from `todo` and puts into `done`."""
+
+    def __init__(self, programs: StepPrograms, todo: deque, done: SimpleQueue):
+        super().__init__(daemon=True)
+        self.job, self.todo, self.done = (jax.config.values, programs.settings), todo, done
+        # It finds the same modules, and takes no share of a GPU's memory.
+        environment = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", f"from {__name__} import be_a_helper; be_a_helper()"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=os.environ | environment,
+        )
+        self.start()
+
+    def run(self) -> None:
+        """Have one program after another lowered, from when the helper is ready on."""
+        shape = None
+        try:
+            self._ask(self.job)
+            while self.todo:
+                shape = self.todo.popleft()
+                self.done.put((shape, self._ask(shape)))
+        except Exception as error:  # it has died, it has been ended, or it says so
+            logger.debug("a helper process is of no use: %r", error)
+            if shape is not None:
+                self.done.put((shape, None))
+
+    def _ask(self, question: object) -> bytes | None:
+        pickle.dump(question, self.process.stdin)
+        self.process.stdin.flush()
+        answer = pickle.load(self.process.stdout)
+        if isinstance(answer, str):
+            raise RuntimeError(answer)
+        return answer
+
+    def end(self) -> None:
+        """Kill the process, which may be at work, or may not have begun."""
+        self.process.kill()
+        self.join()
+        with suppress(OSError), self.process:  # closes its pipes, and waits
+            pass
+
+
+def be_a_helper() -> None:
+    """Read questions and write answers until there are no more."""
+    questions, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever prints does not print into an answer
+    gc.disable()
+
+    def answer(what: bytes | str | None) -> None:
+        pickle.dump(what, answers)
+        answers.flush()
+
+    try:
+        values, settings = pickle.load(questions)
+        for name, value in values.items():
+            if value != jax.config.values[name]:
+                jax.config.update(name, value)
+        programs = StepPrograms.of(settings)
+        answer(None)
+        while True:
+            answer(programs.export(pickle.load(questions)))
+    except EOFError:
+        pass  # it has been asked all, or whoever asked is gone
+    except Exception as error:
+        answer(repr(error))

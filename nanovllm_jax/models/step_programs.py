@@ -1,0 +1,110 @@
+"""An engine's programs before they are compiled: what they are made from, and what goes into them."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import export
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as Spec
+from jax.stages import Lowered
+
+from nanovllm_jax.config import EngineConfig, ModelConfig
+from nanovllm_jax.engine.batch import BatchShape
+from nanovllm_jax.layers.attention import KVCache
+from nanovllm_jax.models.draw import DeviceState, LogprobArrays
+from nanovllm_jax.models.parameters import abstract_model
+from nanovllm_jax.models.step import StepOutput, engine_step
+from nanovllm_jax.parallel.sharding import DATA_AXIS, MODEL_AXIS, gather_groups, make_mesh, per_device, specs_of
+
+for part in (KVCache, DeviceState, LogprobArrays, StepOutput):
+    export.register_namedtuple_serialization(part, serialized_name=f"nanovllm_jax.{part.__name__}")
+
+# Custom calls that jax.export does not vouch for from one release to the next: here both sides are one.
+KERNELS = ("__gpu$xla.gpu.triton", "mosaic_gpu_v2")
+
+
+class ProgramSettings(NamedTuple):
+    """All that decides an engine's programs, beside the source, the versions and the devices. Can be pickled."""
+
+    config: EngineConfig
+    model_config: ModelConfig
+    """As `split_config` returns it."""
+    dtype: np.dtype
+    max_num_seqs: int
+    num_blocks: int
+    """Of each data group."""
+
+
+class StepPrograms:
+    """The step of each batch shape, as functions of (weights as a flat list, caches, state, buffer)."""
+
+    def __init__(self, settings: ProgramSettings, mesh: Mesh, weights: list[jax.ShapeDtypeStruct], treedef: Any):
+        """`weights`, `treedef`: a model's shapes and shardings on `mesh`, flat, and how they make the model."""
+        self.settings, self.mesh, self.weights, self.treedef = settings, mesh, weights, treedef
+
+    @classmethod
+    def of(cls, settings: ProgramSettings) -> "StepPrograms":
+        """Those of these settings, with a mesh and a model's shapes made for them."""
+        config = settings.config
+        mesh = make_mesh(config.tensor_parallel_size, config.data_parallel_size)
+        model, _ = abstract_model(settings.model_config, settings.dtype, mesh, config.deterministic)
+        return cls(settings, mesh, *jax.tree.flatten(model))
+
+    def layout(self) -> tuple[list[KVCache], DeviceState]:
+        """Shapes and shardings of the caches and of the device's state."""
+        s, c, probe = self.settings, self.settings.model_config, self.settings.config.probe
+        groups = self.mesh.shape[DATA_AXIS]
+        slots = groups * (s.max_num_seqs + 1)
+        by_group, split = (NamedSharding(self.mesh, Spec(*axes)) for axes in ((DATA_AXIS,), (DATA_AXIS, MODEL_AXIS)))
+        shape = (groups * s.num_blocks, c.kv_heads, s.config.block_size, c.head_dim)
+        pages = jax.ShapeDtypeStruct(shape, s.dtype, sharding=split)
+        state = DeviceState(
+            last_tokens=jax.ShapeDtypeStruct((slots,), jnp.int32, sharding=by_group),
+            token_counts=jax.ShapeDtypeStruct((slots, c.vocab_size), jnp.int32, sharding=split),
+            logit_bias=jax.ShapeDtypeStruct((slots, c.vocab_size), jnp.float32, sharding=split),
+            steering=probe and jax.ShapeDtypeStruct((slots, probe.steering_size), jnp.float32, sharding=by_group),
+        )
+        return [KVCache(pages, pages)] * c.num_hidden_layers, state
+
+    def arguments(self, shape: BatchShape) -> tuple[Any, ...]:
+        """Shapes and shardings of what a step is called with."""
+        by_group = NamedSharding(self.mesh, Spec(DATA_AXIS))
+        buffer = jax.ShapeDtypeStruct((self.mesh.shape[DATA_AXIS] * shape.size,), jnp.int32, sharding=by_group)
+        return self.weights, *self.layout(), buffer
+
+    def function(self, shape: BatchShape) -> Callable:
+        """The step of all devices, as a function of whole arrays."""
+        donated = specs_of(self.layout())
+        output = StepOutput(tokens=Spec(), logprobs=Spec(), hidden=Spec(None, DATA_AXIS), activations=Spec())
+        in_specs = (specs_of(self.weights), *donated, Spec(DATA_AXIS))
+        return per_device(partial(self._step, shape), self.mesh, in_specs, (output, *donated))
+
+    def lower(self, shape: BatchShape) -> Lowered:
+        """The step, ready to be compiled."""
+        return self._jit(self.function(shape)).lower(*self.arguments(shape))
+
+    def export(self, shape: BatchShape) -> bytes:
+        """The step, for `lower_exported` in another process."""
+        checks = [export.DisabledSafetyCheck.custom_call(name) for name in KERNELS]
+        exported = export.export(self._jit(self.function(shape), donated=()), disabled_checks=checks)
+        return bytes(exported(*self.arguments(shape)).serialize())
+
+    def lower_exported(self, shape: BatchShape, exported: bytes) -> Lowered:
+        """What `lower` returns, without tracing it."""
+        return self._jit(export.deserialize(bytearray(exported)).call).lower(*self.arguments(shape))
+
+    def _jit(self, step: Callable, donated: tuple[int, ...] = (1, 2)) -> Callable:
+        out_shardings = (None, *jax.tree.map(lambda array: array.sharding, self.layout()))
+        return jax.jit(step, donate_argnums=donated, out_shardings=out_shardings)
+
+    def _step(self, shape: BatchShape, leaves, caches, state, buffer):
+        # A module is a pytree; passed flat, it costs no Python at a call.
+        model = jax.tree.unflatten(self.treedef, leaves)
+        static = dict(shape=shape, block_size=self.settings.config.block_size, probe=self.settings.config.probe)
+        output, caches, state = engine_step(model, caches, state, buffer, **static)
+        tokens, logprobs = jax.tree.map(partial(gather_groups, axis=1), (output.tokens, output.logprobs))
+        return output._replace(tokens=tokens, logprobs=logprobs), caches, state
