@@ -40,7 +40,8 @@ def lower_all(
     missing, helpers = dict.fromkeys(shapes), []
     try:
         with suppress(OSError):  # no memory for another process
-            helpers += (Helper(programs, todo, done) for _ in range(num_helpers))
+            for _ in range(num_helpers):
+                helpers.append(Helper(programs, todo, done))
         while missing:
             shape, exported = _next(todo, done, missing)
             if shape in missing:
