@@ -159,6 +159,11 @@ def gated(gate: jax.Array, up: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return rounded(gate / (1 + jnp.exp(-gate)), dtype) * up
 
 
+def with_rank(x: jax.Array, rank: int) -> jax.Array:
+    """x [...] as [1, ..., 1, ...]: what NumPy does unasked, and jax_numpy_rank_promotion="raise" forbids."""
+    return jnp.expand_dims(x, range(rank - x.ndim))
+
+
 def norm_rope(halves, gains, cos, sin, *, eps: float, dtype) -> tuple[jax.Array, jax.Array]:
     """RMS norm of heads, given as their two halves [..., H / 2] with the gains', and their rotation: float32 halves.
 
@@ -168,7 +173,8 @@ def norm_rope(halves, gains, cos, sin, *, eps: float, dtype) -> tuple[jax.Array,
     squares = sum((half * half).sum(axis=-1) for half in halves)
     scale = lax.rsqrt(squares / (2 * halves[0].shape[-1]) + eps)[..., None]
     normed = (rounded(half * scale, dtype) for half in halves)
-    first, second = (rounded(x * gain.astype(jnp.float32), dtype) for x, gain in zip(normed, gains))
+    gains = (with_rank(gain.astype(jnp.float32), halves[0].ndim) for gain in gains)
+    first, second = (rounded(x * gain, dtype) for x, gain in zip(normed, gains))
     return first * cos - second * sin, second * cos + first * sin
 
 
@@ -228,7 +234,7 @@ def prefill_tiles(query_starts: jax.Array, context_lens: jax.Array, tokens: int,
     first_position = jnp.append(context_lens, 0).astype(jnp.int32) - lengths
     ends = jnp.cumsum((lengths + block_q - 1) // block_q)  # tile count up to and with each sequence
     tile = jnp.arange((tokens + len(lengths) * (block_q - 1)) // block_q, dtype=jnp.int32)
-    sequence = (tile[:, None] >= ends).sum(axis=1, dtype=jnp.int32)  # a search, as one fused comparison
+    sequence = (tile[:, None] >= ends[None]).sum(axis=1, dtype=jnp.int32)  # a search, as one fused comparison
     used = sequence < len(lengths)
     owner = jnp.minimum(sequence, len(lengths) - 1)
     in_sequence = (tile - jnp.append(0, ends)[owner]) * block_q

@@ -76,7 +76,7 @@ def cut_contexts(context_lens: jax.Array, block_k: int, extra: int) -> Work:
     parts = jnp.maximum((tiles + size - 1) // size, 1)
     ends = jnp.cumsum(parts)
     item = jnp.arange(batch + extra)
-    owner = (item[:, None] >= ends).sum(axis=1)  # a search, as one fused comparison
+    owner = (item[:, None] >= ends[None]).sum(axis=1)  # a search, as one fused comparison
     used, owner = owner < batch, jnp.minimum(owner, batch - 1)
     first = (item - (ends - parts)[owner]) * size[owner]
     last = jnp.minimum(first + size[owner], tiles[owner])

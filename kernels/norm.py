@@ -38,7 +38,7 @@ def _add_norm_kernel(x_ref, delta_ref, gain_ref, sum_ref, normed_ref, *, tile: i
     scale = lax.rsqrt((wide * wide).sum(axis=1) / features + eps)
     normed = rounded(wide * scale[:, None], x_ref.dtype)  # where transformers rounds
     gain = plgpu.load(gain_ref.at[pl.ds(0, width)], mask=used, other=0)
-    store(normed_ref.at[at], (normed * gain.astype(jnp.float32)).astype(x_ref.dtype))
+    store(normed_ref.at[at], (normed * gain.astype(jnp.float32)[None]).astype(x_ref.dtype))
 
 
 def add_norm(

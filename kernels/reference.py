@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .common import NEG_INF, prefill_tiles
+from .common import NEG_INF, prefill_tiles, with_rank
 
 ROWS_PER_TILE = 32  # where a row's result must not depend on how many there are
 QUERIES_PER_TILE = 64  # prefill goes through its tokens in tiles, so that its memory stays small
@@ -104,7 +104,8 @@ def rms_norm(x, gain, eps):
     """x [..., D], its RMS norm times gain [D], rounded to x's dtype before the gain and after, as transformers does."""
     wide = x.astype(jnp.float32)
     scale = lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return _rounded(_rounded(wide * scale, x.dtype) * gain, x.dtype).astype(x.dtype)
+    normed = _rounded(wide * scale, x.dtype)
+    return _rounded(normed * with_rank(gain.astype(jnp.float32), x.ndim), x.dtype).astype(x.dtype)
 
 
 def _rounded(x, dtype):
@@ -115,6 +116,7 @@ def _rounded(x, dtype):
 
 def rope(x, cos, sin):
     """Rotate x [..., H] by cos and sin [..., H / 2] float32; pairs are (i, i + H / 2)."""
+    cos, sin = (with_rank(angles, x.ndim) for angles in (cos, sin))
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)
     return _rounded(rotated, x.dtype).astype(x.dtype)
@@ -171,8 +173,8 @@ def _attend(q, k_cache, v_cache, block_tables, positions, scale):
         acc, m, l = state
         block = jnp.clip(lax.dynamic_index_in_dim(block_tables, w, axis=1, keepdims=False), 0, num_blocks - 1)
         key_position = w * block_size + jnp.arange(block_size)
-        seen = key_position <= positions[:, :, None]  # [B, T, S]
-        used = (key_position <= positions.max(axis=1)[:, None])[:, None, :, None]  # [B, 1, S, 1]
+        seen = key_position[None, None] <= positions[:, :, None]  # [B, T, S]
+        used = (key_position[None] <= positions.max(axis=1)[:, None])[:, None, :, None]  # [B, 1, S, 1]
         k = k_cache[block].astype(jnp.float32)  # [B, K, S, H]
         v = jnp.where(used, v_cache[block].astype(jnp.float32), 0)  # 0 * NaN of an unused slot would be NaN
         scores = jnp.einsum("btkgh,bksh->btkgs", q32, k, precision="highest")

@@ -33,6 +33,7 @@ class LLM(LLMEngine):
         Raises TypeError for unknown options and ValueError for what does not fit together or into memory.
         """
         super().__init__(model, **options)
+        self._streamed: list[Request] = []  # what the stream() that runs was asked for
 
     @by_one_thread
     def generate(
@@ -104,7 +105,8 @@ class LLM(LLMEngine):
 
         A request's last output has `finished` set; its request_id tells it from the others, and counts up in the order
         of the prompts. The first `next` starts the requests, and closing the iterator aborts what is left of them.
-        Raises as `generate` does, at the call.
+        Until then the engine takes nothing else. Raises as `generate` does, at the call, and RuntimeError at the first
+        `next` where other requests have been started since.
         """
         self._check_idle("stream()")
         return self._stream(self._check(prompts, sampling_params, stream=True))
@@ -113,12 +115,30 @@ class LLM(LLMEngine):
         """What applies where no SamplingParams are given: the model's generation_config.json, else vLLM's defaults."""
         return self.default_sampling_params
 
+    def start_request(self, request: Request) -> str:
+        """LLMEngine's, and raises RuntimeError while a stream() is open, whose requests it would join."""
+        self._check_no_stream("add_request()")
+        return super().start_request(request)
+
+    def step(self) -> list[RequestOutput]:
+        """LLMEngine's, and raises RuntimeError while a stream() is open, whose outputs it would take."""
+        self._check_no_stream("step()")
+        return super().step()
+
     def _check_idle(self, caller: str) -> None:
+        self._check_no_stream(caller)
         unfinished = {*self._requests, *(output.request_id for output in self._ready)}
         if unfinished:
             raise RuntimeError(
-                f"{caller} needs the engine for itself, and {len(unfinished)} requests from add_request() are "
-                "unfinished: call step() until they are done, or abort_request(). (An open stream() counts: close it.)"
+                f"{caller} needs the engine for itself, and requests from add_request() are unfinished "
+                f"({len(unfinished)}): call step() until they are done, or abort_request()"
+            )
+
+    def _check_no_stream(self, caller: str) -> None:
+        if any(self._has(request) or not request.completions for request in self._streamed):
+            raise RuntimeError(
+                f"{caller} was called while a stream() is open, which needs the engine for itself: read the stream to "
+                "its end, or close it"
             )
 
     def _check(
@@ -136,15 +156,15 @@ class LLM(LLMEngine):
 
     def _stream(self, requests: list[Request]) -> Generator[RequestOutput, None, None]:
         self._check_idle("stream()")  # which time has passed since
+        self._streamed = requests
         try:
             for request in requests:
-                self.start_request(request)
-            own = set(map(id, requests))
-            while self._requests or self._ready:
-                if not own.issuperset(map(id, self._requests.values())):
-                    raise RuntimeError("add_request() was called while a stream() was open, which needs the engine")
-                yield from self.step()
+                super().start_request(request)
+            while any(map(self._has, requests)):
+                yield from super().step()
         finally:
+            if self._streamed is requests:
+                self._streamed = []
             for request in requests:
                 if self._has(request):
                     self.abort_request(request.request_id)

@@ -43,6 +43,7 @@ def pytest_configure(config):
 
     On a GPU, leave half of it to the transformers processes that the tests compare with.
     """
+    jax.config.update("jax_numpy_rank_promotion", "raise")  # a strict user's setting, so that nothing relies on it
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads, which wait by spinning: models here are small
     if config.getoption("-m") == "gpu":
         os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.5")

@@ -470,7 +470,7 @@ def test_a_consumer_that_stops_reading_a_stream(llm, expected):
     next(stream)
     blocks = llm.scheduler.block_manager.num_used_blocks
     assert blocks > 0
-    with pytest.raises(RuntimeError, match=r"An open stream\(\) counts: close it"):
+    with pytest.raises(RuntimeError, match=r"generate\(\) was called while a stream\(\) is open"):
         llm.generate(PROMPTS, PARAMS)
     assert llm.scheduler.block_manager.num_used_blocks == blocks
     del stream

@@ -6,6 +6,7 @@ import sys
 import time
 from collections import deque
 from dataclasses import replace
+from pathlib import Path
 from queue import SimpleQueue
 
 import jax
@@ -111,11 +112,12 @@ def test_helpers_lower_what_nobody_has_begun(programs, helped, monkeypatch):
 def test_a_helper_has_the_settings_of_jax(programs, caplog):
     """As this process has them when it lowers, whoever set them: with this one no step can be traced."""
     done = SimpleQueue()
-    with jax.numpy_rank_promotion("raise"), caplog.at_level(logging.DEBUG, lowering.__name__):
+    with jax.enable_x64(True), caplog.at_level(logging.DEBUG, lowering.__name__):
         helper = Helper(programs, deque(SHAPES[:1]), done)
         assert done.get(timeout=200) == (SHAPES[0], None)
+        helper.process.kill()
         helper.end()
-    assert "jax_numpy_rank_promotion" in caplog.text
+    assert "int64" in caplog.text
 
 
 def test_how_many_helpers(monkeypatch):
@@ -123,6 +125,9 @@ def test_how_many_helpers(monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 16)
     assert helpers_for(34, 8 << 30) == 3
     assert [helpers_for(34, 2 << 30), helpers_for(34, 0), helpers_for(3, 8 << 30)] == [2, 0, 0]
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    assert helpers_for(34, 8 << 30) == 0
+    monkeypatch.undo()
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     assert helpers_for(34, 8 << 30) == 0
 
@@ -132,11 +137,60 @@ def test_no_helpers(programs, helped):
     assert not helped
 
 
-@pytest.mark.parametrize("python", ["/bin/false", "/nowhere/python", ""])
+@pytest.mark.parametrize("python", ["/bin/false", "/nowhere/python", "", None])
 def test_a_helper_that_does_not_start(programs, helped, monkeypatch, python):
     monkeypatch.setattr(sys, "executable", python)
     assert [shape for shape, _ in lower_all(programs, SHAPES, 2)] == SHAPES
     assert not helped
+
+
+@pytest.mark.parametrize("path", [Path("/tmp"), "relative", ""], ids=repr)
+def test_any_path_of_modules(programs, helped, monkeypatch, path):
+    """What imports ignore, and what goes by the working directory, which a helper must not look into by itself."""
+    monkeypatch.setattr(lowering, "_next", lambda todo, done, missing: done.get(timeout=200))
+    monkeypatch.setattr(sys, "path", [*sys.path, path])
+    assert len(dict(lower_all(programs, SHAPES[2:], 1))) == len(helped) == 1
+
+
+def test_a_helper_runs_nothing_of_the_working_directory(programs, helped, monkeypatch, tmp_path):
+    (tmp_path / "queue.py").write_text("open('was_run', 'w')")
+    monkeypatch.chdir(tmp_path)
+    test_helpers_lower_what_nobody_has_begun(programs, helped, monkeypatch)
+    assert [path.name for path in tmp_path.iterdir()] == ["queue.py"]
+
+
+def test_a_helper_with_other_modules_is_of_no_use(programs, helped, monkeypatch, caplog):
+    monkeypatch.setattr(lowering, "source_digest", lambda: "another")
+    with caplog.at_level(logging.DEBUG, lowering.__name__):
+        helper = Helper(programs, deque(SHAPES), SimpleQueue())
+        helper.join(timeout=200)
+        helper.process.kill()
+        helper.end()
+    assert "not another" in caplog.text
+    assert len(helper.todo) == len(SHAPES)
+
+
+def test_what_cannot_be_read_is_lowered_here(programs, monkeypatch):
+    monkeypatch.setattr(Helper, "_ask", lambda helper, question: b"nonsense")
+    monkeypatch.setattr(lowering, "_next", lambda todo, done, missing: done.get(timeout=200))
+    assert len(dict(lower_all(programs, SHAPES[:1], 1))) == 1
+
+
+def test_a_helper_without_a_thread(programs, helped, monkeypatch):
+    started, start = [], subprocess.Popen
+
+    def note(*args, **options):
+        started.append(start(*args, **options))
+        return started[0]
+
+    monkeypatch.setattr(subprocess, "Popen", note)
+    monkeypatch.setattr(Helper, "start", no_thread)
+    assert [shape for shape, _ in lower_all(programs, SHAPES, 1)] == SHAPES
+    assert started[0].wait(timeout=60) < 0
+
+
+def no_thread(helper):
+    raise RuntimeError("can't start new thread")
 
 
 def test_a_helper_that_says_what_is_wrong(programs, caplog):
@@ -146,6 +200,7 @@ def test_a_helper_that_says_what_is_wrong(programs, caplog):
     with caplog.at_level(logging.DEBUG, lowering.__name__):
         helper = Helper(broken, deque(), SimpleQueue())
         helper.join(timeout=200)
+        helper.process.kill()
         helper.end()
     assert "AttributeError" in caplog.text
 

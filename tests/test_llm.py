@@ -267,7 +267,7 @@ def test_two_engines_interleaved(llm, directory, expected):
 
 def test_generate_wants_the_engine_for_itself(llm, expected):
     llm.add_request(PROMPT, GREEDY)
-    with pytest.raises(RuntimeError, match=r"1 requests from add_request\(\) are unfinished: call step\(\) until"):
+    with pytest.raises(RuntimeError, match=r"requests from add_request\(\) are unfinished \(1\): call step\(\) until"):
         llm.generate(PROMPT, GREEDY)
     outputs = []
     while llm.has_unfinished_requests():

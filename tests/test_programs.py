@@ -90,10 +90,19 @@ class Fails:
         return self.program
 
 
-def test_what_failed_beside_others_is_compiled_once_more(program):
+def test_only_settings_of_jax_that_make_other_programs_are_in_a_name(tmp_path, program):
+    store(tmp_path).save("name", program)
+    with jax.log_compiles():
+        assert store(tmp_path).load("name") is not None
+    with jax.default_matmul_precision("bfloat16"):
+        assert store(tmp_path).load("name") is None
+
+
+def test_what_failed_beside_others_is_compiled_once_more(program, caplog):
     assert store(None).compile_all([("a", Fails(1, program)), ("b", Fails(0, program))], lambda name: {}) == {
         "a": program,
         "b": program,
     }
+    assert "'a' could not be compiled beside others (Failed to launch ptxas)" in caplog.text
     with pytest.raises(RuntimeError, match="ptxas"):
         store(None).compile_all([("a", Fails(2, program))], lambda name: {})

@@ -120,18 +120,37 @@ def test_one_request_of_a_stream_is_aborted(llm):
 
 def test_the_engine_is_the_streams_alone(llm):
     stream, later = llm.stream(PROMPT, GREEDY), llm.stream(PROMPT, GREEDY)
-    next(stream)
-    for call in (lambda: llm.generate(PROMPT), lambda: llm.stream(PROMPT), lambda: next(later)):
-        with pytest.raises(RuntimeError, match=r"needs the engine for itself, and 1 requests .*open stream\(\)"):
+    first = next(stream)["token_ids"]
+    calls = {
+        "generate": lambda: llm.generate(PROMPT),
+        "score": lambda: llm.score(PROMPT, [1]),
+        "stream": lambda: next(later),
+        "add_request": lambda: llm.add_request([1, 2], GREEDY),
+        "step": llm.step,
+    }
+    tokens = []
+    for name, call in calls.items():
+        with pytest.raises(RuntimeError, match=rf"{name}\(\) was called while a stream\(\) is open"):
             call()
-    mine = llm.add_request([1, 2], GREEDY)
-    with pytest.raises(RuntimeError, match=r"add_request\(\) was called while a stream\(\) was open"):
-        list(stream)
-    outputs = []
-    while llm.has_unfinished_requests():  # the stream's request is gone, the other one goes on
-        outputs += llm.step()
-    assert [output.request_id for output in outputs] == [mine]
+        tokens += next(stream)["token_ids"]
+    tokens += [token for output in stream for token in output["token_ids"]]
+    assert first + tokens == llm.generate(PROMPT, GREEDY, use_tqdm=False)[0]["token_ids"]
     assert_idle(llm)
+
+
+def test_a_stream_whose_start_fails_is_not_open(llm, monkeypatch):
+    monkeypatch.setattr(llm.scheduler, "add", no_room)
+    with pytest.raises(MemoryError):
+        list(llm.stream([PROMPT, [1, 2]], GREEDY))
+    monkeypatch.undo()
+    llm.add_request([1, 2], GREEDY)
+    while llm.has_unfinished_requests():
+        llm.step()
+    assert_idle(llm)
+
+
+def no_room(seq):
+    raise MemoryError
 
 
 def test_an_old_stream_leaves_alone_who_has_its_ids_now(llm):
@@ -151,13 +170,9 @@ def test_a_stream_does_not_run_who_has_its_ids_now(llm):
     short = SamplingParams(temperature=0, max_tokens=1)
     stream = llm.stream([PROMPT, [1, 2]], [short, GREEDY])
     first = next(output for output in stream if output.finished)
-    llm.add_request([3], short, request_id=first.request_id)
-    with pytest.raises(RuntimeError, match=r"add_request\(\) was called while a stream\(\) was open"):
-        list(stream)
-    outputs = []
-    while llm.has_unfinished_requests():
-        outputs += llm.step()
-    assert [output.prompt_token_ids for output in outputs] == [[3]]
+    with pytest.raises(RuntimeError, match=r"add_request\(\) was called while a stream\(\) is open"):
+        llm.add_request([3], short, request_id=first.request_id)
+    assert {tuple(output.prompt_token_ids) for output in stream} == {(1, 2)}
     assert_idle(llm)
 
 

@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -263,8 +264,8 @@ class ModelRunner:
         store = self._program_store()
         self.programs: dict[BatchShape, Callable] = store.load_all(shapes)
         missing = [shape for shape in shapes if shape not in self.programs]
-        lowered = lower_all(self.steps, missing, self._num_helpers(len(missing)))
-        self.programs |= store.compile_all(lowered, self._compiler_options)
+        with closing(lower_all(self.steps, missing, self._num_helpers(len(missing)))) as lowered:
+            self.programs |= store.compile_all(lowered, self._compiler_options)
         workspace = max(program.memory_analysis().temp_size_in_bytes for program in self.programs.values())
         logger.info(
             "compiled %d batch shapes and found %d on disk, in %.1f s; largest workspace %.2f GiB",

@@ -69,7 +69,10 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., in] -> [..., *out]."""
         y = sum_over(self.in_axis, self.matmul(x, self.weight[...]))
-        return y if self.bias is None else y + self.bias[...]
+        if self.bias is None:
+            return y
+        bias = self.bias[...]
+        return y + jnp.expand_dims(bias, range(y.ndim - bias.ndim))
 
     @property
     def is_plain(self) -> bool:

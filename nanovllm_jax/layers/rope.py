@@ -71,5 +71,6 @@ def _yarn_keep(rope: RopeConfig, head_dim: int) -> np.ndarray:
 
 def rope_angles(positions: jax.Array, rope: RopeConfig, head_dim: int) -> tuple[jax.Array, jax.Array]:
     """positions [...] int32 -> cos and sin [..., 1, head_dim / 2] float32, broadcast over heads."""
-    angles = positions[..., None, None].astype(jnp.float32) * inverse_frequencies(rope, head_dim)
+    frequencies = np.expand_dims(inverse_frequencies(rope, head_dim), tuple(range(positions.ndim + 1)))
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
     return jnp.cos(angles) * rope.scale, jnp.sin(angles) * rope.scale

@@ -43,7 +43,7 @@ def gumbel(seeds: jax.Array, positions: jax.Array, size: int) -> jax.Array:
     """
     keys = jax.random.key_data(jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(seeds), positions))
     entries = jnp.arange(size, dtype=jnp.uint32) + jnp.uint32(first_of_shard(size))
-    bits = _mix(_mix(entries ^ keys[:, :1]) ^ keys[:, 1:])
+    bits = _mix(_mix(entries[None] ^ keys[:, :1]) ^ keys[:, 1:])
     # The small end of the exponential decides who wins, and log1p keeps all 32 bits there. At the large end they would
     # round to 1, whose noise is -inf: an entry that alone is above its threshold would have no score to win by.
     uniform = jnp.minimum((bits.astype(jnp.float32) + 0.5) * 2.0**-32, 1 - 2.0**-24)

@@ -20,16 +20,19 @@ import jax
 from jax.stages import Lowered
 
 from nanovllm_jax.engine.batch import BatchShape
+from nanovllm_jax.models.programs import source_digest
 from nanovllm_jax.models.step_programs import StepPrograms
 
 logger = logging.getLogger(__name__)
-PATIENCE = 20  # seconds that a helper may take for a program before this process lowers it
+PATIENCE = 20  # seconds to wait for helpers where nothing else is left to do
 CONTEXT_BYTES = 1 << 30  # what a process takes of a GPU
 
 
 def helpers_for(num_programs: int, free_bytes: float) -> int:
-    """How many helpers are of use: there must be work and cores for them, and memory that nobody has of the GPU."""
-    return min(3, num_programs // 4, os.cpu_count() // 4, int(free_bytes // CONTEXT_BYTES))
+    """How many helpers are of use: there must be work and cores for them, and memory of the GPU."""
+    if getattr(sys, "frozen", False):  # sys.executable is no Python, but the user's own program
+        return 0
+    return min(3, num_programs // 4, (os.cpu_count() or 1) // 4, int(free_bytes // CONTEXT_BYTES))
 
 
 def lower_all(
@@ -39,15 +42,17 @@ def lower_all(
     todo, done = deque(shapes), SimpleQueue()
     missing, helpers = dict.fromkeys(shapes), []
     try:
-        with suppress(OSError):  # no memory for another process
-            for _ in range(num_helpers):
+        for _ in range(num_helpers):
+            with suppress(Exception):  # whatever there is no room for, or no right to
                 helpers.append(Helper(programs, todo, done))
         while missing:
             shape, exported = _next(todo, done, missing)
             if shape in missing:
                 del missing[shape]
-                yield shape, programs.lower(shape) if exported is None else programs.lower_exported(shape, exported)
+                yield shape, _lower(programs, shape, exported)
     finally:
+        for helper in helpers:
+            helper.process.kill()
         for helper in helpers:
             helper.end()
 
@@ -60,7 +65,18 @@ def _next(todo: deque, done: SimpleQueue, missing: dict) -> tuple[BatchShape, by
         return todo.popleft(), None
     with suppress(Empty):
         return done.get(timeout=PATIENCE)
-    return next(iter(missing)), None
+    late = list(missing)
+    todo.extend(late[1:])
+    return late[0], None
+
+
+def _lower(programs: StepPrograms, shape: BatchShape, exported: bytes | None) -> Lowered:
+    if exported is not None:
+        try:
+            return programs.lower_exported(shape, exported)
+        except Exception as error:
+            logger.debug("what a helper has lowered is of no use: %r", error)
+    return programs.lower(shape)
 
 
 class Helper(Thread):
@@ -68,17 +84,22 @@ class Helper(Thread):
 
     def __init__(self, programs: StepPrograms, todo: deque, done: SimpleQueue):
         super().__init__(daemon=True)
-        self.job, self.todo, self.done = (jax.config.values, programs.settings), todo, done
-        # It finds the same modules, and takes no share of a GPU's memory.
-        environment = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        self.job = source_digest(), jax.__version__, jax.config.values, programs.settings
+        self.todo, self.done = todo, done
+        # It finds the same modules (-P: and none in the working directory), and takes no share of a GPU's memory.
+        paths = os.pathsep.join(os.path.abspath(path) for path in sys.path if isinstance(path, str))
         self.process = subprocess.Popen(
-            [sys.executable, "-c", f"from {__name__} import be_a_helper; be_a_helper()"],
+            [sys.executable, "-P", "-c", f"from {__name__} import be_a_helper; be_a_helper()"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env=os.environ | environment,
+            env=os.environ | {"PYTHONPATH": paths, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
         )
-        self.start()
+        try:
+            self.start()
+        except BaseException:
+            self.process.kill()
+            raise
 
     def run(self) -> None:
         """Have one program after another lowered, from when the helper is ready on."""
@@ -102,10 +123,9 @@ class Helper(Thread):
         return answer
 
     def end(self) -> None:
-        """Kill the process, which may be at work, or may not have begun."""
-        self.process.kill()
+        """Wait for the thread and for the process, which has been killed: it may have been at work, or not begun."""
         self.join()
-        with suppress(OSError), self.process:  # closes its pipes, and waits
+        with suppress(OSError), self.process:  # closes its pipes
             pass
 
 
@@ -120,11 +140,7 @@ def be_a_helper() -> None:
         answers.flush()
 
     try:
-        values, settings = pickle.load(questions)
-        for name, value in values.items():
-            if value != jax.config.values[name]:
-                jax.config.update(name, value)
-        programs = StepPrograms.of(settings)
+        programs = _programs_of(*pickle.load(questions))
         answer(None)
         while True:
             answer(programs.export(pickle.load(questions)))
@@ -132,3 +148,14 @@ def be_a_helper() -> None:
         pass  # it has been asked all, or whoever asked is gone
     except Exception as error:
         answer(repr(error))
+
+
+def _programs_of(source: str, version: str, values: dict, settings: tuple) -> StepPrograms:
+    """What the asking process has, in this one. Raises RuntimeError where that has other modules than this one."""
+    if (source, version) != (source_digest(), jax.__version__):
+        raise RuntimeError(f"this is nanovllm_jax {source_digest()} and jax {jax.__version__}, not {source}, {version}")
+    for name, value in values.items():
+        if value != jax.config.values[name]:
+            jax.config.update(name, value)
+    jax.config.update("jax_export_ignore_forward_compatibility", True)  # the reader has this very version
+    return StepPrograms.of(settings)

@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 import pickle
+import re
 import tempfile
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,8 @@ from jax.stages import Compiled, Lowered
 from nanovllm_jax.kernels import load_runtime
 
 logger = logging.getLogger(__name__)
+# Settings of JAX that say where it keeps things and what it tells, but make no other program.
+OF_NO_EFFECT = re.compile("cache|logging|_log_|explain|traceback|dump|platforms")
 SOURCES = (Path(__file__).parents[1], Path(__file__).parents[2] / "kernels")
 
 
@@ -37,13 +40,14 @@ class ProgramStore:
         the versions and the devices.
         """
         self.directory, self.devices = directory, devices
-        about = [_source_digest(), jax.__version__, os.environ.get("XLA_FLAGS", ""), repr(jax.config.values), settings]
+        of_jax = sorted(item for item in jax.config.values.items() if not OF_NO_EFFECT.search(item[0]))
+        about = [source_digest(), jax.__version__, os.environ.get("XLA_FLAGS", ""), repr(of_jax), settings]
         about += [devices[0].client.platform_version, *(f"{device.device_kind} {device.id}" for device in devices)]
         self._digest = hashlib.sha256("\n".join(about).encode())
 
     def load_all(self, names: list[Hashable]) -> dict[Hashable, Compiled]:
         """The programs of these names that are there and can be used."""
-        with ThreadPoolExecutor(os.cpu_count()) as pool, _no_garbage_collection():
+        with _pool() as pool, _no_garbage_collection():
             programs = dict(zip(names, pool.map(self.load, map(repr, names))))
         return {name: program for name, program in programs.items() if program is not None}
 
@@ -57,12 +61,14 @@ class ProgramStore:
             self.save(repr(name), compiled)
             return compiled
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool, _no_garbage_collection():
-            # Tracing holds the interpreter, compiling does not: each program compiles while the next is traced.
-            jobs = {name: (program, pool.submit(compile, name, program)) for name, program in lowered}
-        # Many at a time may be more than the machine has processes or memory for: once more, alone, what failed.
-        failed = {name: compile(name, program) for name, (program, job) in jobs.items() if job.exception()}
-        programs = {name: job.result() for name, (_, job) in jobs.items() if name not in failed} | failed
+        programs, jobs = {}, {}
+        with _pool() as pool, _no_garbage_collection():
+            for name, program in lowered:  # tracing holds the interpreter, compiling does not: they go side by side
+                jobs[name] = program, pool.submit(compile, name, program)
+        for name, (program, job) in jobs.items():
+            if error := job.exception():  # many at a time may need more processes or memory than there are
+                logger.warning("%r could not be compiled beside others (%s): once more, alone", name, error)
+            programs[name] = compile(name, program) if error else job.result()
         if programs and gc.isenabled():
             gc.collect()  # half a second, once: else it comes while requests run, as JAX keeps most of these objects
         return programs
@@ -108,6 +114,17 @@ class ProgramStore:
 
 
 @contextmanager
+def _pool() -> Iterator[ThreadPoolExecutor]:
+    """A thread for each core. On Ctrl-C what has not begun is left."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+@contextmanager
 def _no_garbage_collection() -> Iterator[None]:
     """Tracing makes many objects and hardly a cycle of them, yet the collector looks through all, again and again."""
     was_enabled = gc.isenabled()
@@ -120,7 +137,8 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 @cache
-def _source_digest() -> str:
+def source_digest() -> str:
+    """Of all the source that programs are made from: this package's."""
     digest = hashlib.sha256()
     for path in sorted(path for folder in SOURCES for path in folder.rglob("*.py")):
         digest.update(path.read_bytes())

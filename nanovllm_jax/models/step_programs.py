@@ -28,7 +28,7 @@ KERNELS = ("__gpu$xla.gpu.triton", "mosaic_gpu_v2")
 
 
 class ProgramSettings(NamedTuple):
-    """All that decides an engine's programs, beside the source, the versions and the devices. Can be pickled."""
+    """All that decides an engine's programs, beside the source, JAX and its settings, and the devices; for pickling."""
 
     config: EngineConfig
     model_config: ModelConfig

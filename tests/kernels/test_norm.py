@@ -74,7 +74,7 @@ def test_gradient_equals_that_of_plain_jnp():
 
     def plain(x, delta, gain):
         total = x + delta.sum(axis=0)
-        return total, total / jnp.sqrt(jnp.mean(total * total, axis=-1, keepdims=True) + EPS) * gain
+        return total, total / jnp.sqrt(jnp.mean(total * total, axis=-1, keepdims=True) + EPS) * gain[None]
 
     def gradients(f):
         def loss(*args):
