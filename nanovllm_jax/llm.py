@@ -17,7 +17,8 @@ from nanovllm_jax.engine.one_thread import by_one_thread
 from nanovllm_jax.engine.prompts import Prompt
 from nanovllm_jax.engine.requests import Request
 from nanovllm_jax.outputs import RequestOutput
-from nanovllm_jax.sampling_params import SamplingParams, plain
+from nanovllm_jax.sampling_params import SamplingParams
+from nanovllm_jax.values import plain
 
 
 class LLM(LLMEngine):

@@ -13,6 +13,7 @@ The functions are traced into the step's program like the model's own lines. Wit
 were. Shapes: T tokens, R rows that sample, D hidden, V vocabulary, K numbers that a request steers by.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from nanovllm_jax.sampling_params import plain
+from nanovllm_jax.values import integer
 
 Capture = Callable[[nnx.Module, jax.Array], jax.Array]
 Edit = Callable[[jax.Array, jax.Array], jax.Array]
@@ -60,9 +61,8 @@ class Probe:
                 raise TypeError(f"an edit of {place!r} needs a function f(x, steering)")
             if not place.startswith("residual."):
                 raise ValueError(f"only the residual stream can be edited ('residual.3'), not {place!r}")
-        object.__setattr__(self, "steering_size", plain(self.steering_size))
-        if type(self.steering_size) is not int or self.steering_size < 0:
-            raise ValueError(f"steering_size must be an integer of at least 0, not {self.steering_size!r}")
+        steering_size = integer("steering_size", self.steering_size, 0, math.inf, "at least 0")
+        object.__setattr__(self, "steering_size", steering_size)
 
     def check(self, model: nnx.Module, dtype: jnp.dtype) -> None:
         """Raise ValueError, naming the place, where this (abstract) model lacks the layer or a function fails on it."""

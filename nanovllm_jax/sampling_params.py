@@ -3,10 +3,10 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
-import numpy as np
+from nanovllm_jax.values import integer, is_integer, number, plain
 
 MAX_LOGPROBS = 20
 """Most likely tokens that `logprobs` and `prompt_logprobs` can ask for."""
@@ -88,9 +88,9 @@ class SamplingParams:
     def __post_init__(self):
         """Raise TypeError or ValueError for a value that cannot be, or that contradicts another."""
         for name, (least, most, words) in NUMBERS.items():
-            self._set(name, _number(name, getattr(self, name), least, most, words))
+            self._set(name, number(name, getattr(self, name), least, most, words))
         for name, (least, most, words) in INTEGERS.items():
-            self._set(name, _integer(name, getattr(self, name), least, most, words))
+            self._set(name, integer(name, getattr(self, name), least, most, words, name in OPTIONAL))
         for name in SWITCHES:
             if type(getattr(self, name)) is not bool:
                 raise TypeError(f"{name} must be True or False, not {getattr(self, name)!r}")
@@ -118,39 +118,6 @@ class SamplingParams:
             raise ValueError(f"n={self.n} with temperature=0 would be the same text {self.n} times: use n=1, or sample")
 
 
-def plain(value: Any) -> Any:
-    """An array of any library (NumPy's, JAX'), or a scalar of its, as a list or a Python number; all else as it is."""
-    return np.asarray(value).tolist() if hasattr(value, "__array__") else value
-
-
-def _number(name: str, value: Any, least: float, most: float, words: str) -> float:
-    value = plain(value)
-    if isinstance(value, bool) or not isinstance(value, (float, int, Real)):  # the usual ones first, which are quick
-        raise TypeError(f"{name} must be a number, not {value!r}")
-    if not least <= value <= most:  # false for NaN
-        raise ValueError(f"{name} must be {words}, not {value}")
-    try:
-        return float(value)
-    except OverflowError:  # an integer beyond all floats
-        return math.inf if value > 0 else -math.inf
-
-
-def _integer(name: str, value: Any, least: int, most: float, words: str) -> int | None:
-    """An integer of any kind, such as NumPy's, as Python's; True and False are refused."""
-    value = plain(value)
-    if value is None and name in OPTIONAL:
-        return None
-    if not _is_integer(value):
-        raise TypeError(f"{name} must be an integer{' or None' if name in OPTIONAL else ''}, not {value!r}")
-    if not least <= value <= most:
-        raise ValueError(f"{name} must be {words}, not {value}")
-    return int(value)
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, (int, Integral)) and not isinstance(value, bool)
-
-
 def _strings(stop: Any) -> tuple[str, ...]:
     stop = () if stop is None else (stop,) if isinstance(stop, str) else stop
     if not isinstance(stop, (list, tuple)) or not all(isinstance(string, str) for string in stop):
@@ -168,7 +135,7 @@ def _token_ids(ids: Any) -> tuple[int, ...]:
     if listed is None or isinstance(ids, (str, bytes, Mapping)):
         raise TypeError(f"stop_token_ids must be a list of token ids or None, not {ids!r}")
     for token in listed:
-        if not _is_integer(token):
+        if not is_integer(token):
             raise TypeError(f"stop_token_ids must be integers, not {token!r}")
     return tuple(map(int, listed))
 
@@ -180,9 +147,9 @@ def _biases(biases: Any) -> dict[int, float] | None:
         raise TypeError(f"logit_bias must be a dict from token id to number, or None, not {biases!r}")
     clamped = {}
     for token, bias in biases.items():
-        if not _is_integer(token):
+        if not is_integer(token):
             raise TypeError(f"logit_bias must have token ids (integers) as keys, not {token!r}")
-        bias = _number(f"logit_bias[{token}]", bias, -math.inf, math.inf, "a number")
+        bias = number(f"logit_bias[{token}]", bias, -math.inf, math.inf, "a number")
         clamped[int(token)] = min(100.0, max(-100.0, bias))
     return clamped
 
@@ -197,4 +164,4 @@ def _steering(numbers: Any) -> tuple[float, ...] | None:
         listed = None
     if listed is None or isinstance(numbers, (str, bytes, Mapping)):
         raise TypeError(f"steering must be a number, a list of numbers or None, not {numbers!r}")
-    return tuple(_number("steering", number, -FLOAT32_MAX, FLOAT32_MAX, "finite") for number in listed)
+    return tuple(number("steering", one, -FLOAT32_MAX, FLOAT32_MAX, "finite") for one in listed)

@@ -102,10 +102,15 @@ def main() -> None:
     parser.add_argument("--block-size", type=int, default=16, help="tokens in a block of the prefix cache")
     args = parser.parse_args()
 
-    llm = LLM(args.model, block_size=args.block_size, max_num_seqs=1)
-    params = replace(llm.get_default_sampling_params(), max_tokens=args.max_tokens)
+    asked = {"max_tokens": args.max_tokens}
     if args.temperature is not None:
-        params = replace(params, temperature=args.temperature)
+        asked["temperature"] = args.temperature
+    try:
+        SamplingParams(**asked)  # refused before the model is loaded
+        llm = LLM(args.model, block_size=args.block_size, max_num_seqs=1)
+    except ValueError as error:
+        parser.error(str(error))
+    params = replace(llm.get_default_sampling_params(), **asked)
     with suppress(ImportError):
         import readline  # noqa: F401  (input() then has a history)
     Chat(llm, params, args.system, args.think).run()

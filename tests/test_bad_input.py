@@ -215,7 +215,7 @@ BAD_OPTIONS = {
     "more steps than can be": (
         dict(num_scheduler_steps=2**31),
         ValueError,
-        "num_scheduler_steps must be at most 16777216",
+        "num_scheduler_steps must be from 1 to 16777216",
     ),
     "more devices than there are": (
         dict(tensor_parallel_size=2),

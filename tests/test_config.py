@@ -12,7 +12,8 @@ from small_model import SMALL
 
 from nanovllm_jax import Probe
 from nanovllm_jax.checkpoints.huggingface import config_json, parameter_sources
-from nanovllm_jax.config import EngineConfig, ModelConfig
+from nanovllm_jax.config import ModelConfig
+from nanovllm_jax.engine_config import EngineConfig
 from nanovllm_jax.layers.rope import RopeConfig
 from nanovllm_jax.parallel.backend import prepare_backend
 
@@ -263,16 +264,16 @@ BAD_OPTIONS = [
     (dict(block_size=None), TypeError, "block_size must be an integer, not None"),
     (dict(max_model_len=0), ValueError, "max_model_len must be at least 2, not 0"),
     (dict(max_model_len=1), ValueError, "max_model_len must be at least 2, not 1"),
-    (dict(max_model_len="4096"), TypeError, "max_model_len must be an integer, not '4096'"),
-    (dict(max_model_len=4096.0), TypeError, "max_model_len must be an integer, not 4096.0"),
+    (dict(max_model_len="4096"), TypeError, "max_model_len must be an integer or None, not '4096'"),
+    (dict(max_model_len=4096.0), TypeError, "max_model_len must be an integer or None, not 4096.0"),
     (dict(max_num_seqs=0), ValueError, "max_num_seqs must be at least 1, not 0"),
     (dict(max_num_batched_tokens=-1), ValueError, "max_num_batched_tokens must be at least 1, not -1"),
     (dict(num_kvcache_blocks=0), ValueError, "num_kvcache_blocks must be at least 1, not 0"),
-    (dict(num_scheduler_steps=0), ValueError, "num_scheduler_steps must be at least 1, not 0"),
-    (dict(num_kvcache_blocks=True), TypeError, "num_kvcache_blocks must be an integer, not True"),
+    (dict(num_scheduler_steps=0), ValueError, "num_scheduler_steps must be from 1 to 16777216, not 0"),
+    (dict(num_kvcache_blocks=True), TypeError, "num_kvcache_blocks must be an integer or None, not True"),
     (dict(tensor_parallel_size=0), ValueError, "tensor_parallel_size must be at least 1, not 0"),
     (dict(tensor_parallel_size=None), TypeError, "tensor_parallel_size must be an integer, not None"),
-    (dict(seed=2**64), ValueError, f"seed must fit in 64 bits, not {2**64}"),
+    (dict(seed=2**64), ValueError, f"seed must be of 64 bits, not {2**64}"),
     (dict(seed=None), TypeError, "seed must be an integer, not None"),
     (dict(enforce_eager=1), TypeError, "enforce_eager must be True or False, not 1"),
     (dict(enable_prefix_caching=None), TypeError, "enable_prefix_caching must be True or False, not None"),
@@ -282,6 +283,7 @@ BAD_OPTIONS = [
     (dict(gpu_memory_utilization="0.9"), TypeError, "gpu_memory_utilization must be a number, not '0.9'"),
     (dict(dtype="int8"), ValueError, "dtype must be auto, float32, .*not 'int8'"),
     (dict(dtype=np.float32), ValueError, "dtype must be auto, float32, .*numpy.float32"),
+    (dict(dtype=np.array([1, 2])), ValueError, "dtype must be auto, float32, "),
     (dict(load_format="gguf"), ValueError, "load_format must be 'auto' or 'dummy', not 'gguf'"),
     (dict(load_format=None), ValueError, "load_format must be 'auto' or 'dummy', not None"),
     (dict(compilation_cache_dir=3), TypeError, "compilation_cache_dir must be a directory or None, not 3"),

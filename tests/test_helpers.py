@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 from nanovllm_jax.checkpoints.load import TINY_MODEL
-from nanovllm_jax.config import EngineConfig, ModelConfig
+from nanovllm_jax.config import ModelConfig
 from nanovllm_jax.engine.batch import BatchShape
+from nanovllm_jax.engine_config import EngineConfig
 from nanovllm_jax.models import lowering
 from nanovllm_jax.models.lowering import Helper, helpers_for, lower_all
 from nanovllm_jax.models.step_programs import ProgramSettings, StepPrograms

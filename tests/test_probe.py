@@ -230,7 +230,7 @@ BAD_PROBES = {
     ),
     "a_capture_of_fewer_rows": (dict(capture={"logits": lambda m, x: x[0]}), r"must give an array \[3, \.\.\.\]"),
     "a_capture_that_fails": (dict(capture={"logits": lambda m, x: m.nothing}), "capture of 'logits' fails.*nothing"),
-    "a_size": (dict(steering_size=-1), "steering_size must be an integer of at least 0, not -1"),
+    "a_size": (dict(steering_size=-1), "steering_size must be at least 0, not -1"),
 }
 WRONG_TYPES = {
     "a_string": (dict(capture="logits"), "capture is a list or a dict"),

@@ -1,6 +1,7 @@
 """From a directory to a model on the devices."""
 
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def find_checkpoint(model: str | Path) -> Path:
     """
     if not isinstance(model, (str, Path)):
         raise TypeError(f"model must be a directory or a Hub id, not {model!r}")
-    directory = Path(model).expanduser()
+    directory = Path(os.path.expanduser(model))
     if directory.is_dir():
         if not (directory / "config.json").is_file():
             raise ValueError(f"{directory} is no checkpoint: it has no config.json")

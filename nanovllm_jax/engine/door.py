@@ -10,7 +10,8 @@ from nanovllm_jax.engine.prompts import Prompt, check_params, check_probing, che
 from nanovllm_jax.engine.requests import Request
 from nanovllm_jax.engine.sequence import Scored
 from nanovllm_jax.outputs import RequestMetrics
-from nanovllm_jax.sampling_params import SamplingParams, plain
+from nanovllm_jax.sampling_params import SamplingParams
+from nanovllm_jax.values import plain
 
 # A request that is run for the log probabilities of its own tokens.
 SCORING = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False)

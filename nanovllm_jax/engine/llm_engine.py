@@ -11,7 +11,7 @@ from typing import Any, Literal
 from nanovllm_jax.checkpoints.generation_config import default_sampling_params
 from nanovllm_jax.checkpoints.load import find_checkpoint
 from nanovllm_jax.checkpoints.tokenizer import load_tokenizer, stop_token_ids
-from nanovllm_jax.config import EngineConfig, ModelConfig
+from nanovllm_jax.config import ModelConfig
 from nanovllm_jax.engine.batch import BatchPacker, adjusts_logits
 from nanovllm_jax.engine.data_groups import DataGroups, GroupPacker
 from nanovllm_jax.engine.dispatch import DispatchedStep, dispatch
@@ -25,6 +25,7 @@ from nanovllm_jax.engine.schedule import Schedule
 from nanovllm_jax.engine.scheduler import Scheduler
 from nanovllm_jax.engine.sequence import Sequence
 from nanovllm_jax.engine.tables import token_tables
+from nanovllm_jax.engine_config import EngineConfig
 from nanovllm_jax.outputs import EngineStats, RequestOutput
 from nanovllm_jax.parallel.backend import prepare_backend
 from nanovllm_jax.sampling_params import SamplingParams

@@ -4,7 +4,8 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from nanovllm_jax.config import EngineConfig, ModelConfig
+from nanovllm_jax.config import ModelConfig
+from nanovllm_jax.engine_config import EngineConfig
 
 GIB = 1 << 30
 RESERVE = GIB // 2  # cuBLAS workspaces, the arrays of a step in flight, fragmentation

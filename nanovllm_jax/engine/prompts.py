@@ -1,9 +1,9 @@
 """Prompts and settings at the door: read, and refused where the model cannot run them."""
 
-from numbers import Integral
 from typing import Any
 
-from nanovllm_jax.sampling_params import SamplingParams, plain
+from nanovllm_jax.sampling_params import SamplingParams
+from nanovllm_jax.values import is_integer, plain
 
 Prompt = str | list[int] | dict[str, Any]
 """A text, token ids, or a dict with "prompt" (a text), "prompt_token_ids", or both: then the ids are what runs."""
@@ -50,7 +50,7 @@ def check_token_ids(tokens: list, vocab_size: int, what: str = "prompt") -> list
     """Python integers, all in the vocabulary. A prompt may have 100,000: the good ones never meet a Python loop."""
     if set(map(type, tokens)) != {int}:
         for token in tokens:
-            if isinstance(token, bool) or not isinstance(plain(token), Integral):
+            if not is_integer(plain(token)):
                 raise TypeError(f"{what} token ids must be integers, not {token!r}; one {what} is wanted here")
         tokens = list(map(int, tokens))  # NumPy's and JAX'
     if min(tokens) < 0 or max(tokens) >= vocab_size:

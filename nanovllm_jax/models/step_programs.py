@@ -12,8 +12,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 from jax.stages import Lowered
 
-from nanovllm_jax.config import EngineConfig, ModelConfig
+from nanovllm_jax.config import ModelConfig
 from nanovllm_jax.engine.batch import BatchShape
+from nanovllm_jax.engine_config import EngineConfig
 from nanovllm_jax.layers.attention import KVCache
 from nanovllm_jax.models.draw import DeviceState, LogprobArrays
 from nanovllm_jax.models.parameters import abstract_model

@@ -3,13 +3,12 @@
 import os
 from contextlib import suppress
 from functools import cache
-from pathlib import Path
 from threading import Thread
 
 import jax
 from jax.sharding import Mesh
 
-from nanovllm_jax.config import EngineConfig
+from nanovllm_jax.engine_config import EngineConfig
 from nanovllm_jax.parallel.processes import connect
 
 # What XLA may put in CUDA graphs where there are several GPUs: not collectives, which have hung there.
@@ -39,7 +38,7 @@ def prepare_backend(config: EngineConfig) -> None:
     if config.distributed or config.coordinator_address:
         connect(config.coordinator_address, config.num_processes, config.process_id)
     if config.compilation_cache_dir and jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(Path(config.compilation_cache_dir).expanduser()))
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache_dir))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     Thread(target=_start_devices).start()
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import chat
+import example
 import pytest
 from small_model import assert_idle, small_llm, write_checkpoint
 
@@ -107,3 +108,13 @@ def test_the_embedded_model(tmp_path):
     assert (len(cached), cached[0]) == (4, 0)
     assert cached[1] >= 16
     assert cached[2] >= 32
+
+
+@pytest.mark.parametrize("script", [chat, example])
+@pytest.mark.parametrize("given", ["--max-tokens 0", "--temperature -1", "--model no/model/here"])
+def test_bad_arguments(script, given, monkeypatch, capsys):
+    """One line, that names the value, and before anything is loaded."""
+    monkeypatch.setattr(sys, "argv", [script.__name__, *given.split()])
+    with pytest.raises(SystemExit):
+        script.main()
+    assert given.split()[1] in capsys.readouterr().err.splitlines()[-1]
