@@ -73,8 +73,8 @@ class ModelRunner:
         self.dtype = self._resolve_dtype()
         self.max_num_seqs = config.max_num_seqs or (512 if self.on_gpu else 32)
         self.max_num_batched_tokens = config.max_num_batched_tokens or (16384 if self.on_gpu else 1024)
-        loading = dict(load_format=config.load_format, seed=config.seed, deterministic=config.deterministic)
-        loader = ModelLoader(directory, model_config, dtype=self.dtype, mesh=self.mesh, **loading)
+        options = dict(load_format=config.load_format, seed=config.seed, deterministic=config.deterministic)
+        loader = ModelLoader(directory, model_config, dtype=self.dtype, mesh=self.mesh, **options)
         if config.probe:
             config.probe.check(loader.model, self.dtype)
         if self.num_processes > 1:
@@ -192,7 +192,7 @@ class ModelRunner:
         return estimate_workspace(self.model_config, self.dtype.itemsize, tokens, rows, self.num_shards)
 
     def _size_cache(self, workspace: int) -> None:
-        """Decide the pool's size and, with it, max_model_len and the batch shapes."""
+        """Decide the pool's size and, with it, max_model_len."""
         config, model = self.config, self.model_config
         block = model.kv_bytes_per_token(self.dtype.itemsize) * config.block_size // self.num_shards
         # Un-jitted steps copy a layer's cache when they store, for nothing is donated.
@@ -206,12 +206,6 @@ class ModelRunner:
         wanted = self.max_num_seqs * (config.max_model_len or model.max_context)
         self.num_blocks = decide_num_blocks(plan, config, wanted)
         self.max_model_len = decide_max_model_len(config, model.max_context, self.num_blocks)
-        settings = ProgramSettings(config, model, self.dtype, self.max_num_seqs, self.num_blocks)
-        self.steps = StepPrograms(settings, self.mesh, self.weights.shapes, self.weights.treedef)
-        width = -(-self.max_model_len // config.block_size)
-        sizes = self.max_num_seqs, self.max_num_batched_tokens, width, self._run_ahead()
-        is_large = not self._tokens_in_a_dispatch()
-        self.buckets = gpu_buckets(*sizes, is_large) if self.on_gpu else cpu_buckets(*sizes)
         logger.info(
             "memory a device: %.2f GiB weights, %.2f GiB workspace, %.2f GiB cache = %d blocks of %d tokens = "
             "%d tokens; max_model_len %d",
@@ -223,18 +217,6 @@ class ModelRunner:
             self.num_blocks * config.block_size,
             self.max_model_len,
         )
-
-    def _run_ahead(self) -> RunAhead:
-        """When one program decodes several steps: as the user says, or where a GPU would wait for the host."""
-        if self.config.num_scheduler_steps:
-            return RunAhead(self.config.num_scheduler_steps, RUN_AHEAD_ROWS)
-        tokens = self._tokens_in_a_dispatch()
-        return RunAhead(GPU_STEPS, RUN_AHEAD_ROWS, tokens) if self.on_gpu and tokens else ONE_STEP
-
-    def _tokens_in_a_dispatch(self) -> int:
-        """How much context a GPU reads, with the weights, while the host dispatches a step; 0: a large model."""
-        room = DISPATCH_BYTES - self.weights.device_bytes
-        return max(0, room * self.num_shards // self.model_config.kv_bytes_per_token(self.dtype.itemsize))
 
     def _bytes_in_use(self) -> int:
         """What others hold of a GPU: another LLM of this process."""
@@ -254,8 +236,30 @@ class ModelRunner:
 
     # ------------------------------------------------------------ programs
 
+    def _plan_programs(self) -> None:
+        """Decide what is compiled: a step over the sized cache, for a few batch shapes."""
+        settings = ProgramSettings(self.config, self.model_config, self.dtype, self.max_num_seqs, self.num_blocks)
+        self.steps = StepPrograms(settings, self.mesh, self.weights.shapes, self.weights.treedef)
+        width = -(-self.max_model_len // self.config.block_size)
+        sizes = self.max_num_seqs, self.max_num_batched_tokens, width, self._run_ahead()
+        is_large = not self._tokens_in_a_dispatch()
+        self.buckets = gpu_buckets(*sizes, is_large) if self.on_gpu else cpu_buckets(*sizes)
+
+    def _run_ahead(self) -> RunAhead:
+        """When one program decodes several steps: as the user says, or where a GPU would wait for the host."""
+        if self.config.num_scheduler_steps:
+            return RunAhead(self.config.num_scheduler_steps, RUN_AHEAD_ROWS)
+        tokens = self._tokens_in_a_dispatch()
+        return RunAhead(GPU_STEPS, RUN_AHEAD_ROWS, tokens) if self.on_gpu and tokens else ONE_STEP
+
+    def _tokens_in_a_dispatch(self) -> int:
+        """How much context a GPU reads, with the weights, while the host dispatches a step; 0: a large model."""
+        room = DISPATCH_BYTES - self.weights.device_bytes
+        return max(0, room * self.num_shards // self.model_config.kv_bytes_per_token(self.dtype.itemsize))
+
     def _compile(self) -> int:
         """Compile every batch shape, in threads; returns the largest temporary memory in bytes."""
+        self._plan_programs()
         shapes = self.buckets.all_shapes()
         if self.config.enforce_eager:
             logger.warning("enforce_eager=True: steps run un-jitted, for debugging; expect them to be slow")
@@ -282,7 +286,8 @@ class ModelRunner:
         # functions do cannot be told from their names, and of a program over several processes each would have a part.
         kept = self.on_gpu and self.config.compilation_cache_dir and not self.config.probe and self.num_processes == 1
         directory = jax.config.jax_compilation_cache_dir if kept else None
-        config = replace(self.config, seed=0, load_format="auto")  # what weights there are decides no program
+        # Neither what weights there are decides a program, nor where it is kept.
+        config = replace(self.config, seed=0, load_format="auto", compilation_cache_dir=None)
         return ProgramStore(
             Path(directory) / "programs" if directory else None,
             list(self.mesh.devices.flat),
