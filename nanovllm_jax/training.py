@@ -47,7 +47,11 @@ def token_logprobs(
     `remat`: keep only the residual stream between layers for the backward pass, and compute each layer again: a third
     more arithmetic, and memory that hardly grows with the layers. The logits are made, and made again in the backward
     pass, `chunk` positions at a time: [B, T, V] never exists.
+
+    Raises ValueError for tokens of another rank and for a chunk below 1. A token beyond the vocabulary has NaN.
     """
+    if tokens.ndim != 2 or chunk < 1:
+        raise ValueError(f"tokens must be [B, T], not {tokens.shape}, and chunk at least 1, not {chunk}")
     length = tokens.shape[-1]
     positions = jnp.arange(length) if positions is None else positions
     run = forgetful_layer if remat else run_layer

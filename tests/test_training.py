@@ -145,6 +145,13 @@ def test_token_logprobs_of_one_token_each():
     assert token_logprobs(model, jnp.zeros((2, 1), jnp.int32)).tolist() == [[0.0], [0.0]]
 
 
+@pytest.mark.parametrize(("shape", "chunk"), [((5,), 8), ((1, 2, 3), 8), ((2, 5), 0)])
+def test_token_logprobs_of_what_is_no_batch(shape, chunk):
+    model = Qwen3ForCausalLM(SMALL, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"tokens must be \[B, T\], not .*chunk at least 1, not [08]"):
+        token_logprobs(model, jnp.zeros(shape, jnp.int32), chunk=chunk)
+
+
 def test_a_frequent_tokens_gradient_adds_up_in_16_bits():
     """One token 4,096 times: a sum in bfloat16 would stand still at 256."""
     embedding = Embedding(8, 4, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
