@@ -161,7 +161,7 @@ class LLM(LLMEngine):
         try:
             for request in requests:
                 super().start_request(request)
-            while any(map(self._has, requests)):
+            while any(map(self._has, reversed(requests))):  # the last ones are most often the last to end
                 yield from super().step()
         finally:
             if self._streamed is requests:
