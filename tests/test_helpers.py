@@ -104,10 +104,12 @@ def test_programs_of_several_devices():
     subprocess.run([sys.executable, "-c", SEVERAL_DEVICES], check=True)
 
 
-def test_helpers_lower_what_nobody_has_begun(programs, helped, monkeypatch):
+def test_helpers_lower_what_nobody_has_begun(programs, helped, monkeypatch, caplog):
     monkeypatch.setattr(lowering, "_next", lambda todo, done, missing: done.get(timeout=200))
-    assert sorted(map(str, dict(lower_all(programs, SHAPES, 2)))) == sorted(map(str, SHAPES))
+    with caplog.at_level(logging.INFO, lowering.__name__):
+        assert sorted(map(str, dict(lower_all(programs, SHAPES, 2)))) == sorted(map(str, SHAPES))
     assert len(helped) == 3
+    assert "2 processes have lowered 3 of 3 programs" in caplog.text
 
 
 def test_a_helper_has_the_settings_of_jax(programs, caplog):
@@ -156,7 +158,8 @@ def test_any_path_of_modules(programs, helped, monkeypatch, path):
 def test_a_helper_runs_nothing_of_the_working_directory(programs, helped, monkeypatch, tmp_path):
     (tmp_path / "queue.py").write_text("open('was_run', 'w')")
     monkeypatch.chdir(tmp_path)
-    test_helpers_lower_what_nobody_has_begun(programs, helped, monkeypatch)
+    monkeypatch.setattr(lowering, "_next", lambda todo, done, missing: done.get(timeout=200))
+    assert len(dict(lower_all(programs, SHAPES[:1], 1))) == len(helped) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["queue.py"]
 
 

@@ -40,7 +40,7 @@ def lower_all(
 ) -> Iterator[tuple[BatchShape, Lowered]]:
     """Each shape's step, as it is ready. A helper that fails, or is late, costs time and nothing else."""
     todo, done = deque(shapes), SimpleQueue()
-    missing, helpers = dict.fromkeys(shapes), []
+    missing, helpers, num_helped = dict.fromkeys(shapes), [], 0
     try:
         for _ in range(num_helpers):
             with suppress(Exception):  # whatever there is no room for, or no right to
@@ -49,7 +49,10 @@ def lower_all(
             shape, exported = _next(todo, done, missing)
             if shape in missing:
                 del missing[shape]
+                num_helped += exported is not None
                 yield shape, _lower(programs, shape, exported)
+        if helpers:
+            logger.info("%d processes have lowered %d of %d programs", len(helpers), num_helped, len(shapes))
     finally:
         for helper in helpers:
             helper.process.kill()
