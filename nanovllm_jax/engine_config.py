@@ -23,7 +23,7 @@ INTEGERS = {  # least, most, and both in words
     "tensor_parallel_size": (1, math.inf, "at least 1"),
     "data_parallel_size": (1, math.inf, "at least 1"),
     "block_size": (16, 256, "16, 32, 64, 128 or 256"),
-    "seed": (-(2**63), 2**64 - 1, "of 64 bits"),
+    "seed": (-(2**63), 2**64 - 1, "within 64 bits"),
 }
 OPTIONAL = (  # may be None
     "max_model_len",
@@ -95,7 +95,7 @@ class EngineConfig:
         known = [f.name for f in fields(cls)]
         for name in options:
             if name not in known:
-                near = difflib.get_close_matches(name, [*known, "kvcache_block_size"], n=1)
+                near = difflib.get_close_matches(name, [*known, "kvcache_block_size"], n=1, cutoff=0.5)
                 hint = f"; did you mean {near[0]!r}?" if near else f"; the options are {', '.join(known)}"
                 raise TypeError(f"LLM() has no option {name!r}{hint}")
         return cls(**options)
@@ -112,7 +112,7 @@ class EngineConfig:
             raise ValueError(f"block_size must be 16, 32, 64, 128 or 256, not {self.block_size}")
         if not isinstance(self.dtype, str) or self.dtype not in ("auto", *DTYPES):
             raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}, not {self.dtype!r}")
-        if self.load_format not in ("auto", "dummy"):
+        if not isinstance(self.load_format, str) or self.load_format not in ("auto", "dummy"):
             raise ValueError(f"load_format must be 'auto' or 'dummy', not {self.load_format!r}")
         if not (self.probe is None or isinstance(self.probe, Probe)):
             raise TypeError(f"probe must be a Probe or None, not {self.probe!r}")

@@ -1,7 +1,7 @@
 """LLM: what users touch."""
 
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,8 @@ class LLM(LLMEngine):
         Raises TypeError for unknown options and ValueError for what does not fit together or into memory.
         """
         super().__init__(model, **options)
-        self._streamed: list[Request] = []  # what the stream() that runs was asked for
+        self._streamed: list[Request] = []  # what the stream() that runs was asked for,
+        self._stream_calls = False  # and whether it is the one that calls
 
     @by_one_thread
     def generate(
@@ -135,8 +136,15 @@ class LLM(LLMEngine):
                 f"({len(unfinished)}): call step() until they are done, or abort_request()"
             )
 
+    def _call_for_stream(self, method: Callable, *args: Any) -> Any:
+        self._stream_calls = True
+        try:
+            return method(*args)
+        finally:
+            self._stream_calls = False
+
     def _check_no_stream(self, caller: str) -> None:
-        if any(self._has(request) or not request.completions for request in self._streamed):
+        if not self._stream_calls and any(self._has(request) or not request.completions for request in self._streamed):
             raise RuntimeError(
                 f"{caller} was called while a stream() is open, which needs the engine for itself: read the stream to "
                 "its end, or close it"
@@ -157,12 +165,12 @@ class LLM(LLMEngine):
 
     def _stream(self, requests: list[Request]) -> Generator[RequestOutput, None, None]:
         self._check_idle("stream()")  # which time has passed since
-        self._streamed = requests
         try:
             for request in requests:
-                super().start_request(request)
+                self._call_for_stream(self.start_request, request)
+                self._streamed = requests
             while any(map(self._has, reversed(requests))):  # the last ones are most often the last to end
-                yield from super().step()
+                yield from self._call_for_stream(self.step)
         finally:
             if self._streamed is requests:
                 self._streamed = []

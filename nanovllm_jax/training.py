@@ -48,9 +48,10 @@ def token_logprobs(
     more arithmetic, and memory that hardly grows with the layers. The logits are made, and made again in the backward
     pass, `chunk` positions at a time: [B, T, V] never exists.
 
-    Raises ValueError for tokens of another rank and for a chunk below 1. A token beyond the vocabulary has NaN.
+    Raises ValueError for tokens of another rank, for none, and for a chunk below 1. That they are in the vocabulary is
+    not checked.
     """
-    if tokens.ndim != 2 or chunk < 1:
+    if tokens.ndim != 2 or not tokens.size or chunk < 1:
         raise ValueError(f"tokens must be [B, T], not {tokens.shape}, and chunk at least 1, not {chunk}")
     length = tokens.shape[-1]
     positions = jnp.arange(length) if positions is None else positions

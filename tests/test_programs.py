@@ -1,5 +1,9 @@
 """Compiled programs kept on disk."""
 
+import os
+import signal
+import threading
+import time
 from typing import NamedTuple
 
 import jax
@@ -106,3 +110,19 @@ def test_what_failed_beside_others_is_compiled_once_more(program, caplog):
     assert "'a' could not be compiled beside others (Failed to launch ptxas)" in caplog.text
     with pytest.raises(RuntimeError, match="ptxas"):
         store(None).compile_all([("a", Fails(2, program))], lambda name: {})
+
+
+def test_an_interrupt_leaves_what_has_not_begun():
+    """Also where all is lowered, and the first thread waits for the others."""
+    begun, threads = [], os.cpu_count()
+
+    class Slow:
+        def compile(self, options):
+            begun.append(time.sleep(0.5))
+
+    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        store(None).compile_all([(number, Slow()) for number in range(10 * threads)], lambda name: {})
+    timer.join()
+    assert len(begun) <= 2 * threads

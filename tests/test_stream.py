@@ -138,6 +138,15 @@ def test_the_engine_is_the_streams_alone(llm):
     assert_idle(llm)
 
 
+def test_a_stream_goes_through_the_methods_that_others_call(llm, monkeypatch):
+    """So that what is put around them, such as a clock, sees its steps too."""
+    calls, step = [], llm.step
+    monkeypatch.setattr(llm, "step", lambda: calls.append("step") or step(), raising=False)
+    tokens = [token for output in llm.stream(PROMPT, GREEDY) for token in output["token_ids"]]
+    assert len(calls) >= len(tokens)
+    assert_idle(llm)
+
+
 def test_a_stream_whose_start_fails_is_not_open(llm, monkeypatch):
     monkeypatch.setattr(llm.scheduler, "add", no_room)
     with pytest.raises(MemoryError):

@@ -145,7 +145,7 @@ def test_token_logprobs_of_one_token_each():
     assert token_logprobs(model, jnp.zeros((2, 1), jnp.int32)).tolist() == [[0.0], [0.0]]
 
 
-@pytest.mark.parametrize(("shape", "chunk"), [((5,), 8), ((1, 2, 3), 8), ((2, 5), 0)])
+@pytest.mark.parametrize(("shape", "chunk"), [((5,), 8), ((1, 2, 3), 8), ((2, 0), 8), ((0, 3), 8), ((2, 5), 0)])
 def test_token_logprobs_of_what_is_no_batch(shape, chunk):
     model = Qwen3ForCausalLM(SMALL, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"tokens must be \[B, T\], not .*chunk at least 1, not [08]"):

@@ -14,7 +14,7 @@ import pickle
 import re
 import tempfile
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -65,6 +65,7 @@ class ProgramStore:
         with _pool() as pool, _no_garbage_collection():
             for name, program in lowered:  # tracing holds the interpreter, compiling does not: they go side by side
                 jobs[name] = program, pool.submit(compile, name, program)
+            wait([job for _, job in jobs.values()])
         for name, (program, job) in jobs.items():
             if error := job.exception():  # many at a time may need more processes or memory than there are
                 logger.warning("%r could not be compiled beside others (%s): once more, alone", name, error)
