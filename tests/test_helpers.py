@@ -51,6 +51,32 @@ def helped(monkeypatch):
     return shapes
 
 
+@pytest.fixture
+def by_helpers(helped, monkeypatch):
+    """`helped`, where this process begins nothing by itself."""
+    monkeypatch.setattr(lowering, "_next", lambda todo, done, missing: done.get(timeout=200))
+    return helped
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The processes that were started."""
+    processes, start = [], subprocess.Popen
+
+    def note(*args, **options):
+        processes.append(start(*args, **options))
+        return processes[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", note)
+    return processes
+
+
+def end(helper):
+    helper.join(timeout=200)
+    helper.process.kill()
+    helper.end()
+
+
 def numbers(like):
     if like.dtype == jnp.int32:
         return jnp.ones(like.shape, jnp.int32)
@@ -104,11 +130,10 @@ def test_programs_of_several_devices():
     subprocess.run([sys.executable, "-c", SEVERAL_DEVICES], check=True)
 
 
-def test_helpers_lower_what_nobody_has_begun(programs, helped, monkeypatch, caplog):
-    monkeypatch.setattr(lowering, "_next", lambda todo, done, missing: done.get(timeout=200))
+def test_helpers_lower_what_nobody_has_begun(programs, by_helpers, caplog):
     with caplog.at_level(logging.INFO, lowering.__name__):
         assert sorted(map(str, dict(lower_all(programs, SHAPES, 2)))) == sorted(map(str, SHAPES))
-    assert len(helped) == 3
+    assert len(by_helpers) == 3
     assert "2 processes have lowered 3 of 3 programs" in caplog.text
 
 
@@ -116,10 +141,8 @@ def test_a_helper_has_the_settings_of_jax(programs, caplog):
     """As this process has them when it lowers, whoever set them: with this one no step can be traced."""
     done = SimpleQueue()
     with jax.enable_x64(True), caplog.at_level(logging.DEBUG, lowering.__name__):
-        helper = Helper(programs, deque(SHAPES[:1]), done)
-        assert done.get(timeout=200) == (SHAPES[0], None)
-        helper.process.kill()
-        helper.end()
+        end(Helper(programs, deque(SHAPES[:1]), done))
+    assert done.get_nowait() == (SHAPES[0], None)
     assert "int64" in caplog.text
 
 
@@ -148,46 +171,34 @@ def test_a_helper_that_does_not_start(programs, helped, monkeypatch, python):
 
 
 @pytest.mark.parametrize("path", [Path("/tmp"), "relative", ""], ids=repr)
-def test_any_path_of_modules(programs, helped, monkeypatch, path):
+def test_any_path_of_modules(programs, by_helpers, monkeypatch, path):
     """What imports ignore, and what goes by the working directory, which a helper must not look into by itself."""
-    monkeypatch.setattr(lowering, "_next", lambda todo, done, missing: done.get(timeout=200))
     monkeypatch.setattr(sys, "path", [*sys.path, path])
-    assert len(dict(lower_all(programs, SHAPES[2:], 1))) == len(helped) == 1
+    assert len(dict(lower_all(programs, SHAPES[2:], 1))) == len(by_helpers) == 1
 
 
-def test_a_helper_runs_nothing_of_the_working_directory(programs, helped, monkeypatch, tmp_path):
+def test_a_helper_runs_nothing_of_the_working_directory(programs, by_helpers, monkeypatch, tmp_path):
     (tmp_path / "queue.py").write_text("open('was_run', 'w')")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(lowering, "_next", lambda todo, done, missing: done.get(timeout=200))
-    assert len(dict(lower_all(programs, SHAPES[:1], 1))) == len(helped) == 1
+    assert len(dict(lower_all(programs, SHAPES[:1], 1))) == len(by_helpers) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["queue.py"]
 
 
-def test_a_helper_with_other_modules_is_of_no_use(programs, helped, monkeypatch, caplog):
+def test_a_helper_with_other_modules_is_of_no_use(programs, monkeypatch, caplog):
     monkeypatch.setattr(lowering, "source_digest", lambda: "another")
     with caplog.at_level(logging.DEBUG, lowering.__name__):
         helper = Helper(programs, deque(SHAPES), SimpleQueue())
-        helper.join(timeout=200)
-        helper.process.kill()
-        helper.end()
+        end(helper)
     assert "not another" in caplog.text
     assert len(helper.todo) == len(SHAPES)
 
 
-def test_what_cannot_be_read_is_lowered_here(programs, monkeypatch):
+def test_what_cannot_be_read_is_lowered_here(programs, by_helpers, monkeypatch):
     monkeypatch.setattr(Helper, "_ask", lambda helper, question: b"nonsense")
-    monkeypatch.setattr(lowering, "_next", lambda todo, done, missing: done.get(timeout=200))
     assert len(dict(lower_all(programs, SHAPES[:1], 1))) == 1
 
 
-def test_a_helper_without_a_thread(programs, helped, monkeypatch):
-    started, start = [], subprocess.Popen
-
-    def note(*args, **options):
-        started.append(start(*args, **options))
-        return started[0]
-
-    monkeypatch.setattr(subprocess, "Popen", note)
+def test_a_helper_without_a_thread(programs, started, monkeypatch):
     monkeypatch.setattr(Helper, "start", no_thread)
     assert [shape for shape, _ in lower_all(programs, SHAPES, 1)] == SHAPES
     assert started[0].wait(timeout=60) < 0
@@ -202,10 +213,7 @@ def test_a_helper_that_says_what_is_wrong(programs, caplog):
     settings = programs.settings._replace(model_config="no config")
     broken = StepPrograms(settings, programs.mesh, programs.weights, programs.treedef)
     with caplog.at_level(logging.DEBUG, lowering.__name__):
-        helper = Helper(broken, deque(), SimpleQueue())
-        helper.join(timeout=200)
-        helper.process.kill()
-        helper.end()
+        end(Helper(broken, deque(), SimpleQueue()))
     assert "AttributeError" in caplog.text
 
 
@@ -215,9 +223,8 @@ def test_a_helper_that_does_not_answer(programs, helped, monkeypatch, fate):
 
     def ask(helper, question):
         if question is not helper.job:
-            if fate == "dies":
-                raise EOFError
-            helper.process.wait()  # for its end
+            if fate == "sleeps":
+                helper.process.wait()  # for its end
             raise EOFError
 
     begun = []
@@ -236,15 +243,8 @@ def test_a_helper_that_does_not_answer(programs, helped, monkeypatch, fate):
     assert not helped
 
 
-def test_no_process_is_left(programs, monkeypatch):
+def test_no_process_is_left(programs, started):
     """Neither when all is lowered, nor when the caller stops half way."""
-    started, start = [], subprocess.Popen
-
-    def note(*args, **options):
-        started.append(start(*args, **options))
-        return started[-1]
-
-    monkeypatch.setattr(subprocess, "Popen", note)
     for _ in lower_all(programs, SHAPES, 1):
         pass
     half = lower_all(programs, SHAPES, 1)
