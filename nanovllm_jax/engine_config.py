@@ -25,15 +25,6 @@ INTEGERS = {  # least, most, and both in words
     "block_size": (16, 256, "16, 32, 64, 128 or 256"),
     "seed": (-(2**63), 2**64 - 1, "within 64 bits"),
 }
-OPTIONAL = (  # may be None
-    "max_model_len",
-    "max_num_seqs",
-    "max_num_batched_tokens",
-    "num_kvcache_blocks",
-    "num_scheduler_steps",
-    "num_processes",
-    "process_id",
-)
 
 
 @dataclass(frozen=True)
@@ -103,7 +94,8 @@ class EngineConfig:
     def __post_init__(self):
         """Raise ValueError or TypeError for a value out of range."""
         for name, (least, most, words) in INTEGERS.items():
-            self._set(name, integer(name, getattr(self, name), least, most, words, name in OPTIONAL))
+            optional = getattr(EngineConfig, name) is None  # where that is its default
+            self._set(name, integer(name, getattr(self, name), least, most, words, optional))
         self._set("gpu_memory_utilization", number("gpu_memory_utilization", self.gpu_memory_utilization, *SHARE))
         for name in ("enforce_eager", "enable_prefix_caching", "deterministic", "distributed"):
             if type(getattr(self, name)) is not bool:

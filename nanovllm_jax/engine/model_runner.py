@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as Spec
 from xxhash import xxh3_128_digest
 
@@ -64,7 +63,6 @@ class ModelRunner:
         self.model_config = model_config = split_config(model_config, config.tensor_parallel_size)
         self.mesh = make_mesh(config.tensor_parallel_size, config.data_parallel_size)
         self.num_groups, self.num_shards = self.mesh.devices.shape
-        self.by_group = NamedSharding(self.mesh, Spec(DATA_AXIS))
         self.device = self.mesh.local_devices[0]
         self.num_processes, self.is_first_process = jax.process_count(), jax.process_index() == 0
         self.on_gpu = self.device.platform == "gpu"
@@ -182,7 +180,7 @@ class ModelRunner:
         """Numbers of all data groups, one group's after another's, where those groups' devices read them."""
         if self.mesh.size == 1:
             return buffer
-        return jax.make_array_from_callback(buffer.shape, self.by_group, buffer.__getitem__)
+        return jax.make_array_from_callback(buffer.shape, self.steps.by_group, buffer.__getitem__)
 
     # ------------------------------------------------------------ cache
 

@@ -8,6 +8,7 @@ from flax import nnx
 from jax import lax
 
 from nanovllm_jax import kernels
+from nanovllm_jax.kernels.common import with_rank
 from nanovllm_jax.parallel.sharding import is_summed_over, sum_over
 
 STDDEV = 0.02  # of random weights, as Qwen3's initializer_range
@@ -69,10 +70,7 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., in] -> [..., *out]."""
         y = sum_over(self.in_axis, self.matmul(x, self.weight[...]))
-        if self.bias is None:
-            return y
-        bias = self.bias[...]
-        return y + jnp.expand_dims(bias, range(y.ndim - bias.ndim))
+        return y if self.bias is None else y + with_rank(self.bias[...], y.ndim)
 
     @property
     def is_plain(self) -> bool:

@@ -60,7 +60,7 @@ def lower_all(
             helper.end()
 
 
-def _next(todo: deque, done: SimpleQueue, missing: dict) -> tuple[BatchShape, bytes | None]:
+def _next(todo: deque, done: SimpleQueue, missing: dict) -> tuple[BatchShape, bytearray | None]:
     """What a helper has ready; else what nobody has begun; else what a helper comes up with, if it does."""
     with suppress(Empty):
         return done.get_nowait()
@@ -73,7 +73,7 @@ def _next(todo: deque, done: SimpleQueue, missing: dict) -> tuple[BatchShape, by
     return late[0], None
 
 
-def _lower(programs: StepPrograms, shape: BatchShape, exported: bytes | None) -> Lowered:
+def _lower(programs: StepPrograms, shape: BatchShape, exported: bytearray | None) -> Lowered:
     if exported is not None:
         try:
             return programs.lower_exported(shape, exported)
@@ -117,7 +117,7 @@ class Helper(Thread):
             if shape is not None:
                 self.done.put((shape, None))
 
-    def _ask(self, question: object) -> bytes | None:
+    def _ask(self, question: object) -> bytearray | None:
         pickle.dump(question, self.process.stdin)
         self.process.stdin.flush()
         answer = pickle.load(self.process.stdout)
@@ -138,7 +138,7 @@ def be_a_helper() -> None:
     os.dup2(2, 1)  # whatever prints does not print into an answer
     gc.disable()
 
-    def answer(what: bytes | str | None) -> None:
+    def answer(what: bytearray | str | None) -> None:
         pickle.dump(what, answers)
         answers.flush()
 

@@ -46,6 +46,7 @@ class StepPrograms:
     def __init__(self, settings: ProgramSettings, mesh: Mesh, weights: list[jax.ShapeDtypeStruct], treedef: Any):
         """`weights`, `treedef`: a model's shapes and shardings on `mesh`, flat, and how they make the model."""
         self.settings, self.mesh, self.weights, self.treedef = settings, mesh, weights, treedef
+        self.by_group = NamedSharding(mesh, Spec(DATA_AXIS))
 
     @classmethod
     def of(cls, settings: ProgramSettings) -> "StepPrograms":
@@ -60,21 +61,20 @@ class StepPrograms:
         s, c, probe = self.settings, self.settings.model_config, self.settings.config.probe
         groups = self.mesh.shape[DATA_AXIS]
         slots = groups * (s.max_num_seqs + 1)
-        by_group, split = (NamedSharding(self.mesh, Spec(*axes)) for axes in ((DATA_AXIS,), (DATA_AXIS, MODEL_AXIS)))
+        split = NamedSharding(self.mesh, Spec(DATA_AXIS, MODEL_AXIS))
         shape = (groups * s.num_blocks, c.kv_heads, s.config.block_size, c.head_dim)
         pages = jax.ShapeDtypeStruct(shape, s.dtype, sharding=split)
         state = DeviceState(
-            last_tokens=jax.ShapeDtypeStruct((slots,), jnp.int32, sharding=by_group),
+            last_tokens=jax.ShapeDtypeStruct((slots,), jnp.int32, sharding=self.by_group),
             token_counts=jax.ShapeDtypeStruct((slots, c.vocab_size), jnp.int32, sharding=split),
             logit_bias=jax.ShapeDtypeStruct((slots, c.vocab_size), jnp.float32, sharding=split),
-            steering=probe and jax.ShapeDtypeStruct((slots, probe.steering_size), jnp.float32, sharding=by_group),
+            steering=probe and jax.ShapeDtypeStruct((slots, probe.steering_size), jnp.float32, sharding=self.by_group),
         )
         return [KVCache(pages, pages)] * c.num_hidden_layers, state
 
     def arguments(self, shape: BatchShape) -> tuple[Any, ...]:
         """Shapes and shardings of what a step is called with."""
-        by_group = NamedSharding(self.mesh, Spec(DATA_AXIS))
-        buffer = jax.ShapeDtypeStruct((self.mesh.shape[DATA_AXIS] * shape.size,), jnp.int32, sharding=by_group)
+        buffer = jax.ShapeDtypeStruct((self.mesh.shape[DATA_AXIS] * shape.size,), jnp.int32, sharding=self.by_group)
         return self.weights, *self.layout(), buffer
 
     def function(self, shape: BatchShape) -> Callable:
@@ -88,15 +88,15 @@ class StepPrograms:
         """The step, ready to be compiled."""
         return self._jit(self.function(shape)).lower(*self.arguments(shape))
 
-    def export(self, shape: BatchShape) -> bytes:
+    def export(self, shape: BatchShape) -> bytearray:
         """The step, for `lower_exported` in another process."""
         checks = [export.DisabledSafetyCheck.custom_call(name) for name in KERNELS]
         exported = export.export(self._jit(self.function(shape), donated=()), disabled_checks=checks)
-        return bytes(exported(*self.arguments(shape)).serialize())
+        return exported(*self.arguments(shape)).serialize()
 
-    def lower_exported(self, shape: BatchShape, exported: bytes) -> Lowered:
+    def lower_exported(self, shape: BatchShape, exported: bytearray) -> Lowered:
         """What `lower` returns, without tracing it."""
-        return self._jit(export.deserialize(bytearray(exported)).call).lower(*self.arguments(shape))
+        return self._jit(export.deserialize(exported).call).lower(*self.arguments(shape))
 
     def _jit(self, step: Callable, donated: tuple[int, ...] = (1, 2)) -> Callable:
         out_shardings = (None, *jax.tree.map(lambda array: array.sharding, self.layout()))
