@@ -23,17 +23,19 @@ def write(directory: str, config_json: str) -> None:
 
 @torch.no_grad()
 def score(directory: str, tokens_npz: str, out: str) -> None:
-    """For each sequence its bfloat16 logits [tokens, V], and as noise_* the standard deviation of their error.
+    """For each sequence its float32 logits [tokens, V], and as noise_* the standard deviation of bfloat16's error.
 
-    The error is what float32 gives in their place: the last sequence's float32 logits are written too, as exact.
+    The last sequence's bfloat16 logits are written too, as rounded.
     """
     sequences = {name: torch.from_numpy(tokens)[None].to(DEVICE) for name, tokens in np.load(tokens_npz).items()}
     model = Qwen3ForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).to(DEVICE).eval()
-    results = {name: model(tokens).logits[0].float() for name, tokens in sequences.items()}
+    rounded = {name: model(tokens).logits[0].float() for name, tokens in sequences.items()}
     model.float()  # exact: the weights are bfloat16 numbers
+    results = {}
     for name, tokens in sequences.items():
-        results["exact"] = model(tokens).logits[0]
-        results[f"noise_{name}"] = (results["exact"] - results[name]).std()
+        results[name] = model(tokens).logits[0]
+        results[f"noise_{name}"] = (results[name] - rounded[name]).std()
+    results["rounded"] = rounded[name]
     np.savez(out, **{name: value.cpu().numpy() for name, value in results.items()})
 
 
