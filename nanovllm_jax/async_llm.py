@@ -3,7 +3,7 @@
 import asyncio
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -148,7 +148,7 @@ class AsyncLLM:
         """
         self._is_shut_down = True
         with suppress(RuntimeError):  # the thread has ended, or does after the one that another call has submitted
-            self._thread.submit(self._finish)
+            wait([self._thread.submit(self._finish)])
         self._thread.shutdown()
 
     async def __aenter__(self) -> "AsyncLLM":

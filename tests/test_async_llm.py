@@ -395,6 +395,27 @@ def test_a_request_that_comes_in_the_middle_of_a_shutdown(engine, monkeypatch):
     run(engine, main, seconds=20)
 
 
+def test_a_shutdown_just_before_the_next_step(engine, monkeypatch):
+    """Its callers are told of the shutdown, not of an engine that failed."""
+
+    async def main(llm):
+        submit, shutdowns = llm._thread.submit, []
+
+        def then_another_thread_is_quicker(function, *args):
+            if function == llm._step and not shutdowns:
+                shutdowns.append(threading.Thread(target=llm.shutdown))
+                shutdowns[0].start()
+                time.sleep(0.3)
+            return submit(function, *args)
+
+        monkeypatch.setattr(llm._thread, "submit", then_another_thread_is_quicker)
+        with pytest.raises(RuntimeError, match="was shut down"):
+            await complete(llm, [1], LONG)
+        await asyncio.to_thread(shutdowns[0].join)
+
+    run(engine, main, seconds=20)
+
+
 def test_arrival_is_when_the_caller_comes(engine):
     """Not when the engine's thread has time for it."""
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxlib import xla_client
 from small_model import SMALL
 
 from nanovllm_jax import Probe
@@ -307,6 +308,18 @@ def test_bad_option(options, error, message):
 def test_64_bit_numbers_are_refused():
     with jax.enable_x64(True), pytest.raises(ValueError, match="jax_enable_x64 is set"):
         prepare_backend(EngineConfig())
+
+
+@pytest.mark.parametrize("name", ["XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION", None])
+def test_a_users_share_of_the_memory_counts(monkeypatch, name):
+    """Under its newer and its older name; JAX refuses both at once."""
+    for each in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        monkeypatch.setenv(each, "")  # to be restored, whatever becomes of it
+        monkeypatch.delenv(each)
+    if name:
+        monkeypatch.setenv(name, "0.3")
+    prepare_backend(EngineConfig(gpu_memory_utilization=0.6))
+    assert xla_client.generate_pjrt_gpu_plugin_options()["memory_fraction"] == (0.3 if name else 0.6)
 
 
 @pytest.mark.parametrize("rope_type", ["default", "linear", "yarn"])

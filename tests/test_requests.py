@@ -37,12 +37,13 @@ def expected(llm):
     return output.outputs[0]
 
 
-def test_an_engine_that_is_dropped_is_gone(directory):
+@pytest.mark.parametrize("options", [{}, {"enforce_eager": True}], ids=str)
+def test_an_engine_that_is_dropped_is_gone(directory, options):
     """With its memory, and no garbage collection: it does not refer to itself, and no call keeps what callers hold."""
     gc.collect()
     gc.disable()
     try:
-        llm = small_llm(directory)
+        llm = small_llm(directory, **options)
         outputs = llm.generate([PROMPT, PROMPT], replace(GREEDY, max_tokens=3, logprobs=1), use_tqdm=False)
         llm.score([PROMPT], [outputs[0]["token_ids"]], use_tqdm=False)
         llm.update_weights(llm.model)
@@ -51,6 +52,19 @@ def test_an_engine_that_is_dropped_is_gone(directory):
         assert [part() for part in parts] == [None] * 4
     finally:
         gc.enable()
+
+
+def test_a_sequence_is_queued_with_all_that_is_wanted_of_it(llm, monkeypatch):
+    """Where it goes depends on the prompt's tokens that it will find in a cache: with prompt_logprobs on none."""
+    add, first_needed = llm.scheduler.add, []
+
+    def look(seq):
+        first_needed.append(seq.first_needed)
+        add(seq)
+
+    monkeypatch.setattr(llm.scheduler, "add", look)
+    generate(llm, replace(GREEDY, prompt_logprobs=0))
+    assert first_needed == [0]
 
 
 def generate(llm, params, prompts=(PROMPT,)):

@@ -86,6 +86,13 @@ def test_noise_of_rows_and_entries_is_uncorrelated(noise):
             assert abs(np.corrcoef(row[lag:], row[:-lag])[0, 1]) < 5 / np.sqrt(row.size - lag), lag
 
 
+def test_the_noise_is_one_whatever_jax_draws_by():
+    arguments = seeds_of(4), np.arange(4, dtype=np.int32), 100
+    expected = gumbel(*arguments)
+    with jax.default_prng_impl("rbg"):
+        np.testing.assert_array_equal(gumbel(*arguments), expected)
+
+
 def test_no_two_rows_share_their_noise():
     """Both words of the key count: of 300,000 keys of 32 bits, ten pairs would be equal."""
     rows = np.arange(300_000, dtype=np.int32)

@@ -183,8 +183,8 @@ class CheckpointFiles:
             digest.update(f"{name}\n".encode() + self.read(name, (slice(0, 1),)).tobytes())
         return digest.digest()
 
-    def check_arrays(self, targets: dict[ParameterPath, jax.ShapeDtypeStruct]) -> None:
-        """`check` has seen to it."""
+    def check_arrays(self, config: ModelConfig, targets: dict[ParameterPath, jax.ShapeDtypeStruct]) -> None:
+        """Nothing: by the tensors that `check` has passed, the targets' arrays are known."""
 
     @property
     def dtype(self) -> np.dtype:

@@ -25,7 +25,7 @@ HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
 def find_checkpoint(model: str | Path) -> Path:
     """The directory of a model: itself, or a Hugging Face Hub id's local copy, downloaded if need be.
 
-    Raises ValueError when it is neither, or is not cached and cannot be downloaded.
+    Raises TypeError for what is no name, and ValueError when it is neither, or is not cached and cannot be downloaded.
     """
     if not isinstance(model, (str, Path)):
         raise TypeError(f"model must be a directory or a Hub id, not {model!r}")
@@ -82,7 +82,7 @@ class ModelLoader:
             _check_room(directory, config, dtype, mesh)
         self.model, self.targets = abstract_model(config, dtype, mesh, deterministic)  # until `load`
         if self.files:
-            self.files.check_arrays(self.targets)
+            self.files.check_arrays(config, self.targets)
 
     def sample(self) -> bytes | None:
         """What tells one checkpoint from another, without reading all of it; None of random weights."""

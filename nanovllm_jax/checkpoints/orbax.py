@@ -16,9 +16,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as Spec
 
 from nanovllm_jax.config import ModelConfig
-from nanovllm_jax.models.parameters import ParameterPath, check_parameters, name_of, parameters_of
+from nanovllm_jax.models.parameters import ParameterPath, check_parameters, name_of, parameters_of, with_copies
 from nanovllm_jax.models.qwen3 import Qwen3ForCausalLM
 
 FOLDER = "orbax"
@@ -87,11 +89,12 @@ class OrbaxWeights:
         """The arrays' names, shapes and dtypes: none of the numbers, which lie in chunks of many megabytes."""
         return repr(sorted((name, array.shape, str(array.dtype)) for name, array in self.stored.items())).encode()
 
-    def check_arrays(self, targets: dict[ParameterPath, jax.ShapeDtypeStruct]) -> None:
+    def check_arrays(self, config: ModelConfig, targets: dict[ParameterPath, jax.ShapeDtypeStruct]) -> None:
         """Raise ValueError naming the arrays that are not those of the targets."""
         paths = {name_of(path): path for path in targets}
+        stored = {paths.get(name, name): array for name, array in self.stored.items()}
         try:
-            check_parameters({paths.get(name, name): array for name, array in self.stored.items()}, targets)
+            check_parameters(stored, _as_saved(config, targets))
         except ValueError as error:
             raise ValueError(f"{self.path} holds another model: {error}") from error
 
@@ -105,10 +108,10 @@ class OrbaxWeights:
     ) -> dict[ParameterPath, jax.Array]:
         """Each parameter in its target's dtype, under its target's sharding: a device reads its own parts alone.
 
-        Raises ValueError naming the folder where it is corrupt.
+        (Of projections that get copies of kv heads all.) Raises ValueError naming the folder where it is corrupt.
         """
-        paths = {name_of(path): path for path in targets}
-        wanted = {name: targets[path] for name, path in paths.items()}
+        saved = _as_saved(config, targets)
+        wanted = {name_of(path): array for path, array in saved.items()}
         ocp = _import_orbax()
         restore = ocp.args.PyTreeRestore(wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted))
         try:
@@ -116,7 +119,25 @@ class OrbaxWeights:
                 arrays = checkpointer.restore(self.path, args=restore)
         except Exception as error:
             raise ValueError(f"{self.path} is corrupt: {error}") from error
-        return {path: arrays[name] for name, path in paths.items()}
+        loaded = {path: arrays[name_of(path)] for path in targets}
+        for path, target in targets.items():
+            if saved[path] is not target:
+                copy = jax.jit(with_copies, static_argnums=1, out_shardings=target.sharding)
+                loaded[path] = copy(loaded[path], config.kv_copies)
+        return loaded
+
+
+def _as_saved(
+    config: ModelConfig, targets: dict[ParameterPath, jax.ShapeDtypeStruct]
+) -> dict[ParameterPath, jax.ShapeDtypeStruct]:
+    """The targets as they were saved, with one copy of each kv head: those that have more are whole on every device."""
+    saved, copies = dict(targets), config.kv_copies
+    for path, target in targets.items():
+        if copies > 1 and "qkv_proj" in path:
+            heads, parts, *rest = target.shape
+            shape, mesh = (heads // copies, (parts - 2) * copies + 2, *rest), target.sharding.mesh
+            saved[path] = jax.ShapeDtypeStruct(shape, target.dtype, sharding=NamedSharding(mesh, Spec()))
+    return saved
 
 
 @contextmanager

@@ -32,7 +32,7 @@ def random_parameters(
     seed: int, targets: dict[ParameterPath, jax.ShapeDtypeStruct], kv_copies: int = 1
 ) -> dict[ParameterPath, jax.Array]:
     """Norm weights are one, all others normal with deviation 0.02, each under its target's dtype and sharding."""
-    parameters, key = {}, jax.random.key(seed % 2**63)
+    parameters, key = {}, jax.random.key(seed % 2**63, impl="threefry2x32")
     for number, (path, target) in enumerate(targets.items()):
         if any("norm" in str(part) for part in path):
             parameters[path] = jnp.ones(target.shape, target.dtype, device=target.sharding)

@@ -52,7 +52,8 @@ class DataGroups:
         The n texts of a request come one after another and go to one group: they share its prompt.
         """
         last = self._last_added
-        seq.group = last.group if last and last.request_id == seq.request_id else self._place(seq)
+        is_next = last is not None and not last.is_finished and last.request_id == seq.request_id
+        seq.group = last.group if is_next else self._place(seq)
         self._last_added = seq
         self.groups[seq.group].add(seq)
 

@@ -155,7 +155,10 @@ class LLMEngine(OneThread):
         if self.runner.num_processes > 1:
             self._calls.append((request.request_id, seed, request.prompt_token_ids, request.params, request.scored))
         for i in range(request.params.n):
-            request.add(self._start_sequence(request, (seed + i) % 2**63))
+            own = next(self._seq_ids), (seed + i) % 2**63
+            seq = request.new_sequence(*own, self.eos_token_ids, self.max_model_len)
+            request.add(seq)  # before the scheduler looks at what is wanted of it
+            self.scheduler.add(seq)
         if request.stream:
             self._streaming.append(request)
         if request.params.stop:
@@ -227,11 +230,6 @@ class LLMEngine(OneThread):
         self.scheduler.abort_all()
         self.runner.reset()
         self._is_broken = False
-
-    def _start_sequence(self, request: Request, seed: int) -> Sequence:
-        seq = request.new_sequence(next(self._seq_ids), seed, self.eos_token_ids, self.max_model_len)
-        self.scheduler.add(seq)
-        return seq
 
     # ------------------------------------------------------------ the loop
 

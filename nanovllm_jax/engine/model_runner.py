@@ -172,10 +172,6 @@ class ModelRunner:
             except Exception as error:
                 raise RuntimeError(f"the device failed, and its memory cannot be had back yet: {error}") from error
 
-    def _eager_step(self, shape: BatchShape, *args):
-        with jax.disable_jit():
-            return self.steps.function(shape)(*args[:-1], jnp.asarray(args[-1]))
-
     def _on_devices(self, buffer: np.ndarray) -> np.ndarray | jax.Array:
         """Numbers of all data groups, one group's after another's, where those groups' devices read them."""
         if self.mesh.size == 1:
@@ -261,7 +257,7 @@ class ModelRunner:
         shapes = self.buckets.all_shapes()
         if self.config.enforce_eager:
             logger.warning("enforce_eager=True: steps run un-jitted, for debugging; expect them to be slow")
-            self.programs = {shape: partial(self._eager_step, shape) for shape in shapes}
+            self.programs = {shape: partial(_eager_step, self.steps.function(shape)) for shape in shapes}
             return 0
         start = time.perf_counter()
         store = self._program_store()
@@ -320,6 +316,11 @@ class ModelRunner:
         state = specs_of(self.steps.layout()[1])
         in_specs = (state, Spec(), Spec(), Spec())
         return jax.jit(per_device(write_tables, self.mesh, in_specs, state), donate_argnums=0)
+
+
+def _eager_step(step: Callable, leaves, caches, state, buffer):
+    with jax.disable_jit():
+        return step(leaves, caches, state, jnp.asarray(buffer))
 
 
 def _check_for_gpu(config: ModelConfig) -> None:

@@ -82,9 +82,9 @@ class Scheduler:
 
     def add(self, seq: Sequence) -> None:
         """Queue a new sequence. The caller has refused what can never run, and numbers sequences as they come."""
-        num_slots = self.block_manager.num_blocks * self.block_manager.block_size
+        num_places = self.block_manager.num_blocks * self.block_manager.block_size
         assert 0 < seq.num_prompt_tokens < seq.max_len <= self.max_model_len, seq
-        assert seq.max_len - 1 <= num_slots, seq  # the last token is never computed, so it needs no place
+        assert seq.max_len - 1 <= num_places, seq  # the last token is never computed, so it needs none
         assert seq.seq_id > self._last_added, seq
         self._last_added = seq.seq_id
         self.num_unfinished_prompt_tokens += seq.num_prompt_tokens
@@ -128,8 +128,7 @@ class Scheduler:
 
     def can_run_ahead(self) -> bool:
         """Whether the next step may compute several tokens of each sequence."""
-        decoding, prefilling = self._phases()
-        return not prefilling and not self.waiting and self._can_run_ahead(decoding)
+        return self._can_run_ahead(*self._phases())
 
     def schedule(self, run_ahead: bool = True) -> Schedule:
         """Choose the next step, which the caller dispatches before it calls anything else here.
@@ -139,7 +138,7 @@ class Scheduler:
         """
         decoding, prefilling = self._phases()
         schedule = Schedule()
-        if run_ahead and not prefilling and not self.waiting and self._can_run_ahead(decoding):
+        if run_ahead and self._can_run_ahead(decoding, prefilling):
             schedule.num_steps = self.run_ahead.num_steps
         self._schedule_decodes(schedule, decoding)
         # The budget is never short here. Whoever decodes had a token in the step before. So had the one sequence, at
@@ -203,10 +202,10 @@ class Scheduler:
                 decoding.append(seq)
         return decoding, prefilling
 
-    def _can_run_ahead(self, decoding: list[Sequence]) -> bool:
-        """Whether each of these should compute several tokens, and can without preemption or reaching its end."""
+    def _can_run_ahead(self, decoding: list[Sequence], prefilling: list[Sequence]) -> bool:
+        """Whether nobody else has work, and each that decodes can do several steps, without preemption or its end."""
         (steps, rows, tokens), manager = self.run_ahead, self.block_manager
-        if steps == 1 or not 0 < len(decoding) <= rows:
+        if steps == 1 or prefilling or self.waiting or not 0 < len(decoding) <= rows:
             return False
         if sum(seq.num_computed for seq in decoding) > tokens:
             return False

@@ -73,9 +73,9 @@ class PagedAttention:
             return out, KVCache(*cache)
         if rows:
             out = paged_decode_attention(q, *cache, *decodes, scale=scale)
-        lens = self.query_starts + rows, self.prefill_context_lens
+        prefills = self.prefill_tables, self.query_starts + rows, self.prefill_context_lens
         # The two share q and out: cutting and joining would copy them.
-        out = paged_prefill_attention(q, *cache, self.prefill_tables, *lens, out, scale=scale)
+        out = paged_prefill_attention(q, *cache, *prefills, out, scale=scale)
         return out, KVCache(*cache)
 
 

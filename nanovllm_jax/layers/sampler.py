@@ -41,7 +41,8 @@ def gumbel(seeds: jax.Array, positions: jax.Array, size: int) -> jax.Array:
     Threefry makes one key for a row. Over a large vocabulary it would take longer than reading the logits, so the row
     itself is a keyed hash of the entry's number: two rounds of a 32-bit mixer, a word of the key before each.
     """
-    keys = jax.random.key_data(jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(seeds), positions))
+    keys = jax.random.wrap_key_data(seeds, impl="threefry2x32")  # whatever JAX's default is
+    keys = jax.random.key_data(jax.vmap(jax.random.fold_in)(keys, positions))
     entries = jnp.arange(size, dtype=jnp.uint32) + jnp.uint32(first_of_shard(size))
     bits = _mix(_mix(entries[None] ^ keys[:, :1]) ^ keys[:, 1:])
     # The small end of the exponential decides who wins, and log1p keeps all 32 bits there. At the large end they would

@@ -21,7 +21,7 @@ from nanovllm_jax import SamplingParams
 from nanovllm_jax.checkpoints.huggingface import config_json
 from nanovllm_jax.checkpoints.load import load_model
 from nanovllm_jax.checkpoints.orbax import FOLDER, OrbaxWeights, save_weights, saved_weights
-from nanovllm_jax.models.parameters import parameters_of, set_parameters
+from nanovllm_jax.models.parameters import parameters_of, set_parameters, with_copies
 from nanovllm_jax.models.qwen3 import Qwen3ForCausalLM
 from nanovllm_jax.parallel.sharding import make_mesh
 
@@ -130,6 +130,14 @@ for devices in (1, 2, 4):
     (tmp_path / "config.json").write_text((directory / "config.json").read_text())
     process = in_process(code, directory, tmp_path, XLA_FLAGS="--xla_force_host_platform_device_count=4")
     assert process.wait(300) == 0
+
+
+def test_kv_heads_get_copies_where_devices_are_more(saved):
+    """They are saved once, and loaded as engines with more devices than kv heads want them."""
+    loaded = arrays_of(saved, replace(SMALL, kv_copies=2))
+    for path, array in arrays_of(saved).items():
+        expected = with_copies(array, 2) if "qkv_proj" in path else array
+        np.testing.assert_array_equal(loaded[path], expected)
 
 
 # --- what goes wrong ---

@@ -90,6 +90,15 @@ def test_texts_of_a_request_stay_together():
     run.drain()
 
 
+def test_a_request_under_an_ended_ones_id_is_another():
+    run = Run(2)
+    first, second, third = run.add(prompt(1, 20)), run.add(prompt(2, 16)), run.add(prompt(3, 4), request_id="n")
+    assert (first.group, second.group, third.group) == (0, 1, 1)
+    run.front.abort(third)
+    run.front.abort(first)
+    assert run.add(prompt(4, 4), request_id="n").group == 0
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_random_work_gives_every_sequence_its_own_tokens(seed):
     """Several tokens a program too, with preemption in a small pool."""

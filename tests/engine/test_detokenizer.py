@@ -1,5 +1,8 @@
 """Text as it comes: whole characters, the same text as decoded at once, cut where a plain definition cuts it."""
 
+import json
+import shutil
+
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -141,6 +144,18 @@ def test_another_kind_of_tokenizer(words):
         tokens += [pieces.index(word)] if word in pieces else [1 + byte for byte in word.encode()]
     pieces, _, _ = increments(tokens, SamplingParams(), tokenizer)
     assert "".join(pieces) == tokenizer.decode(tokens)
+
+
+def test_spaces_are_never_cleaned_up(tmp_path):
+    """As old tokenizers ask for: a text would get shorter with its next token, after it was given out."""
+    shutil.copytree(TINY_MODEL, tmp_path / "model")
+    path = tmp_path / "model" / "tokenizer_config.json"
+    asked = "clean_up_tokenization_spaces", "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict.fromkeys(asked, True)))
+    tokenizer, text = load_tokenizer(tmp_path / "model"), "I am here . You , too ! Do n't ?"
+    tokens = [token for character in text for token in tokenizer.encode(character)]
+    assert len(tokenizer.decode(tokens)) < len(text), "this tokenizer does not clean up"
+    assert "".join(increments(tokens, SamplingParams(), tokenizer)[0]) == text
 
 
 # --- stop strings ---

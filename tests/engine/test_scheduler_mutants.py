@@ -42,7 +42,7 @@ POLICY_FAULTS = {
     ),
     "a chunk costs no budget": ("schedule", "budget -= self._schedule_chunk", "self._schedule_chunk"),
     "an admission costs no budget": ("_schedule_admissions", "budget -= self._schedule_chunk", "self._schedule_chunk"),
-    "several steps while others wait": ("schedule", "not prefilling and not self.waiting and ", ""),
+    "several steps while others wait": ("_can_run_ahead", "prefilling or self.waiting or ", ""),
     "several steps beyond the end": ("_can_run_ahead", "seq.num_computed + steps >= seq.max_len", "False"),
     "no new block at the boundary": ("_schedule_decodes", "while end > len", "while end > 1 + len"),
     "several steps, one token pending": ("_schedule_decodes", "seq.num_pending += steps", "seq.num_pending += 1"),
