@@ -8,7 +8,8 @@ functions for sampling, a row that asks for nothing takes next to no time. With 
 the last bit whatever else is in the call.
 
 Shapes: T tokens, B sequences with one new token each, P sequences in prefill, N query heads, K kv heads, H head_dim,
-W blocks in a row of a block table, D hidden, R rows to sample, V vocabulary, S slots of running sequences.
+W blocks in a row of a block table, D hidden, R rows to sample, V vocabulary, S slots of running sequences (in a linear
+layer and a norm: parts of a sum).
 """
 
 import functools

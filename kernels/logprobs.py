@@ -4,7 +4,7 @@ The first kernel reads the rows once and leaves of each group its maximum, its s
 entries are above the token's. The second adds up, and takes the best entries one after another: each from the group
 whose maximum is the largest, and that becomes the maximum of what the group has left.
 
-Shapes: R rows, V vocabulary, C groups, W = C rounded up to a power of two.
+Shapes: R rows, V vocabulary, C groups.
 """
 
 from functools import partial

@@ -42,7 +42,7 @@ def add_norm(x, delta, gain, *, eps, fixed=False):
 
 
 def whole(parts, dtype):
-    """Parts [S, ...] -> [...]: their sum, in float32 and then rounded to dtype."""
+    """Parts [S, ...], float32 where there are several -> [...]: their sum, rounded to dtype."""
     return _rounded(functools.reduce(jnp.add, parts), dtype).astype(dtype)
 
 

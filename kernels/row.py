@@ -2,7 +2,7 @@
 
 One row takes as long as the weights take to be read, a few microseconds, and a small kernel before or after it nearly
 as long. It is multiplied straight from registers, as tensor cores would be fed with fifteen rows of padding.
-Shapes: D depth, F features, S = 2 weights for SwiGLU and otherwise 1.
+Shapes: D depth, F features, W = 2 weights for SwiGLU, or 1.
 """
 
 from typing import NamedTuple

@@ -5,7 +5,7 @@ search over integers, a few bits a pass, that counts entries or adds up their pr
 groups of entries hold all that matters, and a pass over them is short. Only a row whose probability mass lies in most
 of its groups is read whole in each pass.
 
-Shapes: R rows, V vocabulary, C groups, W = C rounded up to a power of two, P pivots of a pass, N entries of a tile.
+Shapes: R rows, V vocabulary, C groups, P pivots of a pass, N entries of a tile.
 """
 
 from functools import partial

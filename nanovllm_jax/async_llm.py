@@ -75,7 +75,8 @@ class AsyncLLM:
     def __init__(self, model: str | Path | LLMEngine = TINY_MODEL, **options: Any):
         """`model` and options are LLM's; or `model` is an engine, which nobody else can use until `shutdown`.
 
-        Loads and compiles before it returns: in a running event loop, call it through asyncio.to_thread.
+        Loads and compiles before it returns: in a running event loop, call it through asyncio.to_thread. Raises as LLM
+        does, and ValueError for an engine with requests or options beside it, and for several processes.
         """
         if isinstance(model, LLMEngine):
             if options or model._requests or model._ready:  # a last step in flight has no request

@@ -182,11 +182,11 @@ def _read_rope(raw: dict[str, Any], max_position_embeddings: int) -> RopeConfig:
         raise ValueError(f"config.json: rope settings must be an object, not {settings!r}")
     settings = {name: value for name, value in settings.items() if value is not None}
     settings = {"rope_theta": raw.get("rope_theta", 10000.0), **settings}
-    rope_type = settings.get("rope_type") or settings.pop("type", None) or "default"
+    rope_type = settings.get("rope_type") or settings.get("type") or "default"
     if rope_type not in ("default", "linear", "yarn"):
         raise ValueError(f"config.json: rope_type={rope_type!r} is not supported, only default, linear and yarn")
-    values = {f.name: settings[f.name] for f in fields(RopeConfig) if settings.get(f.name) is not None}
-    values.pop("rope_type", None)
+    names = {field.name for field in fields(RopeConfig)} - {"rope_type"}
+    values = {name: value for name, value in settings.items() if name in names and value is not None}
     for name, value in values.items():
         _check_rope_setting(name, value)
     original = values.get("original_max_position_embeddings")

@@ -38,7 +38,8 @@ class EngineConfig:
     max_num_batched_tokens: int | None = None
     """Most tokens computed in one step. None: 16,384 on a GPU, 1,024 on a CPU."""
     gpu_memory_utilization: float = 0.9
-    """Share of the GPU's memory for weights, workspace and KV cache together."""
+    """Share of the GPU's memory for weights, workspace and KV cache together. JAX takes it once a process: what
+    XLA_CLIENT_MEM_FRACTION says, else what the first engine does."""
     num_scheduler_steps: int | None = None
     """Tokens that one program decodes for each of up to 128 sequences when nobody waits. None: 4 on a GPU where
     model and contexts are so small that it would wait for the host, else 1."""
@@ -129,15 +130,15 @@ class EngineConfig:
             )
 
     def _check_processes(self) -> None:
-        address, count, number = self.coordinator_address, self.num_processes, self.process_id
-        if (address, count, number) == (None, None, None):
+        address, count, own = self.coordinator_address, self.num_processes, self.process_id
+        if (address, count, own) == (None, None, None):
             return
-        if None in (address, count, number):
+        if None in (address, count, own):
             raise ValueError(
                 "coordinator_address, num_processes and process_id go together; without them, distributed=True leaves "
-                f"it to JAX to find the processes. Given were {address!r}, {count!r} and {number!r}"
+                f"it to JAX to find the processes. Given were {address!r}, {count!r} and {own!r}"
             )
         if not isinstance(address, str) or not re.fullmatch(r"\S+:\d+", address):
             raise ValueError(f"coordinator_address must be of the form 'host:port', not {address!r}")
-        if number >= count:
-            raise ValueError(f"process_id={number} must be below num_processes={count}: they count from 0")
+        if own >= count:
+            raise ValueError(f"process_id={own} must be below num_processes={count}: they count from 0")

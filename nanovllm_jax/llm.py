@@ -168,7 +168,7 @@ class LLM(LLMEngine):
         try:
             for request in requests:
                 self._call_for_stream(self.start_request, request)
-                self._streamed = requests
+                self._streamed = requests  # not before the engine let it in: another thread's call may be running
             while any(map(self._has, reversed(requests))):  # the last ones are most often the last to end
                 yield from self._call_for_stream(self.step)
         finally:

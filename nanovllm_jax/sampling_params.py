@@ -8,7 +8,7 @@ from typing import Any
 
 from nanovllm_jax.values import integer, is_integer, number, plain
 
-MAX_LOGPROBS = 20
+MAX_LOGPROBS = 20  # kernels/ has the same number, and a test says so
 """Most likely tokens that `logprobs` and `prompt_logprobs` can ask for."""
 
 FLOAT32_MAX = 3.4e38

@@ -16,18 +16,20 @@ import hashlib
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from benchmark import machine, report
 from benchmark.engines import ENGINES
 from benchmark.workloads import SWEEP_STEPS, WORKLOADS, Sizes
+from options import above_zero, checkpoint, count, json_object, new_file, picture
 
-from nanovllm_jax.checkpoints.load import TINY_MODEL, find_checkpoint
+from nanovllm_jax.checkpoints.load import TINY_MODEL
 from nanovllm_jax.config import ModelConfig
 
 SCRIPTS = Path(__file__).parent
@@ -41,7 +43,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
         "--random-weights",
         type=Path,
         metavar="CONFIG",
-        help="write a checkpoint of this shape to --model (default: a cache), if it is not there yet",
+        help="write a checkpoint of this config.json's shape to --model (default: a cache), if it is not there yet",
     )
     parser.add_argument("--load-format", choices=["auto", "dummy"], default="auto")
     parser.add_argument("--engines", choices=ENGINES, nargs="+", default=list(ENGINES))
@@ -56,33 +58,34 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--options",
-        type=assignment,
+        type=settings,
         action="append",
         default=[],
         metavar="ENGINE=JSON",
         help="further arguments of its LLM(...)",
     )
-    parser.add_argument("--max-model-len", type=int, help="of every engine (default: 4096, or what the sweep needs)")
-    parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
-    parser.add_argument("--repeats", type=int, default=3, help="timed runs of a call in each round")
-    parser.add_argument("--rounds", type=int, help="starts of each engine (default: 2, or 1 for a single engine)")
-    parser.add_argument("--batches", type=int, nargs="+", default=defaults.batches, help="of the sweep")
-    parser.add_argument("--contexts", type=int, nargs="+", default=defaults.contexts, help="of the sweep, in tokens")
+    parser.add_argument("--max-model-len", type=count, help="of every engine (default: 4096, or what the sweep needs)")
+    parser.add_argument("--gpu-memory-utilization", type=above_zero, default=0.9)
+    parser.add_argument("--repeats", type=count, default=3, help="timed runs of a call in each round")
+    parser.add_argument("--rounds", type=count, help="starts of each engine (default: 2, or 1 for a single engine)")
+    parser.add_argument("--batches", type=count, nargs="+", default=defaults.batches, help="of the sweep")
+    parser.add_argument("--contexts", type=count, nargs="+", default=defaults.contexts, help="of the sweep, in tokens")
     parser.add_argument(
-        "--rates", type=float, nargs="+", default=defaults.rates, help="of online, in requests per second"
+        "--rates", type=above_zero, nargs="+", default=defaults.rates, help="of online, in requests per second"
     )
-    parser.add_argument("--requests", type=int, help="in each call, in place of the workload's own number")
-    parser.add_argument("--bandwidth", type=float, help="the card's TB/s (default: measured)")
-    parser.add_argument("--flops", type=float, help="the card's TFLOP/s (default: measured)")
-    parser.add_argument("--json", type=Path, help="write the record here, after every engine's turn")
-    parser.add_argument("--plot", type=Path, help="write a picture here (.png, .svg, .pdf); needs matplotlib")
-    parser.add_argument("--report", type=Path, help="a record: show it, run nothing")
+    parser.add_argument("--requests", type=count, help="in each call, in place of the workload's own number")
+    parser.add_argument("--bandwidth", type=above_zero, help="the card's TB/s (default: measured)")
+    parser.add_argument("--flops", type=above_zero, help="the card's TFLOP/s (default: measured)")
+    parser.add_argument("--json", type=new_file, help="write the record here, after every engine's turn")
+    parser.add_argument("--plot", type=picture, help="write a picture here (.png, .svg, .pdf); needs matplotlib")
+    parser.add_argument("--report", type=recorded, metavar="FILE", help="a record: show it, run nothing")
     parser.add_argument("--verbose", action="store_true", help="show what the engines print")
     args = parser.parse_args(arguments)
-    if args.requests is not None and args.requests < 1:
-        parser.error(f"--requests must be at least 1, not {args.requests}")
-    if args.report and not args.report.is_file():
-        parser.error(f"--report {args.report} is no file")
+    try:
+        if not args.report:
+            args.model = prepare_model(args)
+    except (argparse.ArgumentTypeError, ValueError, OSError) as error:
+        parser.error(str(error))
     return args
 
 
@@ -93,10 +96,26 @@ def assignment(text: str) -> tuple[str, str]:
     return engine, value
 
 
+def settings(text: str) -> tuple[str, dict[str, Any]]:
+    engine, value = assignment(text)
+    return engine, json_object(value)
+
+
+def recorded(text: str) -> dict[str, Any]:
+    """What --json has written."""
+    try:
+        record = json.loads(Path(text).read_text())
+        report.notes(record)
+        report.rows(record)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no record of this script: {error!r}") from error
+    return record
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Returns the exit status: 1 where an engine that is there failed."""
+    """Returns the exit status: 1 where an engine that is there failed, and where there is none."""
     args = parse_args(arguments)
-    record = json.loads(args.report.read_text()) if args.report else run(args)
+    record = args.report or run(args)
     print(report.table(record), report.notes(record), sep="\n\n")
     if args.plot:
         try:
@@ -105,14 +124,13 @@ def main(arguments: list[str] | None = None) -> int:
             print(f'no picture: {error}; pip install matplotlib, or ".[bench]" of this repository')
         else:
             plot(record, args.plot)
-    return int(bool(record["failed"]))
+    return int(bool(record["failed"]) or not record["engines"])
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure; returns the record."""
     pythons = dict.fromkeys(ENGINES, sys.executable) | dict(args.python)
-    options = {engine: json.loads(value) for engine, value in args.options}
-    model = prepare_model(args)
+    options, model = dict(args.options), args.model
     config = ModelConfig.from_pretrained(model)
     sizes = Sizes(
         vocab_size=config.vocab_size,
@@ -153,16 +171,29 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def prepare_model(args: argparse.Namespace) -> Path:
-    """The checkpoint's directory, written first where that is asked for."""
+    """The checkpoint's directory, written first where that is asked for.
+
+    Raises ValueError where another model is there already.
+    """
     if not args.random_weights:
-        return find_checkpoint(args.model or TINY_MODEL).resolve()
-    config = args.random_weights / "config.json" if args.random_weights.is_dir() else args.random_weights
-    name = hashlib.sha256(config.read_bytes()).hexdigest()[:12]
+        return checkpoint(args.model or TINY_MODEL)
+    path = args.random_weights / "config.json" if args.random_weights.is_dir() else args.random_weights
+    name = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
     directory = Path(args.model or Path.home() / ".cache" / "nanovllm_jax" / "random-weights" / name).resolve()
-    if not (directory / "model.safetensors").exists():
+    there = directory / "config.json"
+    if there.exists() and replace(read_config(there), dtype="bfloat16") != replace(read_config(path), dtype="bfloat16"):
+        raise ValueError(f"{directory} holds another model than {path}: give another --model")
+    if not list(directory.glob("*.safetensors")):
         print(f"writing random weights to {directory}", flush=True)
-        run_module(sys.executable, "benchmark.checkpoint", [config, directory], verbose=True)
+        run_module(sys.executable, "benchmark.checkpoint", [path, directory], verbose=True)
     return directory
+
+
+def read_config(path: Path) -> ModelConfig:
+    """From a config.json under any name."""
+    with tempfile.TemporaryDirectory() as scratch:
+        shutil.copy(path, Path(scratch) / "config.json")
+        return ModelConfig.from_pretrained(Path(scratch))
 
 
 def resolve_max_model_len(args: argparse.Namespace, config: ModelConfig) -> int:
@@ -177,8 +208,7 @@ def find_missing(args: argparse.Namespace, pythons: dict[str, str]) -> dict[str,
     missing = {}
     for engine in args.engines:
         kind = ENGINES[engine]
-        probe = f"import importlib.util as u, sys; sys.exit(u.find_spec({kind.MODULE.partition('.')[0]!r}) is None)"
-        if subprocess.run([pythons[engine], "-c", probe], check=False).returncode:
+        if not has_module(pythons[engine], kind.MODULE.partition(".")[0]):
             missing[engine] = (
                 f"not installed in {pythons[engine]}. {kind.INSTALL}; or name another environment with "
                 f"--python {engine}=/path/to/venv/bin/python"
@@ -186,6 +216,15 @@ def find_missing(args: argparse.Namespace, pythons: dict[str, str]) -> dict[str,
         elif args.load_format == "dummy" and not kind.READS_DUMMY:
             missing[engine] = "cannot make up weights (--load-format dummy); write some with --random-weights CONFIG"
     return missing
+
+
+def has_module(python: str, name: str) -> bool:
+    """Whether an interpreter is there and finds a module; a folder that happens to have its name is none."""
+    probe = f"import importlib.util as u, sys; sys.exit(not getattr(u.find_spec({name!r}), 'origin', None))"
+    try:
+        return subprocess.run([python, "-c", probe], check=False).returncode == 0
+    except OSError:
+        return False
 
 
 def measure_card(args: argparse.Namespace) -> dict[str, Any]:
@@ -212,6 +251,8 @@ def run_engine(record: dict[str, Any], job: dict[str, Any], python: str, verbose
             print(f"{job['engine']} failed: {error}", flush=True)
         if result_path.exists():
             record["engines"].setdefault(job["engine"], []).append(json.loads(result_path.read_text()))
+        elif job["engine"] not in record["failed"]:
+            record["failed"][job["engine"]] = "it ended without a result"
     report.check_same_requests(record)
 
 

@@ -11,10 +11,13 @@ import argparse
 import time
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 import numpy as np
+from options import checkpoint, count
 
-from nanovllm_jax.engine.batch import BatchPacker, Buckets
+from nanovllm_jax.engine.buckets import Buckets
+from nanovllm_jax.engine.packing import BatchPacker
 from nanovllm_jax.engine.schedule import Schedule
 from nanovllm_jax.engine.scheduler import Scheduler
 from nanovllm_jax.engine.sequence import Sequence
@@ -23,12 +26,12 @@ from nanovllm_jax.sampling_params import SamplingParams
 
 def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sequences", type=int, nargs="+", default=[1, 64, 256, 512], help="running sequences")
-    parser.add_argument("--context", type=int, default=1000, help="tokens of each sequence when the clock starts")
-    parser.add_argument("--block-size", type=int, default=256, help="tokens of a KV block")
-    parser.add_argument("--steps", type=int, default=256, help="decode steps in one timing")
-    parser.add_argument("--repeats", type=int, default=5, help="timings, of which the median counts")
-    parser.add_argument("--model", help="what dispatch and collect run (default: the tiny model)")
+    parser.add_argument("--sequences", type=count, nargs="+", default=[1, 64, 256, 512], help="running sequences")
+    parser.add_argument("--context", type=count, default=1000, help="tokens of each sequence when the clock starts")
+    parser.add_argument("--block-size", type=count, default=256, help="tokens of a KV block")
+    parser.add_argument("--steps", type=count, default=256, help="decode steps in one timing")
+    parser.add_argument("--repeats", type=count, default=5, help="timings, of which the median counts")
+    parser.add_argument("--model", type=checkpoint, help="what dispatch and collect run (default: the tiny model)")
     parser.add_argument("--load-format", choices=["auto", "dummy"], default="auto")
     parser.add_argument("--only", choices=PHASES, nargs="+", default=list(PHASES))
     return parser.parse_args(arguments)
@@ -134,7 +137,7 @@ def device_micros(num_seqs: int, args: argparse.Namespace) -> tuple[float, float
 
 
 @cache
-def make_runner(model: str | None, load_format: str, max_model_len: int, block_size: int, max_num_seqs: int):
+def make_runner(model: Path | None, load_format: str, max_model_len: int, block_size: int, max_num_seqs: int):
     """A ModelRunner; imported here, as the other phases do without jax."""
     from nanovllm_jax import LLM
     from nanovllm_jax.checkpoints.load import TINY_MODEL

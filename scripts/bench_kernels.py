@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from benchmark.kernel_cases import KERNELS, Case, Shape, make_cases
 from nanovllm_jax.kernels import decode
+from options import above_zero, count
 
 CHAINED_CALLS = 128
 
@@ -169,23 +170,24 @@ def sweep(cases: list[Case], shape: Shape, args) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kv-heads", type=int, default=8)
-    parser.add_argument("--group", type=int, default=2, help="query heads to a kv head")
-    parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--block-size", type=int, default=256)
+    parser.add_argument("--kv-heads", type=count, default=8)
+    parser.add_argument("--group", type=count, default=2, help="query heads to a kv head")
+    parser.add_argument("--head-dim", type=count, default=128)
+    parser.add_argument("--block-size", type=count, default=256)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--tokens", type=int, default=2**19, help="size of the KV cache")
-    parser.add_argument("--hidden", type=int, default=1024, help="what norm, row and few work on")
+    parser.add_argument("--tokens", type=count, default=2**19, help="size of the KV cache")
+    parser.add_argument("--hidden", type=count, default=1024, help="what norm, row and few work on")
     parser.add_argument("--only", nargs="+", choices=KERNELS, default=list(KERNELS))
     parser.add_argument("--sweep", action="store_true", help="time many tile settings")
-    parser.add_argument("--top", type=int, default=6, help="how many of a sweep's settings to print for each problem")
-    parser.add_argument("--bandwidth", type=float, default=4.4, help="the card's measured TB/s (H200: 4.4)")
-    parser.add_argument("--flops", type=float, default=790, help="the card's measured TFLOP/s (H200, bf16: 790)")
+    parser.add_argument("--top", type=count, default=6, help="how many of a sweep's settings to print for each problem")
+    parser.add_argument("--bandwidth", type=above_zero, default=4.4, help="the card's measured TB/s (H200: 4.4)")
+    parser.add_argument("--flops", type=above_zero, default=790, help="the card's measured TFLOP/s (H200, bf16: 790)")
     args = parser.parse_args()
     if jax.default_backend() != "gpu":
         parser.error("no GPU: the kernels are compiled for NVIDIA GPUs only")
     shape = Shape(args.kv_heads, args.group, args.head_dim, args.block_size, args.hidden, jnp.dtype(args.dtype))
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}: {shape}")
+    print(f"limit: {args.bandwidth:g} TB/s, {args.flops:g} TFLOP/s")
     cases = make_cases(shape, args.tokens, args.only)
     if args.sweep:
         return sweep([case for case in cases if case.default], shape, args)

@@ -18,9 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from nanovllm_jax.kernels import adjust_logits, reference_sampling, sampling_threshold, token_logprobs
+from options import above_zero, count
 
 from nanovllm_jax import SamplingParams
-from nanovllm_jax.engine.batch import FLOATS, SamplingRows, sampling_row
+from nanovllm_jax.engine.batch import FLOAT_COLUMNS, SamplingRows, sampling_row
 from nanovllm_jax.engine.sequence import Sequence
 from nanovllm_jax.engine.tables import ENDS, PROMPT
 from nanovllm_jax.layers.sampler import sample
@@ -76,7 +77,7 @@ def make_rows(settings: dict, rows: int) -> jax.Array:
         params = SamplingParams(**settings, seed=i)
         seq = Sequence(i, "", [0] * (CONTEXT // 2), params, min_len=2 * CONTEXT, max_len=4 * CONTEXT)
         row = sampling_row(seq)._asdict()
-        lines.append([np.float32(x).view(np.int32) if name in FLOATS else x for name, x in row.items()])
+        lines.append([np.float32(x).view(np.int32) if name in FLOAT_COLUMNS else x for name, x in row.items()])
     return jnp.array(lines, jnp.int32)
 
 
@@ -137,7 +138,7 @@ class Bench:
         self.state = make_state(np.random.default_rng(0), rows, vocab)
         self.packed = make_rows(settings, rows)
         columns = SamplingRows(*self.packed.T)
-        row = columns._replace(**{column: getattr(columns, column).view(jnp.float32) for column in FLOATS})
+        row = columns._replace(**{column: getattr(columns, column).view(jnp.float32) for column in FLOAT_COLUMNS})
         self.slots, self.context_lens = jnp.arange(rows), jnp.full(rows, CONTEXT)
         tokens = jnp.argmax(self.logits[0], axis=1).astype(jnp.int32)
         early = (self.context_lens < row.min_len).astype(jnp.int32)
@@ -191,12 +192,13 @@ class Bench:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=256)
-    parser.add_argument("--vocab", type=int, default=151_936)
+    parser.add_argument("--rows", type=count, default=256)
+    parser.add_argument("--vocab", type=count, default=151_936)
     parser.add_argument("--only", nargs="+", choices=SETTINGS, default=list(SETTINGS))
-    parser.add_argument("--bandwidth", type=float, default=4.4, help="the card's measured TB/s (H200: 4.4)")
+    parser.add_argument("--bandwidth", type=above_zero, default=4.4, help="the card's measured TB/s (H200: 4.4)")
     args = parser.parse_args()
-    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}: {args.rows} rows, vocabulary {args.vocab}")
+    title = f"{jax.devices()[0].device_kind}, jax {jax.__version__}: {args.rows} rows, vocabulary {args.vocab}"
+    print(f"{title}; limit: {args.bandwidth:g} TB/s")
     for name in args.only:
         bench = Bench(name, args.rows, args.vocab)
         if name == args.only[0]:

@@ -4,11 +4,11 @@ python scripts/measure_gap.py --model DIRECTORY [--load-format dummy] [--options
 """
 
 import argparse
-import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from options import checkpoint, count, json_object
 
 from nanovllm_jax import LLM, SamplingParams
 from nanovllm_jax.checkpoints.load import TINY_MODEL
@@ -86,12 +86,12 @@ def table(gaps: dict[str, np.ndarray]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=TINY_MODEL)
-    parser.add_argument("--load-format", default="auto")
-    parser.add_argument("--prompts", type=int, default=32)
-    parser.add_argument("--options", default="{}", help="more options of LLM, as JSON")
+    parser.add_argument("--model", type=checkpoint, default=TINY_MODEL)
+    parser.add_argument("--load-format", choices=["auto", "dummy"], default="auto")
+    parser.add_argument("--prompts", type=count, default=32)
+    parser.add_argument("--options", type=json_object, default={}, help="more options of LLM, as JSON")
     args = parser.parse_args()
-    options = dict(gpu_memory_utilization=0.7, max_model_len=2048) | json.loads(args.options)  # room for the trainer
+    options = dict(gpu_memory_utilization=0.7, max_model_len=2048) | args.options  # room for the trainer
     llm = LLM(args.model, load_format=args.load_format, **options)
     print(jnp.dtype(llm.runner.dtype).name, jax.devices()[0].device_kind, f"jax {jax.__version__}")
     print(table(measure(llm, args.prompts)))

@@ -22,9 +22,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from benchmark.limits import Card, Cost, decode_phases, prefill_phases
+from options import above_zero, checkpoint, count, picture
 
 from nanovllm_jax import LLM, SamplingParams
 from nanovllm_jax.checkpoints.load import TINY_MODEL
+from nanovllm_jax.config import ModelConfig
 from nanovllm_jax.engine.batch import BatchShape
 from nanovllm_jax.engine.model_runner import ModelRunner
 from nanovllm_jax.models.step import StepOutput
@@ -55,7 +57,8 @@ def main(arguments: list[str] | None = None) -> None:
     rows, columns = len(work.prompts), llm.model_config.vocab_size
     costs = work.costs() | {"sample": Cost(4.0 * rows * columns, 0.0)}  # the logits, read once
     device = jax.devices()[0].device_kind
-    print(f"{args.phase}, {args.batch} x {args.context}, on {device}: {micros:,.1f} us without the profiler")
+    limit = f"limit: {args.bandwidth:g} TB/s, {args.flops:g} TFLOP/s"
+    print(f"{args.phase}, {args.batch} x {args.context}, on {device}: {micros:,.1f} us without the profiler; {limit}")
     print(phase_table(kernels, steps, costs, Card(1e12 * args.bandwidth, 1e12 * args.flops)))
     print(f"\nThe longest of the kernels, a step:\n{kernel_table(kernels, steps, args.top)}")
     if args.picture:
@@ -67,20 +70,21 @@ def main(arguments: list[str] | None = None) -> None:
 
 def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(TINY_MODEL))
+    parser.add_argument("--model", type=checkpoint, default=TINY_MODEL)
     parser.add_argument("--load-format", choices=["auto", "dummy"], default="auto")
     parser.add_argument("--phase", choices=["decode", "prefill"], default="decode")
-    parser.add_argument("--batch", type=int, default=8, help="sequences")
-    parser.add_argument("--context", type=int, default=512, help="tokens of each: in the cache, or to prefill")
-    parser.add_argument("--max-num-seqs", type=int, help="the engine's option")
-    parser.add_argument("--steps", type=int, default=4, help="calls of the engine's step() to profile when decoding")
-    parser.add_argument("--top", type=int, default=12, help="how many kernels to list")
-    parser.add_argument("--picture", type=Path, help="write a step's timeline here (.png, .svg, .pdf)")
-    parser.add_argument("--bandwidth", type=float, default=4.4, help="the card's measured TB/s (H200: 4.4)")
-    parser.add_argument("--flops", type=float, default=790, help="the card's measured TFLOP/s (H200, bf16: 790)")
+    parser.add_argument("--batch", type=count, default=8, help="sequences")
+    parser.add_argument("--context", type=count, default=512, help="tokens of each: in the cache, or to prefill")
+    parser.add_argument("--max-num-seqs", type=count, help="the engine's option")
+    parser.add_argument("--steps", type=count, default=4, help="calls of the engine's step() to profile when decoding")
+    parser.add_argument("--top", type=count, default=12, help="how many kernels to list")
+    parser.add_argument("--picture", type=picture, help="write a step's timeline here (.png, .svg, .pdf)")
+    parser.add_argument("--bandwidth", type=above_zero, default=4.4, help="the card's measured TB/s (H200: 4.4)")
+    parser.add_argument("--flops", type=above_zero, default=790, help="the card's measured TFLOP/s (H200, bf16: 790)")
     args = parser.parse_args(arguments)
-    if min(args.batch, args.context, args.steps) < 1:
-        parser.error("--batch, --context and --steps must be at least 1")
+    longest, most = args.context + output_tokens(args), ModelConfig.from_pretrained(args.model).max_context
+    if longest > most:
+        parser.error(f"--context {args.context} and the tokens of all steps are {longest}, the model's most are {most}")
     return args
 
 
@@ -93,8 +97,11 @@ def make_llm(args: argparse.Namespace) -> LLM:
 
 
 def output_tokens(args: argparse.Namespace) -> int:
-    """Enough for the warm-up, the timing and the profile, where a step of the engine is several of the model."""
-    return 64 * args.steps
+    """Enough for the warm-up, the timing and the profile, where a step of the engine is several of the model.
+
+    And for the first of them to go on while the others' prompts are computed.
+    """
+    return 64 * args.steps + args.batch * args.context // 1024
 
 
 class Decode:
@@ -248,11 +255,11 @@ def draw_timeline(kernels: list[Kernel], steps: int, path: Path) -> None:
     """The first step: a lane for each phase. Raises ImportError where there is no matplotlib."""
     from matplotlib.figure import Figure
 
-    end = max(kernel.start + kernel.duration for kernel in kernels) / steps
+    first = kernels[: len(kernels) // steps]  # they are sorted by their starts
     figure = Figure(figsize=(14, 3), layout="constrained")
     axes = figure.subplots()
     for lane, phase in enumerate(PHASES):
-        bars = [(k.start, k.duration) for k in kernels if k.phase == phase and k.start <= end]
+        bars = [(k.start, k.duration) for k in first if k.phase == phase]
         axes.broken_barh(bars, (lane - 0.4, 0.8), color=f"C{lane}")
     axes.set_yticks(range(len(PHASES)), PHASES)
     axes.invert_yaxis()

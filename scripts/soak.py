@@ -23,6 +23,7 @@ from pathlib import Path
 from textwrap import shorten
 
 import jax.numpy as jnp
+from options import checkpoint, count
 from soaking.company import Company
 from soaking.compare import Result, largest_difference, other_differences, token_differences
 from soaking.referee import Referee
@@ -30,7 +31,7 @@ from soaking.requests import Case, RequestMaker
 from soaking.watch import Memory, num_compiles
 
 from nanovllm_jax import LLM, SamplingParams
-from nanovllm_jax.checkpoints.load import TINY_MODEL, find_checkpoint
+from nanovllm_jax.checkpoints.load import TINY_MODEL
 from nanovllm_jax.engine.schedule import Schedule
 from nanovllm_jax.layers.attention import causal_attention
 
@@ -42,18 +43,18 @@ MOST_GROWTH = 1024  # KiB for 1000 requests
 
 def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(TINY_MODEL), help="a checkpoint's directory, or a Hub id")
+    parser.add_argument("--model", type=checkpoint, default=TINY_MODEL, help="a checkpoint's directory, or a Hub id")
     parser.add_argument("--load-format", choices=["auto", "dummy"], default="auto", help="dummy: random weights")
     parser.add_argument("--requests", type=int, default=2000)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing after so many")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--max-model-len", type=int, default=256)
-    parser.add_argument("--max-num-seqs", type=int, default=16)
-    parser.add_argument("--max-num-batched-tokens", type=int, default=128)
-    parser.add_argument("--block-size", type=int, default=16)
-    parser.add_argument("--blocks", type=int, help="of the pool (default: two of the longest requests)")
-    parser.add_argument("--num-scheduler-steps", type=int)
+    parser.add_argument("--max-model-len", type=count, default=256)
+    parser.add_argument("--max-num-seqs", type=count, default=16)
+    parser.add_argument("--max-num-batched-tokens", type=count, default=128)
+    parser.add_argument("--block-size", type=count, default=16)
+    parser.add_argument("--blocks", type=count, help="of the pool (default: two of the longest requests)")
+    parser.add_argument("--num-scheduler-steps", type=count)
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.3)
     return parser.parse_args(arguments)
 
@@ -72,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def start_engine(args: argparse.Namespace, scratch: Path) -> LLM:
     """An engine with a tokenizer: the embedded model's, where the checkpoint has none."""
-    model = find_checkpoint(args.model)
+    model = args.model
     if not (model / "tokenizer.json").is_file():
         for file in (*model.iterdir(), *TINY_MODEL.glob("tokenizer*")):
             (scratch / file.name).symlink_to(file.resolve())

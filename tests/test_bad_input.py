@@ -8,8 +8,8 @@ from small_model import assert_idle, small_llm, write_checkpoint
 
 from nanovllm_jax import LLM, SamplingParams
 from nanovllm_jax.chat import chat_prompt
-from nanovllm_jax.engine.memory import host_memory
 from nanovllm_jax.engine.prompts import check_params
+from nanovllm_jax.machine import host_memory
 
 GREEDY = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
 

@@ -12,9 +12,10 @@ import pytest
 from small_model import SMALL, assert_idle, small_llm, write_checkpoint
 
 from nanovllm_jax import SamplingParams
-from nanovllm_jax.engine.memory import GIB, MemoryPlan, decide_num_blocks, memory_stats
+from nanovllm_jax.engine.memory import MemoryPlan, decide_num_blocks, memory_stats
 from nanovllm_jax.engine.model_runner import _check_for_gpu
 from nanovllm_jax.engine_config import EngineConfig
+from nanovllm_jax.machine import GIB
 from nanovllm_jax.models.qwen3 import MLP
 
 GREEDY = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)

@@ -12,6 +12,7 @@ from small_model import assert_idle, small_llm, write_checkpoint
 from nanovllm_jax import SamplingParams
 from nanovllm_jax.engine.tables import ENDS, PROMPT
 from nanovllm_jax.layers.attention import causal_attention
+from nanovllm_jax.sampling_params import MAX_LOGPROBS
 
 VOCAB = 512
 
@@ -75,6 +76,7 @@ def log_softmax(logits):
 
 def test_the_flags_are_the_kernels():
     assert (PROMPT, ENDS) == (reference_sampling.PROMPT, reference_sampling.ENDS)
+    assert reference_sampling.MAX_LOGPROBS == MAX_LOGPROBS
 
 
 ADJUSTING = [

@@ -1,1 +1,1 @@
-"""Where weights come from: Hugging Face files, Orbax, or random numbers."""
+"""What a checkpoint's directory holds: weights (Hugging Face files, Orbax, or none), tokenizer, sampling defaults."""

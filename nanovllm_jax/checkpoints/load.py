@@ -14,7 +14,7 @@ from nanovllm_jax.checkpoints.huggingface import CheckpointFiles
 from nanovllm_jax.checkpoints.orbax import FOLDER, OrbaxWeights
 from nanovllm_jax.checkpoints.random import random_parameters
 from nanovllm_jax.config import ModelConfig
-from nanovllm_jax.engine.memory import GIB, host_memory
+from nanovllm_jax.machine import GIB, host_memory
 from nanovllm_jax.models.parameters import abstract_model, set_parameters
 from nanovllm_jax.models.qwen3 import Qwen3ForCausalLM
 

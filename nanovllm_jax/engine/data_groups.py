@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from nanovllm_jax.engine.batch import BatchPacker, BatchShape, Buckets
+from nanovllm_jax.engine.batch import BatchShape
+from nanovllm_jax.engine.buckets import Buckets
+from nanovllm_jax.engine.packing import BatchPacker
 from nanovllm_jax.engine.schedule import Schedule
 from nanovllm_jax.engine.scheduler import Scheduler
 from nanovllm_jax.engine.sequence import Sequence

@@ -7,9 +7,9 @@ from itertools import islice
 from typing import Any
 
 from nanovllm_jax.engine.activations import CapturedRows, captured_rows
-from nanovllm_jax.engine.batch import BatchPacker
 from nanovllm_jax.engine.data_groups import GroupPacker
 from nanovllm_jax.engine.model_runner import ModelRunner
+from nanovllm_jax.engine.packing import BatchPacker
 from nanovllm_jax.engine.schedule import Schedule
 from nanovllm_jax.engine.sequence import Scored
 
@@ -69,16 +69,16 @@ def dispatch(schedule: Schedule, packer: BatchPacker | GroupPacker, runner: Mode
 
 
 def scored_tokens(
-    schedule: Schedule, rows: int
+    schedule: Schedule, tokens_per_group: int
 ) -> tuple[list[tuple[Scored, int, list[int]]], list[tuple[int, int, int]]]:
     """What a step's chunks give of `Sequence.scored`: sequence by sequence, and as rows for the runner.
 
-    `rows`: of each data group, the prefill tokens of the step with padding.
+    `tokens_per_group`: the prefill tokens of the step with padding.
     """
     parts, wanted, taken = [], [], Counter()
     for chunk in schedule.prefills:
         seq, scored = chunk.seq, chunk.seq.scored
-        row = seq.group * rows + taken[seq.group]
+        row = seq.group * tokens_per_group + taken[seq.group]
         if scored is not None:
             # The chunk's token at position p predicts the one at p + 1.
             predicted = seq.num_computed - chunk.num_tokens + 1

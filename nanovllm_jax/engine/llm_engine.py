@@ -12,13 +12,14 @@ from nanovllm_jax.checkpoints.generation_config import default_sampling_params
 from nanovllm_jax.checkpoints.load import find_checkpoint
 from nanovllm_jax.checkpoints.tokenizer import load_tokenizer, stop_token_ids
 from nanovllm_jax.config import ModelConfig
-from nanovllm_jax.engine.batch import BatchPacker, adjusts_logits
+from nanovllm_jax.engine.batch import adjusts_logits
 from nanovllm_jax.engine.data_groups import DataGroups, GroupPacker
 from nanovllm_jax.engine.dispatch import DispatchedStep, dispatch
 from nanovllm_jax.engine.door import Door
 from nanovllm_jax.engine.metrics import EngineMetrics
 from nanovllm_jax.engine.model_runner import ModelRunner
 from nanovllm_jax.engine.one_thread import OneThread, not_from_within
+from nanovllm_jax.engine.packing import BatchPacker
 from nanovllm_jax.engine.prompts import Prompt
 from nanovllm_jax.engine.requests import Completion, Request
 from nanovllm_jax.engine.schedule import Schedule
@@ -167,7 +168,10 @@ class LLMEngine(OneThread):
 
     @not_from_within
     def abort_request(self, request_id: str) -> None:
-        """End a request in any state; its blocks are free at once. Unknown and finished ids are ignored."""
+        """End a request in any state; its blocks are free at once. Unknown and finished ids are ignored.
+
+        Raises TypeError for what is no id.
+        """
         if not isinstance(request_id, str):
             raise TypeError(f"request_id must be a string, that of one request, not {request_id!r}")
         self._ready = [output for output in self._ready if output.request_id != request_id]
@@ -199,11 +203,6 @@ class LLMEngine(OneThread):
         is_ready = any(output.metrics is request.metrics for output in self._ready)
         return is_ready or self._requests.get(request.request_id) is request
 
-    @property
-    def model(self) -> Any:
-        """The Qwen3ForCausalLM that is served. Its arrays are the engine's own: to be read, and never donated."""
-        return self.runner.weights.model
-
     def stats(self) -> EngineStats:
         """What runs and waits, what the caches hold, totals and rates: from the thread that calls `step`."""
         return self.metrics.stats(self.scheduler, list(self._requests.values()))
@@ -211,25 +210,6 @@ class LLMEngine(OneThread):
     def _check_id(self, request_id: str | None) -> None:
         if self.knows(request_id):
             raise ValueError(f"request_id {request_id!r} is in use by a request that has not finished")
-
-    def _check_usable(self) -> None:
-        if self._is_broken:
-            self._give_up()
-        self.runner.restore()
-
-    def _give_up(self) -> None:
-        """After a failure: end every request, and begin anew. Where a second Ctrl-C comes in here, it is done later."""
-        self._is_broken = True
-        self._in_flight.clear()
-        self._ready = [output for output in self._ready if output.request_id not in self._requests]
-        for request in self._requests.values():
-            self.metrics.aborted(request)
-            request.num_unfinished = 0
-        for part in (self._requests, self._streaming, self._stopping, self._calls):
-            part.clear()
-        self.scheduler.abort_all()
-        self.runner.reset()
-        self._is_broken = False
 
     # ------------------------------------------------------------ the loop
 
@@ -243,49 +223,6 @@ class LLMEngine(OneThread):
         outputs = self._step()
         outputs, self._ready = self._ready + outputs, []
         return outputs
-
-    @not_from_within
-    def update_weights(
-        self, weights: Any, in_flight: Literal["finish", "recompute"] | None = None, donate: bool = False
-    ) -> None:
-        """Go on with other weights, from the next step on; nothing is compiled anew, and cached prefixes are dropped.
-
-        `weights`: a Qwen3ForCausalLM, or a dict of all its arrays by path (models/parameters.py), of any float dtype
-        and on any devices. An array with the engine's own dtype and sharding is shared, not copied: the engine fails if
-        a jitted function donates it later, unless other weights have come in meanwhile. Others are cast and moved one
-        by one. `donate`: the engine may take the memory of `weights`, which are of no use to the caller afterwards.
-
-        `in_flight` says what becomes of unfinished requests. "finish": they are run to their end on the old weights,
-        and the next `step` returns their outputs. "recompute": they keep their tokens, and go on from them with the
-        new weights, by which all their keys and values are computed again.
-
-        Each of several processes gives the same: NumPy arrays and arrays of its own devices whole, of which it takes
-        its part, or arrays that are spread over the devices of all.
-
-        Raises TypeError or ValueError, naming the array, for weights that do not fit, and RuntimeError with unfinished
-        requests and no `in_flight`, and for other weights than another process has: the engine is then as it was.
-        """
-        if in_flight not in (None, "finish", "recompute"):
-            raise ValueError(f"in_flight must be None, 'finish' or 'recompute', not {in_flight!r}")
-        self._check_usable()
-        arrays = self.runner.weights.check(weights)
-        if self._requests and in_flight is None:
-            raise RuntimeError(
-                f"{len(self._requests)} requests are unfinished: say what becomes of them, by in_flight='finish' (they "
-                "are run to their end on the old weights) or in_flight='recompute' (they go on with the new ones)"
-            )
-        if self.runner.num_processes > 1:
-            self.runner.check_agreement([*self._calls, in_flight], arrays)
-        while self._requests and in_flight == "finish":
-            self._ready += self._step()
-        try:
-            self.scheduler.preempt_all()  # what dispatched steps have drawn will still be read
-            for request in self._requests.values():
-                request.score_again()
-            self.runner.weights.update(arrays, donate)
-        except BaseException:  # Ctrl-C, or no memory for the next array: nothing may run on what is half new
-            self._give_up()
-            raise
 
     def _step(self) -> list[RequestOutput]:
         self._check_usable()
@@ -355,3 +292,74 @@ class LLMEngine(OneThread):
                 outputs.append(request.take_output())
         self._streaming = [request for request in self._streaming if request.num_unfinished]
         return outputs + [request.take_output() for request in self._streaming if request.has_news]
+
+    # ------------------------------------------------------------ weights
+
+    @property
+    def model(self) -> Any:
+        """The Qwen3ForCausalLM that is served. Its arrays are the engine's own: to be read, and never donated."""
+        return self.runner.weights.model
+
+    @not_from_within
+    def update_weights(
+        self, weights: Any, in_flight: Literal["finish", "recompute"] | None = None, donate: bool = False
+    ) -> None:
+        """Go on with other weights, from the next step on; nothing is compiled anew, and cached prefixes are dropped.
+
+        `weights`: a Qwen3ForCausalLM, or a dict of all its arrays by path (models/parameters.py), of any float dtype
+        and on any devices. An array with the engine's own dtype and sharding is shared, not copied: the engine fails if
+        a jitted function donates it later, unless other weights have come in meanwhile. Others are cast and moved one
+        by one. `donate`: the engine may take the memory of `weights`, which are of no use to the caller afterwards.
+
+        `in_flight` says what becomes of unfinished requests. "finish": they are run to their end on the old weights,
+        and the next `step` returns their outputs. "recompute": they keep their tokens, and go on from them with the
+        new weights, by which all their keys and values are computed again.
+
+        Each of several processes gives the same: NumPy arrays and arrays of its own devices whole, of which it takes
+        its part, or arrays that are spread over the devices of all.
+
+        Raises TypeError or ValueError, naming the array, for weights that do not fit, and RuntimeError with unfinished
+        requests and no `in_flight`, and for other weights than another process has: the engine is then as it was.
+        """
+        if in_flight not in (None, "finish", "recompute"):
+            raise ValueError(f"in_flight must be None, 'finish' or 'recompute', not {in_flight!r}")
+        self._check_usable()
+        arrays = self.runner.weights.check(weights)
+        if self._requests and in_flight is None:
+            raise RuntimeError(
+                f"{len(self._requests)} requests are unfinished: say what becomes of them, by in_flight='finish' (they "
+                "are run to their end on the old weights) or in_flight='recompute' (they go on with the new ones)"
+            )
+        if self.runner.num_processes > 1:
+            self.runner.check_agreement([*self._calls, in_flight], arrays)
+        while self._requests and in_flight == "finish":
+            self._ready += self._step()
+        try:
+            self.scheduler.preempt_all()  # what dispatched steps have drawn will still be read
+            for request in self._requests.values():
+                request.score_again()
+            self.runner.weights.update(arrays, donate)
+        except BaseException:  # Ctrl-C, or no memory for the next array: nothing may run on what is half new
+            self._give_up()
+            raise
+
+    # ------------------------------------------------------------ failures
+
+    def _check_usable(self) -> None:
+        if self._is_broken:
+            self._give_up()
+        self.runner.restore()
+
+    def _give_up(self) -> None:
+        """After a failure: end every request, and begin anew. Where a second Ctrl-C comes in here, it is done later."""
+        self._is_broken = True
+        self._in_flight.clear()
+        self._ready = [output for output in self._ready if output.request_id not in self._requests]
+        for request in self._requests.values():
+            self.metrics.aborted(request)
+            request.num_unfinished = 0
+        for part in (self._requests, self._streaming, self._stopping, self._calls):
+            part.clear()
+        self.scheduler.abort_all()
+        self.runner.reset()
+        self._is_broken = False

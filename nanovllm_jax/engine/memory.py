@@ -6,8 +6,8 @@ from typing import Any
 
 from nanovllm_jax.config import ModelConfig
 from nanovllm_jax.engine_config import EngineConfig
+from nanovllm_jax.machine import GIB, host_memory
 
-GIB = 1 << 30
 RESERVE = GIB // 2  # cuBLAS workspaces, the arrays of a step in flight, fragmentation
 
 
@@ -38,11 +38,6 @@ def estimate_workspace(model: ModelConfig, itemsize: int, tokens: int, rows: int
     activations = tokens * (4 * model.hidden_size + widest // shards) * itemsize
     logits = 3 * rows * model.vocab_size * 4 // shards
     return activations + logits
-
-
-def host_memory() -> int:
-    """This machine's memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def memory_stats(device: Any) -> dict[str, int]:

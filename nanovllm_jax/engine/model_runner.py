@@ -19,10 +19,10 @@ from xxhash import xxh3_128_digest
 
 from nanovllm_jax.checkpoints.load import ModelLoader
 from nanovllm_jax.config import DTYPES, ModelConfig
-from nanovllm_jax.engine.batch import BatchShape, cpu_buckets, gpu_buckets
+from nanovllm_jax.engine.batch import BatchShape
+from nanovllm_jax.engine.buckets import cpu_buckets, gpu_buckets
 from nanovllm_jax.engine.logprobs import TokenLogprobs
 from nanovllm_jax.engine.memory import (
-    GIB,
     RESERVE,
     MemoryPlan,
     decide_max_model_len,
@@ -33,6 +33,7 @@ from nanovllm_jax.engine.memory import (
 from nanovllm_jax.engine.schedule import ONE_STEP, RunAhead
 from nanovllm_jax.engine.weights import ServedWeights
 from nanovllm_jax.engine_config import EngineConfig
+from nanovllm_jax.machine import GIB
 from nanovllm_jax.models.draw import DeviceState, LogprobArrays, write_tables
 from nanovllm_jax.models.lowering import helpers_for, lower_all
 from nanovllm_jax.models.parameters import ParameterPath, digest_of

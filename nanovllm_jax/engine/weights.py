@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from nanovllm_jax.checkpoints.load import ModelLoader
-from nanovllm_jax.engine.memory import GIB
+from nanovllm_jax.machine import GIB
 from nanovllm_jax.models.parameters import ParameterPath, checked_weights
 from nanovllm_jax.models.qwen3 import Qwen3ForCausalLM
 

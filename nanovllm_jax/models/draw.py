@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from nanovllm_jax.engine.batch import FLOATS, SamplingRows
+from nanovllm_jax.engine.batch import FLOAT_COLUMNS, SamplingRows
 from nanovllm_jax.kernels import adjust_logits
 from nanovllm_jax.layers.sampler import sample
 from nanovllm_jax.parallel import vocabulary
@@ -89,4 +89,4 @@ def write_tables(state: DeviceState, line: jax.Array, token_counts: jax.Array, l
 def columns(sampling: jax.Array) -> SamplingRows:
     """BatchView.sampling [R, 12] int32 as columns [R] of their own types."""
     bits = SamplingRows(*sampling.T)
-    return bits._replace(**{name: lax.bitcast_convert_type(getattr(bits, name), jnp.float32) for name in FLOATS})
+    return bits._replace(**{name: lax.bitcast_convert_type(getattr(bits, name), jnp.float32) for name in FLOAT_COLUMNS})

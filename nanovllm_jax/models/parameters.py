@@ -16,7 +16,7 @@ from nanovllm_jax.models.qwen3 import Qwen3ForCausalLM
 from nanovllm_jax.parallel.sharding import RULES
 
 ParameterPath = tuple[str | int, ...]
-FLOATS = ("bfloat16", "float16", "float32", "float64")
+FLOAT_DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
 def parameters_of(model: nnx.Module) -> dict[ParameterPath, nnx.Param]:
@@ -86,8 +86,8 @@ def check_parameters(arrays: Mapping[ParameterPath, Any], targets: dict[Paramete
             problems.append(f"{name} must be an array, not {short_repr(array)}")
         elif tuple(array.shape) != target.shape:
             problems.append(f"{name} has shape {tuple(array.shape)}, not {target.shape}")
-        elif jnp.dtype(array.dtype).name not in FLOATS:
-            problems.append(f"{name} has dtype {array.dtype}, not one of {', '.join(FLOATS)}")
+        elif jnp.dtype(array.dtype).name not in FLOAT_DTYPES:
+            problems.append(f"{name} has dtype {array.dtype}, not one of {', '.join(FLOAT_DTYPES)}")
         elif _is_deleted(array):
             problems.append(f"{name} has been deleted: it was donated to a jitted function")
     if problems:

@@ -1,1 +1,1 @@
-"""Devices: the mesh and the sharding rules."""
+"""Devices and processes: how JAX is started, the mesh, what is split over it, sampling from parts of a vocabulary."""

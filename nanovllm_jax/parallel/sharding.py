@@ -43,7 +43,7 @@ RULES = ShardingRules()
 def make_mesh(tensor_parallel_size: int, data_parallel_size: int = 1) -> Mesh:
     """A mesh (data, model) of the first devices; those of one data group are neighbours.
 
-    Raises ValueError when there are fewer devices than that.
+    Raises ValueError when there are fewer devices than that, or in several processes more.
     """
     devices, shape = jax.devices(), (data_parallel_size, tensor_parallel_size)
     if math.prod(shape) > len(devices):

@@ -57,7 +57,16 @@ class NanoVllmJax:
         self.llm, self.params = LLM(model, **options), SamplingParams
         runner = self.llm.runner
         self.capacity, self.max_num_seqs = runner.num_blocks * runner.config.block_size, runner.max_num_seqs
-        self.flags = {name: value if value is None else str(value) for name, value in asdict(runner.config).items()}
+        resolved = dict(
+            dtype=runner.dtype.name,
+            max_num_seqs=runner.max_num_seqs,
+            max_num_batched_tokens=runner.max_num_batched_tokens,
+            max_model_len=runner.max_model_len,
+            num_kvcache_blocks=runner.num_blocks,
+            num_scheduler_steps=runner.buckets.run_ahead.num_steps,
+        )
+        settings = asdict(runner.config) | resolved
+        self.flags = {name: value if value is None else str(value) for name, value in settings.items()}
         self.device = jax.devices()[0].device_kind
 
     def _params(self, max_tokens: int):

@@ -34,15 +34,16 @@ def serve(engine: Engine, call: Call) -> list[list[float]]:
 
 
 def latencies(arrivals: list[float], stamps: list[list[float]]) -> dict[str, dict[str, float]]:
-    """Percentiles in milliseconds, of requests for TTFT and TPOT, of gaps between tokens for ITL.
+    """Percentiles in milliseconds, of requests for TTFT and TPOT, of gaps in their texts for ITL.
 
-    TTFT counts from the arrival, so it includes the wait for a step that is running. TPOT is the mean time per token
-    after a request's first; ITL is each such time.
+    As vLLM's own benchmark has them: TTFT counts from the arrival, so it includes the wait for a step that is running.
+    TPOT is the mean time per token after a request's first. ITL is each time from what came of a text to what came
+    next, be it one token or several.
     """
-    gaps = [[after - before for before, after in pairwise(times)] for times in stamps]
+    gaps = [[after - before for before, after in pairwise(dict.fromkeys(times))] for times in stamps]
     samples = {
         "TTFT": [times[0] - arrival for arrival, times in zip(arrivals, stamps, strict=True)],
-        "TPOT": [sum(own) / len(own) for own in gaps if own],
+        "TPOT": [(times[-1] - times[0]) / (len(times) - 1) for times in stamps if len(times) > 1],
         "ITL": [gap for own in gaps for gap in own],
     }
     return {name: percentiles([1e3 * value for value in values]) for name, values in samples.items()}

@@ -16,7 +16,7 @@ COLORS = {"ours": "tab:blue", "nanovllm": "tab:orange", "vllm": "tab:green"}
 def plot(record: dict[str, Any], path: Path) -> None:
     """Write the picture in the form that the path's suffix names."""
     figures = [row for row in rows(record) if row.values]
-    bars = [row for row in figures if row.unit in ("tok/s", "ms", "ms/token") and row.workload != "online"]
+    bars = [row for row in figures if row.unit in ("tok/s", "ms", "ms/token") and is_drawn(row)]
     sweeps: dict[str, list[Row]] = {}
     for row in figures:
         if row.workload == "sweep":
@@ -36,12 +36,17 @@ def plot(record: dict[str, Any], path: Path) -> None:
         figure.savefig(path, dpi=150)
 
 
+def is_drawn(row: Row) -> bool:
+    """Of the online workload some of its many figures."""
+    return row.workload != "online" or row.name.endswith(("TTFT p50", "TTFT p99", "TPOT p50", "TPOT p99"))
+
+
 def draw_bars(axes: Axes, row: Row) -> None:
     """One bar an engine, a dashed line at the limit."""
     engines = list(row.values)
     heights = [row.median(engine) for engine in engines]
     errors = [row.spread(engine) * height for engine, height in zip(engines, heights, strict=True)]
-    axes.bar(engines, heights, yerr=errors, capsize=3, color=[COLORS[engine] for engine in engines])
+    axes.bar(engines, heights, yerr=errors, capsize=3, color=[COLORS.get(engine) for engine in engines])
     if row.limit:
         axes.axhline(row.limit, color="black", linestyle="--", linewidth=1)
     axes.set_title(f"{row.workload}: {row.name}, {row.unit}\n({'more' if row.more_is_better else 'less'} is better)")
@@ -52,7 +57,7 @@ def draw_sweep(axes: Axes, context: str, steps: list[Row]) -> None:
     batches = [int(row.name.split(" x ")[0]) for row in steps]
     for engine in dict.fromkeys(engine for row in steps for engine in row.values):
         times = [row.median(engine) or float("nan") for row in steps]
-        axes.plot(batches, times, marker="o", markersize=3, label=engine, color=COLORS[engine])
+        axes.plot(batches, times, marker="o", markersize=3, label=engine, color=COLORS.get(engine))
     axes.plot(batches, [row.limit for row in steps], "k--", linewidth=1, label="limit")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")

@@ -170,9 +170,12 @@ def _latency(kind: str, percentile: str) -> Callable[[dict], float]:
 
 
 def _start(r: Record) -> Iterator[Row]:
+    """A later start may find what the first one left on disk: compiled programs, files in memory."""
     for key, name in (("import_seconds", "import"), ("start_seconds", "until ready")):
-        values = {engine: [result[key] for result in rounds] for engine, rounds in r.results.items()}
-        yield Row("start", name, "s", values)
+        for which, part in (("the first", slice(1)), ("later ones", slice(1, None))):
+            values = {engine: [result[key] for result in rounds[part]] for engine, rounds in r.results.items()}
+            if any(values.values()):
+                yield Row("start", f"{name}, {which}", "s", values)
 
 
 def table(record: dict[str, Any]) -> str:
@@ -211,14 +214,26 @@ def notes(record: dict[str, Any]) -> str:
     lines = [
         f"{machine['gpu'] or card['device'] or 'no GPU'}; commit {machine['commit']}",
         f"model: {record['model']}, {config.num_parameters / 1e9:.3g} billion parameters",
-        f"limit: memory at {terabytes:.3g} TB/s, matmuls at {teraflops:.3g} TFLOP/s",
+        f"limit: memory at {terabytes:.3g} TB/s, matmuls at {teraflops:.3g} TFLOP/s, of numbers of {ITEMSIZE} bytes",
     ]
     for engine, rounds in record["engines"].items():
         versions = ", ".join(f"{package} {version}" for package, version in rounds[0]["versions"].items())
         lines.append(f"{engine}: KV cache of {rounds[0]['kv_capacity_tokens']:,} tokens; {versions}")
     lines += [f"{engine}: {reason}" for engine, reason in record["missing"].items()]
+    lines += [f"{engine} failed: {reason.strip().splitlines()[-1]}" for engine, reason in record["failed"].items()]
+    if absent := absent_cells(record):
+        lines.append(f"not in the sweep, as no engine has room for it: {', '.join(absent)}")
     lines.append("In a cell: median, ± half the spread, and in brackets the share of the limit.")
     return "\n".join(lines)
+
+
+def absent_cells(record: dict[str, Any]) -> list[str]:
+    """Batches and contexts that were asked for and that no engine ran, where a sweep was run."""
+    results = [result["workloads"].get("sweep") for rounds in record["engines"].values() for result in rounds]
+    done = {call for calls in results if calls is not None for call in calls}
+    sizes = record["sizes"]
+    asked = [f"{batch} x {context}" for context in sizes["contexts"] for batch in sizes["batches"]]
+    return [call for call in asked if call not in done] if any(calls is not None for calls in results) else []
 
 
 def check_same_requests(record: dict[str, Any]) -> None:

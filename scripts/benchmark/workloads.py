@@ -29,6 +29,7 @@ class Call:
             "output_tokens": self.max_tokens,
             "reusable_tokens": self.reusable or [0] * len(self.prompts),
             "checksum": zlib.crc32(b"".join(array("i", prompt).tobytes() for prompt in self.prompts)),
+            **({} if self.arrivals is None else {"arrivals": self.arrivals}),
         }
 
 
@@ -85,7 +86,10 @@ SWEEP_STEPS = 64
 
 
 def sweep(sizes: Sizes) -> Iterator[tuple[str, Call]]:
-    """Decode alone at every batch and context that fits: the prompts are cached but for their last token."""
+    """Decode at every batch and context that fits: of the prompts' cached blocks nothing is computed again.
+
+    Twice, with one token out and with 65: prefill is in both, and the difference is 64 steps of decoding.
+    """
     for context in sizes.contexts:
         longest = context + 1 + SWEEP_STEPS + 1
         for batch in sizes.batches:

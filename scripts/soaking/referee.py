@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nanovllm_jax import LLM, SamplingParams
-from nanovllm_jax.engine.batch import FLOATS, SamplingRows, sampling_row
+from nanovllm_jax.engine.batch import FLOAT_COLUMNS, SamplingRows, sampling_row
 from nanovllm_jax.engine.sequence import Sequence
 from nanovllm_jax.engine.tables import token_tables
 from nanovllm_jax.layers.attention import causal_attention
@@ -86,7 +86,7 @@ class Referee:
 
     def _draw(self, seq: Sequence, logits: np.ndarray, **changes: float) -> int:
         row = sampling_row(seq)._replace(**changes)
-        dtypes = (jnp.float32 if name in FLOATS else jnp.int32 for name in row._fields)
+        dtypes = (jnp.float32 if name in FLOAT_COLUMNS else jnp.int32 for name in row._fields)
         row = SamplingRows(*(jnp.array([value], dtype) for value, dtype in zip(row, dtypes)))
         counts, bias = token_tables(seq, len(logits))
         state = DeviceState(jnp.zeros(1, jnp.int32), jnp.asarray(counts[None]), jnp.asarray(bias[None]))

@@ -3,7 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanovllm_jax.engine.batch import BatchShape, Buckets, cpu_buckets, gpu_buckets
+from nanovllm_jax.engine.batch import BatchShape
+from nanovllm_jax.engine.buckets import Buckets, cpu_buckets, gpu_buckets
 from nanovllm_jax.engine.schedule import ONE_STEP, RunAhead
 
 

@@ -5,8 +5,9 @@ import random
 import pytest
 from simulated_device import SimulatedDevice, expected_completion, prompt
 
-from nanovllm_jax.engine.batch import BatchPacker, Buckets
+from nanovllm_jax.engine.buckets import Buckets
 from nanovllm_jax.engine.data_groups import DataGroups, GroupPacker
+from nanovllm_jax.engine.packing import BatchPacker
 from nanovllm_jax.engine.schedule import RunAhead
 from nanovllm_jax.engine.scheduler import Scheduler
 from nanovllm_jax.engine.sequence import Sequence

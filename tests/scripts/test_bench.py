@@ -202,7 +202,8 @@ def test_latencies():
     found = online.latencies([1.0, 2.0], [[1.5, 1.6, 1.9], [2.1, 2.2, 2.2]])
     assert found["TTFT"]["p50"] == pytest.approx(300)  # between 500 and 100
     assert found["TPOT"]["p90"] == pytest.approx(200 - 0.1 * 150)  # 50 and 200
-    assert found["ITL"] == pytest.approx({"p50": 100, "p90": 300 - 0.3 * 200, "p99": 300 - 0.03 * 200})
+    # Of 100, 300 and 100: two tokens that come at once are one piece of a text.
+    assert found["ITL"] == pytest.approx({"p50": 100, "p90": 300 - 0.2 * 200, "p99": 300 - 0.02 * 200})
 
 
 # ------------------------------------------------------------ reports
@@ -231,6 +232,10 @@ def test_every_workload_has_its_rows(record):
             assert row.speedup("ours", "vllm") == pytest.approx(2), row
             assert row.share("ours") == pytest.approx(2 * row.share("vllm"))
             assert len(row.values["ours"]) == 4, "two rounds of two repeats"
+    starts = {row.name: row.values["ours"] for row in rows if row.workload == "start"}
+    first, later = record["engines"]["ours"]
+    assert starts["until ready, the first"] == [first["start_seconds"]]
+    assert starts["until ready, later ones"] == [later["start_seconds"]]
 
 
 def test_throughput_row_by_hand(record):
@@ -263,6 +268,17 @@ def test_table_and_notes(record):
     notes = report.notes(record)
     assert "KV cache of 384 tokens" in notes
     assert "memory at 0.00694 TB/s" in notes
+    assert "failed" not in notes
+
+
+def test_notes_say_what_is_not_in_the_table(record):
+    record["failed"]["vllm"] = "Traceback ...\nCUDA out of memory\n"
+    record["sizes"]["batches"].append(64)
+    notes = report.notes(record)
+    assert "vllm failed: CUDA out of memory" in notes
+    (line,) = [line for line in notes.splitlines() if line.startswith("not in the sweep")]
+    assert "64 x 16" in line
+    assert "1 x 16" not in line
 
 
 def test_engines_that_drew_other_requests_are_not_compared(record):
@@ -278,7 +294,8 @@ def test_plot(record, tmp_path):
 
     plot(record, tmp_path / "run.svg")
     drawn = (tmp_path / "run.svg").read_text()
-    assert drawn.count('id="axes_') == 4 + 2 + 2, "four bar charts, two contexts, two places left empty"
+    online = 4 * len(record["sizes"]["rates"])
+    assert drawn.count('id="axes_') == -(-(4 + online + 2) // 4) * 4, "four bar charts, online's, and two contexts"
 
 
 # ------------------------------------------------------------ the command
@@ -302,7 +319,7 @@ def test_whole_run_on_a_cpu(tmp_path, monkeypatch, capsys):
     assert list(ours["workloads"]) == list(workloads.WORKLOADS)
     assert list(ours["workloads"]["sweep"]) == ["1 x 16", "2 x 16"]
     assert ours["kv_capacity_tokens"] == 20 * 32
-    assert ours["flags"]["block_size"] == "32"
+    assert (ours["flags"]["block_size"], ours["flags"]["num_scheduler_steps"]) == ("32", "1")
     assert {"workload", "limit", "engines"} <= set(record["summary"][0])
     assert bench.main(["--report", f"{tmp_path}/run.json"]) == 1
     again = capsys.readouterr().out
@@ -335,5 +352,66 @@ def test_random_weights_are_a_checkpoint(tmp_path):
     assert load_tokenizer(directory).decode([650, 699]) == ""
     before = (directory / "model.safetensors").stat().st_mtime_ns
     args = bench.parse_args(["--random-weights", str(tmp_path / "small.json"), "--model", str(directory)])
-    assert bench.prepare_model(args) == directory
+    assert args.model == directory
     assert (directory / "model.safetensors").stat().st_mtime_ns == before, "written once"
+
+
+BAD_OPTIONS = [
+    ("--batches 0", "'0' is no integer from 1 on"),
+    ("--repeats -1", "'-1' is no integer from 1 on"),
+    ("--rates nan", "'nan' is no number above 0"),
+    ("--bandwidth 0", "'0' is no number above 0"),
+    ("--json /nowhere/run.json", "'/nowhere/run.json' is no file in a directory that is there"),
+    ("--plot run.xyz", "'run.xyz' does not end in .png, .svg, .pdf"),
+    ("--model /nowhere", "'/nowhere' is neither a directory nor a Hub id"),
+    ("--random-weights /nowhere.json", "No such file or directory: '/nowhere.json'"),
+    ("--options ours={bad", "'{bad' is no JSON"),
+    ("--options ours=[1]", "'[1]' is no JSON object"),
+    ("--options theirs={}", "is not ENGINE=VALUE with one of ours, nanovllm, vllm"),
+    ("--report /nowhere.json", "'/nowhere.json' is no record of this script"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_OPTIONS)
+def test_bad_options_are_refused_before_anything_runs(capsys, options, message):
+    with pytest.raises(SystemExit, match="2"):
+        bench.main(options.split())
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("broken", ["{", "{}", "[1]"])
+def test_what_is_no_record_is_refused(tmp_path, capsys, broken):
+    (tmp_path / "run.json").write_text(broken)
+    with pytest.raises(SystemExit, match="2"):
+        bench.main(["--report", str(tmp_path / "run.json")])
+    assert "is no record of this script" in capsys.readouterr().err
+
+
+def test_random_weights_never_replace_another_model(tmp_path, capsys):
+    """Sharded, as published ones are: config.json tells."""
+    config = json.loads((TINY_MODEL / "config.json").read_text())
+    (tmp_path / "small.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "real" / "model-00001-of-00001.safetensors").write_bytes(b"trained")
+    with pytest.raises(SystemExit, match="2"):
+        bench.main(["--random-weights", str(tmp_path / "small.json"), "--model", str(tmp_path / "real")])
+    assert "holds another model than" in capsys.readouterr().err
+    assert {file.name for file in (tmp_path / "real").iterdir()} == {"config.json", "model-00001-of-00001.safetensors"}
+
+
+def test_an_engine_that_is_not_there_is_named(tmp_path, monkeypatch, capsys):
+    """No interpreter, and a folder that happens to have its name; with no engine left nothing was measured."""
+    (tmp_path / "vllm").mkdir()
+    monkeypatch.chdir(tmp_path)
+    command = "--engines nanovllm vllm --bandwidth 1 --flops 1 --python nanovllm=/nowhere/python"
+    assert bench.main(command.split()) == 1
+    shown = capsys.readouterr().out
+    assert "nanovllm: not installed in /nowhere/python" in shown
+    assert "vllm: not installed" in shown
+
+
+def test_an_engine_that_ends_without_a_result_has_failed(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "has_module", lambda python, name: True)
+    assert bench.main(["--engines", "vllm", "--bandwidth", "1", "--flops", "1", "--python", "vllm=/usr/bin/true"]) == 1
+    assert "vllm failed: it ended without a result" in capsys.readouterr().out

@@ -1,0 +1,97 @@
+"""Which batch shapes are compiled: few, so that a start is quick, and close enough that padding costs little."""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+from nanovllm_jax.engine.batch import BatchShape
+from nanovllm_jax.engine.schedule import ONE_STEP, RunAhead
+
+
+def geometric(first: int, last: int, ratio: int) -> tuple[int, ...]:
+    """first, first * ratio, ... and last itself."""
+    sizes = []
+    while first < last:
+        sizes.append(first)
+        first *= ratio
+    return (*sizes, last)
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """The few batch shapes that are compiled."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    table_width: int
+    ratio: int
+    """How much larger each size is than the one before: the most that padding can cost."""
+    mixed_decode_rows: tuple[int, ...]
+    """Sizes of the decode part beside a prefill: few, as a padded row costs little there. The last takes any number."""
+    run_ahead: RunAhead = ONE_STEP
+    alone_from: float = math.inf
+    """From so many prefill tokens on there is a shape without a decode part too, for when nothing runs beside them,"""
+    large_from: float = math.inf
+    """and from so many on the decode part else is the largest, which then is little beside them."""
+
+    @cached_property
+    def decode_rows(self) -> tuple[int, ...]:
+        """Sizes of steps that only decode."""
+        return geometric(1, self.max_num_seqs, self.ratio)
+
+    @cached_property
+    def prefill_tokens(self) -> tuple[int, ...]:
+        """Sizes of the prefill part."""
+        return geometric(min(128, self.max_num_batched_tokens), self.max_num_batched_tokens, self.ratio)
+
+    def prefill_rows(self, tokens: int) -> int:
+        """How many sequences fit in a prefill part of this many tokens: the largest takes any number."""
+        rows = tokens if tokens == self.prefill_tokens[-1] else max(8, tokens // 16)
+        return min(self.max_num_seqs, rows)
+
+    def beside(self, tokens: int) -> tuple[int, ...]:
+        """Sizes of the decode part beside a prefill part of this many tokens."""
+        rows = self.mixed_decode_rows[-1:] if tokens >= self.large_from else self.mixed_decode_rows
+        return (0, *rows) if tokens >= self.alone_from else rows
+
+    def shape_for(self, decodes: int, prefills: int, tokens: int, num_steps: int = 1) -> BatchShape:
+        """The smallest shape for this many decode rows, and prefill sequences with this many tokens together."""
+        if not prefills:
+            rows = next(size for size in self.decode_rows if size >= decodes)
+            return BatchShape(rows, 0, 0, self.table_width, num_steps)
+        padded = next(t for t in self.prefill_tokens if t >= tokens and self.prefill_rows(t) >= prefills)
+        rows = next(size for size in self.beside(padded) if size >= decodes)
+        return BatchShape(rows, self.prefill_rows(padded), padded, self.table_width)
+
+    def all_shapes(self) -> list[BatchShape]:
+        """Every shape that shape_for can return; first what compiles longest on a GPU: few rows, large prefills."""
+        decode = [BatchShape(rows, 0, 0, self.table_width) for rows in self.decode_rows]
+        mixed = [
+            BatchShape(rows, self.prefill_rows(tokens), tokens, self.table_width)
+            for tokens in self.prefill_tokens
+            for rows in self.beside(tokens)
+        ]
+        most = next((rows for rows in self.decode_rows if rows >= self.run_ahead.rows), self.max_num_seqs)
+        several = [
+            BatchShape(rows, 0, 0, self.table_width, self.run_ahead.num_steps)
+            for rows in self.decode_rows
+            if rows <= most and self.run_ahead.num_steps > 1
+        ]
+        return sorted(decode + several, key=lambda s: s.decode_rows) + mixed[::-1]
+
+
+def gpu_buckets(
+    max_num_seqs: int, max_num_batched_tokens: int, table_width: int, run_ahead: RunAhead, is_large_model: bool
+) -> Buckets:
+    """Those of a GPU, where little padding is worth many programs: a large model has more, as it feels each row."""
+    few = min(32, max_num_seqs)
+    mixed = (few,) if few == max_num_seqs else (few, max_num_seqs)
+    large_from = 16 * max_num_seqs if len(mixed) > 1 else math.inf
+    alone_from = 0 if is_large_model else large_from  # a tenth of a short prompt's time; a small one is to start soon
+    sizes = max_num_seqs, max_num_batched_tokens, table_width
+    return Buckets(*sizes, 2, mixed, run_ahead, alone_from=alone_from, large_from=large_from)
+
+
+def cpu_buckets(max_num_seqs: int, max_num_batched_tokens: int, table_width: int, run_ahead: RunAhead) -> Buckets:
+    """Those of a CPU, which is for small models: there few programs to compile are worth more than little padding."""
+    return Buckets(max_num_seqs, max_num_batched_tokens, table_width, 16, (max_num_seqs,), run_ahead)

@@ -1,0 +1,89 @@
+"""A schedule packed into a batch's flat array."""
+
+import numpy as np
+
+from nanovllm_jax.engine.batch import (
+    ADJUSTS,
+    FLOAT_COLUMNS,
+    NUM_TOP,
+    BatchShape,
+    BatchView,
+    SamplingRows,
+    sampling_row,
+)
+from nanovllm_jax.engine.buckets import Buckets
+from nanovllm_jax.engine.schedule import Schedule
+from nanovllm_jax.engine.sequence import Sequence
+
+
+class BatchPacker:
+    """Packs schedules. It mirrors what is constant while a sequence runs, by slot, so that a step copies little."""
+
+    def __init__(self, buckets: Buckets):
+        self.buckets = buckets
+        seqs = buckets.max_num_seqs
+        self.tables = np.zeros((seqs, buckets.table_width), np.int32)
+        self.table_lens = [0] * seqs
+        self.sampling = np.zeros((seqs, len(SamplingRows._fields)), np.int32)
+
+    def pack(self, schedule: Schedule, shape: BatchShape | None = None) -> tuple[BatchShape, np.ndarray]:
+        """The batch's shape (the smallest, where none is given) and its flat int32 array, right after schedule()."""
+        for seq in schedule.admitted:
+            self._admit(seq)
+        decodes, prefills = schedule.decodes, schedule.prefills
+        tokens, steps = sum(chunk.num_tokens for chunk in prefills), schedule.num_steps
+        shape = shape or self.buckets.shape_for(len(decodes), len(prefills), tokens, steps)
+        buffer = np.zeros(shape.size, np.int32)
+        view = shape.views(buffer)
+        view.slots[:] = self.buckets.max_num_seqs
+        view.sampling[:, NUM_TOP] = -1
+        self._pack_rows(view, 0, decodes)
+        view.context_lens[: len(decodes)] -= steps - 1  # of the first step
+        view.decode_tokens[: len(decodes)] = [seq.token_ids[-1] if seq.num_pending == steps else -1 for seq in decodes]
+        if prefills:
+            self._pack_rows(view, shape.decode_rows, [chunk.seq for chunk in prefills])
+            end = 0
+            for i, chunk in enumerate(prefills):
+                last = chunk.seq.num_computed
+                start, end = end, end + chunk.num_tokens
+                view.prefill_tokens[start:end] = chunk.seq.token_ids[last - chunk.num_tokens : last]
+                view.query_starts[i + 1] = end
+                if not chunk.samples:  # what it draws is of no meaning, and must not count as drawn
+                    view.sampling[shape.decode_rows + i, [ADJUSTS, NUM_TOP]] = 0, -1
+            view.query_starts[len(prefills) + 1 :] = end
+        return shape, buffer
+
+    def rows(self, schedule: Schedule, shape: BatchShape) -> tuple[range, range]:
+        """In which rows of the step's output the schedule's decodes are, and its prefills."""
+        first = shape.decode_rows
+        return range(len(schedule.decodes)), range(first, first + len(schedule.prefills))
+
+    def _admit(self, seq: Sequence) -> None:
+        slot, table = seq.slot, seq.block_table
+        self.tables[slot, : len(table)] = table
+        self.table_lens[slot] = len(table)
+        row = sampling_row(seq)
+        self.sampling[slot] = [
+            _bits(value) if name in FLOAT_COLUMNS else value for name, value in zip(row._fields, row)
+        ]
+
+    def _pack_rows(self, view: BatchView, first: int, seqs: list[Sequence]) -> None:
+        if not seqs:
+            return
+        lens = self.table_lens
+        for seq in seqs:
+            if len(seq.block_table) != lens[seq.slot]:
+                known = lens[seq.slot]
+                lens[seq.slot] = len(seq.block_table)
+                self.tables[seq.slot, known : lens[seq.slot]] = seq.block_table[known:]
+        slots = np.array([seq.slot for seq in seqs], np.int32)
+        rows = slice(first, first + len(seqs))
+        view.slots[rows] = slots
+        view.context_lens[rows] = [seq.num_computed for seq in seqs]
+        view.sampling[rows] = self.sampling[slots]
+        view.tables[rows] = self.tables[slots]
+
+
+def _bits(value: float) -> int:
+    """A float32's bits as an int32."""
+    return int(np.float32(value).view(np.int32))
