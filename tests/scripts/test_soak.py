@@ -13,7 +13,7 @@ from soaking.referee import Referee
 from soaking.watch import Memory, allocated
 
 from nanovllm_jax import SamplingParams
-from nanovllm_jax.engine.llm_engine import LLMEngine
+from nanovllm_jax.engine.requests import Request
 from nanovllm_jax.engine.sequence import Sequence
 from nanovllm_jax.outputs import CompletionOutput, Logprob, RequestOutput
 
@@ -99,13 +99,13 @@ def test_a_directory_without_a_tokenizer_borrows_one(tmp_path, directory, monkey
 
 
 def other_draws_when_crowded(llm, patch):
-    start = LLMEngine._start_sequence
+    new_sequence = Request.new_sequence
 
-    def wrong(self, request, seed):
-        crowded = len(self.scheduler.running) > 2
-        return start(self, request, seed ^ 1 if crowded else seed)
+    def wrong(self, seq_id, seed, *args):
+        crowded = len(llm.scheduler.running) > 2
+        return new_sequence(self, seq_id, seed ^ 1 if crowded else seed, *args)
 
-    patch.setattr(LLMEngine, "_start_sequence", wrong)
+    patch.setattr(Request, "new_sequence", wrong)
 
 
 def blocks_of_another(llm, patch):
