@@ -1,13 +1,14 @@
 """From a conversation to a prompt, through the tokenizer's chat template."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from nanovllm_jax.engine.prompts import Prompt, encode
 
 Message = dict[str, Any]
-OWN_ARGUMENTS = ("add_generation_prompt", "conversation", "max_length", "padding", "return_dict", "return_tensors")
-OWN_ARGUMENTS += ("tokenize", "tools", "truncation")
+OWN_ARGUMENTS = ("add_generation_prompt", "chat_template", "continue_final_message", "conversation", "max_length")
+OWN_ARGUMENTS += ("padding", "return_dict", "return_tensors", "tokenize", "tools", "truncation")
 
 
 def chat_prompt(
@@ -17,17 +18,21 @@ def chat_prompt(
     tools: list[Any] | None = None,
     chat_template_kwargs: dict[str, Any] | None = None,
     add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
+    chat_template: str | None = None,
 ) -> Prompt:
     """The prompt of one conversation, for `generate`, `stream` and `add_request`.
 
-    messages: {"role": ..., "content": ...} each; `content` may be missing or None, as beside tool_calls.
+    messages: {"role": ..., "content": ...} each; `content` may be missing or None, as beside tool_calls, whose
+    arguments may also be JSON, as OpenAI's clients send them.
     tools: JSON schemas or Python functions, as transformers takes them. chat_template_kwargs: what else the template
-    knows, such as Qwen3's enable_thinking. add_generation_prompt: open the assistant's turn.
+    knows, such as Qwen3's enable_thinking. add_generation_prompt: open the assistant's turn. continue_final_message:
+    without that, leave the last message open, to be continued. chat_template: in place of the tokenizer's.
     Raises TypeError or ValueError for messages that are none or that the template refuses.
     """
     if tokenizer is None:
         raise ValueError("the checkpoint has no tokenizer, so no chat: give token ids to generate()")
-    if not getattr(tokenizer, "chat_template", None):
+    if not (chat_template or getattr(tokenizer, "chat_template", None)):
         raise ValueError("the checkpoint's tokenizer has no chat template: write the prompt yourself, for generate()")
     _check_messages(messages)
     options = {} if chat_template_kwargs is None else chat_template_kwargs
@@ -36,11 +41,16 @@ def chat_prompt(
     for name in OWN_ARGUMENTS:
         if name in options:
             raise ValueError(f"chat_template_kwargs must not have {name!r}, which is not the template's to decide")
-    if type(add_generation_prompt) is not bool:
-        raise TypeError(f"add_generation_prompt must be True or False, not {add_generation_prompt!r}")
+    own = dict(add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message)
+    for name, value in own.items():
+        if type(value) is not bool:
+            raise TypeError(f"{name} must be True or False, not {value!r}")
+    if not isinstance(chat_template, str | None):
+        raise TypeError(f"chat_template must be a string or None, not {chat_template!r}")
+    messages = [_with_objects(message) for message in messages]
     try:
         text = tokenizer.apply_chat_template(
-            messages, tools=tools, add_generation_prompt=add_generation_prompt, tokenize=False, **options
+            messages, tools=tools, chat_template=chat_template, tokenize=False, **own, **options
         )
     except Exception as error:  # a template raises what it likes
         raise ValueError(f"the chat template refuses the messages or their options: {error}") from error
@@ -61,3 +71,24 @@ def _check_messages(messages: list[Message]) -> None:
         content = message.get("content")
         if content is not None and not isinstance(content, str):  # templates leave out what is no text
             raise TypeError(f"message {i} must have a 'content' that is a string, not {content!r}")
+
+
+def _with_objects(message: Message) -> Message:
+    """The message with its tool calls' arguments as the objects that templates write out."""
+    calls = message.get("tool_calls")
+    if not isinstance(calls, (list, tuple)):
+        return message
+    return {**message, "tool_calls": [_with_object(call) for call in calls]}
+
+
+def _with_object(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping):
+        return call
+    arguments = function.get("arguments") or {}
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except ValueError as error:
+            raise ValueError(f"a tool call's arguments must be an object, or JSON: {call!r}") from error
+    return {**call, "function": {**function, "arguments": arguments}}

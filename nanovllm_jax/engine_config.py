@@ -87,7 +87,7 @@ class EngineConfig:
         known = [f.name for f in fields(cls)]
         for name in options:
             if name not in known:
-                near = difflib.get_close_matches(name, [*known, "kvcache_block_size"], n=1, cutoff=0.5)
+                near = difflib.get_close_matches(name, [*known, "kvcache_block_size"], n=1, cutoff=0.65)
                 hint = f"; did you mean {near[0]!r}?" if near else f"; the options are {', '.join(known)}"
                 raise TypeError(f"LLM() has no option {name!r}{hint}")
         return cls(**options)

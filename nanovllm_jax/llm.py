@@ -20,6 +20,9 @@ from nanovllm_jax.outputs import RequestOutput
 from nanovllm_jax.sampling_params import SamplingParams
 from nanovllm_jax.values import plain
 
+ProgressBar = bool | Callable[..., tqdm]
+"""Whether to show one, or what makes it, of tqdm's arguments."""
+
 
 class LLM(LLMEngine):
     """A model ready to generate.
@@ -42,7 +45,7 @@ class LLM(LLMEngine):
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        use_tqdm: bool = True,
+        use_tqdm: ProgressBar = True,
     ) -> list[RequestOutput]:
         """Complete one or many prompts, each a string, a list of token ids, or {"prompt_token_ids": [...]}.
 
@@ -57,22 +60,27 @@ class LLM(LLMEngine):
         self,
         messages: list[Message] | list[list[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        use_tqdm: bool = True,
+        use_tqdm: ProgressBar = True,
         *,
         tools: list[Any] | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template: str | None = None,
     ) -> list[RequestOutput]:
         """Continue one or many conversations, each a list of messages, through the tokenizer's chat template.
 
-        `tools`, `chat_template_kwargs` and `add_generation_prompt` are `chat_prompt`'s, and go for every conversation;
-        the rest is as in `generate`.
+        The options after `use_tqdm` are `chat_prompt`'s, and go for every conversation; the rest is as in `generate`.
         """
         if not isinstance(messages, (list, tuple)):
             raise TypeError(f"messages must be a list of messages, or a list of such lists, not {messages!r}")
         conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
         options = dict(
-            tools=tools, chat_template_kwargs=chat_template_kwargs, add_generation_prompt=add_generation_prompt
+            tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            chat_template=chat_template,
         )
         prompts = named_each("conversation", lambda c: chat_prompt(self.tokenizer, c, **options), conversations)
         return self.generate(prompts, sampling_params, use_tqdm)
@@ -82,7 +90,7 @@ class LLM(LLMEngine):
         self,
         prompts: Prompt | Sequence[Prompt],
         completions: str | Sequence[int] | Sequence[str | Sequence[int]],
-        use_tqdm: bool = True,
+        use_tqdm: ProgressBar = True,
     ) -> list[list[float]]:
         """Natural log probabilities of each completion's tokens, each given the prompt and the tokens before it.
 
@@ -112,6 +120,10 @@ class LLM(LLMEngine):
         """
         self._check_idle("stream()")
         return self._stream(self._check(prompts, sampling_params, stream=True))
+
+    def get_tokenizer(self) -> Any | None:
+        """transformers' tokenizer; None where the checkpoint has none."""
+        return self.tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What applies where no SamplingParams are given: the model's generation_config.json, else vLLM's defaults."""
@@ -178,10 +190,11 @@ class LLM(LLMEngine):
                 if self._has(request):
                     self.abort_request(request.request_id)
 
-    def _run(self, requests: list[Request], description: str, use_tqdm: bool) -> list[RequestOutput]:
+    def _run(self, requests: list[Request], description: str, use_tqdm: ProgressBar) -> list[RequestOutput]:
         outputs: dict[str, RequestOutput] = {}
-        use_tqdm = use_tqdm and self.runner.is_first_process
-        bar = tqdm(total=len(requests), desc=description, dynamic_ncols=True, disable=not use_tqdm)
+        make_bar = use_tqdm if callable(use_tqdm) else tqdm
+        use_tqdm = bool(use_tqdm) and self.runner.is_first_process
+        bar = make_bar(total=len(requests), desc=description, dynamic_ncols=True, disable=not use_tqdm)
         try:
             request_ids = [self.start_request(request) for request in requests]
             rates = _Rates(self.metrics)

@@ -1,5 +1,6 @@
 """What a request returns, and what the engine says of itself."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +39,10 @@ class CompletionOutput:
     """With capture=True, and the text's last output: what the engine's probe took out, by place. Row p of a NumPy array
     belongs to position p of prompt and text (the last token of all is never computed), row i of "logits" to the text's
     token i, which was drawn from them."""
+
+    def finished(self) -> bool:
+        """Whether the text has come to its end."""
+        return self.finish_reason is not None
 
     def add(self, later: "CompletionOutput") -> None:
         """Take in the text's next increment."""
@@ -100,9 +105,16 @@ class RequestOutput:
         self.finished = later.finished
         self.num_cached_tokens = later.num_cached_tokens
 
+    def keys(self) -> tuple[str, ...]:
+        """Those of nano-vllm's outputs, which are dicts: dict(output) is one."""
+        return "text", "token_ids"
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
     def __getitem__(self, key: str):
         """Text 0's "text" or "token_ids": empty where a stream's output has nothing new of it."""
-        if key not in ("text", "token_ids"):
+        if key not in self.keys():
             raise KeyError(f"{key!r}: a RequestOutput has the keys 'text' and 'token_ids', and vLLM's attributes")
         first = next((completion for completion in self.outputs if completion.index == 0), None)
         return getattr(first or CompletionOutput(0, "", []), key)

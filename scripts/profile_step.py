@@ -140,7 +140,7 @@ class Prefill:
 
     def run(self) -> int:
         """Returns 1: all prompts together count as one step."""
-        self.llm.scheduler.block_manager.reset_prefix_cache()
+        self.llm.reset_prefix_cache()
         self.llm.generate(self.prompts, SamplingParams(temperature=0.6, max_tokens=1), use_tqdm=False)
         return 1
 

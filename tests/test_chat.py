@@ -50,6 +50,40 @@ CONVERSATIONS = {
 }
 
 
+def call(arguments):
+    function = {"name": "add"} if arguments is None else {"name": "add", "arguments": arguments}
+    return [USER, {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": function}]}]
+
+
+@pytest.mark.parametrize(("sent", "meant"), [('{"a":2,"b":"é"}', {"a": 2, "b": "é"}), ("", {}), (None, {})])
+def test_arguments_of_a_call_may_be_json(tokenizer, sent, meant):
+    """As OpenAI's clients send them; what the caller gave stays as it was."""
+    messages = call(sent)
+    assert chat_prompt(tokenizer, messages) == chat_prompt(tokenizer, call(meant))
+    assert messages == call(sent)
+
+
+def test_arguments_of_a_call_that_are_none(tokenizer):
+    with pytest.raises(ValueError, match=r"a tool call's arguments must be an object, or JSON: .*'2 and 3'"):
+        chat_prompt(tokenizer, call("2 and 3"))
+
+
+def test_a_message_that_is_continued(tokenizer):
+    messages = [USER, {"role": "assistant", "content": "2 + 3 ="}]
+    prompt = chat_prompt(tokenizer, messages, add_generation_prompt=False, continue_final_message=True)["prompt"]
+    assert prompt.startswith(ASKED)
+    assert prompt.endswith("2 + 3 =")
+    with pytest.raises(ValueError, match="the chat template refuses the messages or their options"):
+        chat_prompt(tokenizer, messages, continue_final_message=True)  # and open a turn
+
+
+def test_a_template_of_ones_own(tokenizer):
+    template = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    assert chat_prompt(tokenizer, [USER], chat_template=template)["prompt"] == "[What is 2 + 3?]"
+    tokenizer.chat_template = None
+    assert chat_prompt(tokenizer, [USER], chat_template=template)["prompt"] == "[What is 2 + 3?]"
+
+
 @pytest.mark.parametrize("case", CONVERSATIONS)
 def test_what_the_template_writes(tokenizer, case):
     messages, text = CONVERSATIONS[case]
@@ -109,6 +143,8 @@ def test_the_options_of_chat(llm):
     assert output.prompt == ASKED + OPEN + "<think>\n\n</think>\n\n"
     (output,) = llm.chat([USER], GREEDY, False, add_generation_prompt=False)
     assert output.prompt == ASKED
+    (output,) = llm.chat([USER], GREEDY, False, chat_template="{{ messages[0].content }}")
+    assert output.prompt == USER["content"]
     assert len(llm.chat([USER], use_tqdm=False)[0]["token_ids"]) <= 16
 
 
@@ -157,6 +193,9 @@ def test_bad_messages(llm, case):
         (dict(chat_template_kwargs={"tokenize": True}), ValueError, "chat_template_kwargs must not have 'tokenize'"),
         (dict(tools="add"), ValueError, "the chat template refuses the messages or their options"),
         (dict(add_generation_prompt="no"), TypeError, "add_generation_prompt must be True or False, not 'no'"),
+        (dict(continue_final_message=1), TypeError, "continue_final_message must be True or False, not 1"),
+        (dict(chat_template=1), TypeError, "chat_template must be a string or None, not 1"),
+        (dict(chat_template_kwargs={"chat_template": ""}), ValueError, "must not have 'chat_template'"),
     ],
 )
 def test_bad_options(llm, options, error, message):

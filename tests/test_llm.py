@@ -3,12 +3,14 @@
 import json
 import re
 import shutil
+import sys
 from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from small_model import OPTIONS, SMALL, assert_idle, small_llm, write_checkpoint
+from tqdm.auto import tqdm
 
 from nanovllm_jax import LLM, CompletionOutput, RequestOutput, SamplingParams
 
@@ -120,8 +122,39 @@ def test_request_output(llm, expected):
     assert output.outputs == [CompletionOutput(index=0, text=text, token_ids=expected, finish_reason="length")]
     assert output.finished is True
     assert (output["text"], output["token_ids"]) == (text, expected)
+    assert dict(output) == {"text": text, "token_ids": expected}
+    assert ("text" in output, "tokens" in output, output.outputs[0].finished()) == (True, False, True)
     with pytest.raises(KeyError, match="has the keys 'text' and 'token_ids'"):
         output["tokens"]
+
+
+def test_a_progress_bar_of_ones_own(llm, capsys):
+    made = []
+
+    def make_bar(**options):
+        made.append(tqdm(**options, file=sys.stdout))
+        return made[-1]
+
+    llm.generate([PROMPT, PROMPT], GREEDY, use_tqdm=make_bar)
+    assert [bar.n for bar in made] == [2]
+    assert "Generating" in capsys.readouterr().out
+
+
+def test_the_prefix_cache_can_be_reset(llm):
+    llm.reset_prefix_cache()
+    prompt = [*range(40)]
+
+    def cached():
+        return llm.generate(prompt, GREEDY, use_tqdm=False)[0].num_cached_tokens
+
+    assert (cached(), cached()) == (0, 32)
+    llm.reset_prefix_cache()
+    assert cached() == 0
+    request_id = llm.add_request(prompt)
+    with pytest.raises(RuntimeError, match="cannot be reset while 1 requests are unfinished"):
+        llm.reset_prefix_cache()
+    llm.abort_request(request_id)
+    assert llm.get_tokenizer() is llm.tokenizer
 
 
 def write_eos(directory, to, *, eos):

@@ -154,6 +154,17 @@ def test_min_tokens(llm, expected):
     assert (len(output.token_ids), output.finish_reason) == (24, "length")
 
 
+@pytest.mark.parametrize("ignore_eos", [False, True])
+def test_min_tokens_puts_off_the_end_of_sequence_tokens_also_where_they_are_ignored(llm, ignore_eos):
+    """As in vLLM."""
+    eos = min(llm.eos_token_ids)
+    params = replace(GREEDY, max_tokens=8, ignore_eos=ignore_eos, logit_bias={eos: 100})
+    assert generate(llm, params).token_ids == [eos] * (8 if ignore_eos else 1)
+    tokens = generate(llm, replace(params, min_tokens=5)).token_ids
+    assert eos not in tokens[:5]
+    assert tokens[5:] == [eos] * (3 if ignore_eos else 1)
+
+
 def test_special_tokens_in_the_text(llm):
     special, prompt = 508, [1, 2, 3]
     biased = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True, stop_token_ids=[special])

@@ -80,6 +80,11 @@ class DataGroups:
         for group in self.groups:
             group.preempt_all()
 
+    def reset_prefix_cache(self) -> None:
+        """Forget every cached prefix, where no group has a sequence."""
+        for group in self.groups:
+            group.reset_prefix_cache()
+
     def finish(self, seq: Sequence, reason: str) -> None:
         """End a sequence in any state, unless it has ended."""
         self.groups[seq.group].finish(seq, reason)

@@ -203,6 +203,22 @@ class LLMEngine(OneThread):
         is_ready = any(output.metrics is request.metrics for output in self._ready)
         return is_ready or self._requests.get(request.request_id) is request
 
+    @not_from_within
+    def reset_prefix_cache(self) -> None:
+        """Forget every cached prefix, as between two runs of a benchmark.
+
+        Raises RuntimeError while requests are unfinished: they hold blocks.
+        """
+        self._check_usable()
+        if self._requests:
+            raise RuntimeError(
+                f"the prefix cache cannot be reset while {len(self._requests)} requests are unfinished: let them "
+                "finish, or abort them"
+            )
+        if self.runner.num_processes > 1:
+            self._calls.append(("reset_prefix_cache",))
+        self.scheduler.reset_prefix_cache()
+
     def stats(self) -> EngineStats:
         """What runs and waits, what the caches hold, totals and rates: from the thread that calls `step`."""
         return self.metrics.stats(self.scheduler, list(self._requests.values()))
@@ -247,7 +263,8 @@ class LLMEngine(OneThread):
         for seq in schedule.admitted:
             self.metrics.admitted(self._requests[seq.request_id])
             if adjusts_logits(seq.params):
-                self.runner.write_tables(seq.group, seq.slot, *token_tables(seq, self.model_config.vocab_size))
+                tables = token_tables(seq, self.eos_token_ids, self.model_config.vocab_size)
+                self.runner.write_tables(seq.group, seq.slot, *tables)
             if self.runner.config.probe:
                 self.runner.write_steering(seq.slot, seq.params.steering)
         self._in_flight.append(dispatch(schedule, self.packer, self.runner))

@@ -70,13 +70,11 @@ def check_params(params: SamplingParams, vocab_size: int, tokenizer: Any | None,
     for name in ("logprobs", "prompt_logprobs"):
         if (getattr(params, name) or 0) > vocab_size:
             raise ValueError(f"{name}={getattr(params, name)} is more than the vocabulary's {vocab_size} tokens")
-    if params.min_tokens:
-        ends = set(params.stop_token_ids).union(() if params.ignore_eos else eos_token_ids)
-        if ends.issuperset(range(vocab_size)):
-            raise ValueError(
-                f"min_tokens={params.min_tokens} puts off stop_token_ids and end-of-sequence tokens, which are the "
-                "whole vocabulary: leave a token out of stop_token_ids, or set min_tokens=0"
-            )
+    if params.min_tokens and eos_token_ids.union(params.stop_token_ids).issuperset(range(vocab_size)):
+        raise ValueError(
+            f"min_tokens={params.min_tokens} puts off stop_token_ids and end-of-sequence tokens, which are the "
+            "whole vocabulary: leave a token out of stop_token_ids, or set min_tokens=0"
+        )
     if params.stop and tokenizer is None:
         raise ValueError(f"stop={list(params.stop)} needs a tokenizer, which the checkpoint lacks: use stop_token_ids")
 

@@ -112,6 +112,10 @@ class Scheduler:
         """Put every admitted sequence back to the queue and forget cached prefixes: all is computed again."""
         while self.running:
             self._preempt(self.running[next(reversed(self.running))])
+        self.reset_prefix_cache()
+
+    def reset_prefix_cache(self) -> None:
+        """Forget every cached prefix. Raises RuntimeError while sequences own blocks."""
         self.block_manager.reset_prefix_cache()
 
     def finish(self, seq: Sequence, reason: str) -> None:

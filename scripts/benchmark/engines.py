@@ -85,7 +85,7 @@ class NanoVllmJax:
         return running | finished
 
     def reset_prefix_cache(self):
-        self.llm.scheduler.block_manager.reset_prefix_cache()
+        self.llm.reset_prefix_cache()
 
 
 class NanoVllm:

@@ -88,7 +88,7 @@ class Referee:
         row = sampling_row(seq)._replace(**changes)
         dtypes = (jnp.float32 if name in FLOAT_COLUMNS else jnp.int32 for name in row._fields)
         row = SamplingRows(*(jnp.array([value], dtype) for value, dtype in zip(row, dtypes)))
-        counts, bias = token_tables(seq, len(logits))
+        counts, bias = token_tables(seq, self.llm.eos_token_ids, len(logits))
         state = DeviceState(jnp.zeros(1, jnp.int32), jnp.asarray(counts[None]), jnp.asarray(bias[None]))
         at = jnp.full(1, seq.num_tokens, jnp.int32)
         args = jnp.asarray(logits)[None], row, jnp.zeros(1, jnp.int32), at, state
