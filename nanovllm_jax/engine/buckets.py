@@ -25,7 +25,7 @@ class Buckets:
     max_num_batched_tokens: int
     table_width: int
     ratio: int
-    """How much larger each size is than the one before: the most that padding can cost."""
+    """How much larger each size is than the one before: what padding can cost, but for many very short prompts."""
     mixed_decode_rows: tuple[int, ...]
     """Sizes of the decode part beside a prefill: few, as a padded row costs little there. The last takes any number."""
     run_ahead: RunAhead = ONE_STEP
