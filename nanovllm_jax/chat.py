@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from nanovllm_jax.engine.prompts import Prompt, encode
@@ -87,8 +88,8 @@ def _with_object(call: Any) -> Any:
         return call
     arguments = function.get("arguments") or {}
     if isinstance(arguments, str):
-        try:
+        with suppress(ValueError):
             arguments = json.loads(arguments)
-        except ValueError as error:
-            raise ValueError(f"a tool call's arguments must be an object, or JSON: {call!r}") from error
+    if not isinstance(arguments, Mapping):
+        raise ValueError(f"a tool call's arguments must be an object, or JSON of one: {call!r}")
     return {**call, "function": {**function, "arguments": arguments}}

@@ -63,9 +63,10 @@ def test_arguments_of_a_call_may_be_json(tokenizer, sent, meant):
     assert messages == call(sent)
 
 
-def test_arguments_of_a_call_that_are_none(tokenizer):
-    with pytest.raises(ValueError, match=r"a tool call's arguments must be an object, or JSON: .*'2 and 3'"):
-        chat_prompt(tokenizer, call("2 and 3"))
+@pytest.mark.parametrize("arguments", ["2 and 3", "[2, 3]", [2, 3]])
+def test_arguments_of_a_call_that_are_none(tokenizer, arguments):
+    with pytest.raises(ValueError, match=r"a tool call's arguments must be an object, or JSON of one: .*2"):
+        chat_prompt(tokenizer, call(arguments))
 
 
 def test_a_message_that_is_continued(tokenizer):
