@@ -216,7 +216,7 @@ def test_params_that_the_model_cannot_follow(llm, params, message):
     ("params", "tokens"),
     [
         (dict(stop_token_ids=range(512)), 1),
-        (dict(stop_token_ids=range(511), min_tokens=4, ignore_eos=True), 5),
+        (dict(stop_token_ids=range(1, 512), min_tokens=4, ignore_eos=True), 5),
         (dict(logit_bias=dict.fromkeys(range(512), -math.inf)), 6),  # moved to -100 each: a shift
         (dict(logit_bias=dict.fromkeys(range(512), math.inf), repetition_penalty=1e6, presence_penalty=2), 6),
         (dict(logit_bias=dict.fromkeys(range(1, 512), -100), min_p=1, top_k=1, top_p=1e-9), 6),
