@@ -3,7 +3,7 @@
 import asyncio
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -149,7 +149,7 @@ class AsyncLLM:
         """
         self._is_shut_down = True
         with suppress(RuntimeError):  # the thread has ended, or does after the one that another call has submitted
-            wait([self._thread.submit(self._finish)])
+            self._thread.submit(self._finish)
         self._thread.shutdown()
 
     async def __aenter__(self) -> "AsyncLLM":
@@ -220,8 +220,9 @@ class AsyncLLM:
 
     def _keep_stepping(self) -> None:
         if not self._is_stepping and not self._is_shut_down and self._engine.has_unfinished_requests():
-            self._thread.submit(self._step)
-            self._is_stepping = True
+            with suppress(RuntimeError):  # shut down a moment ago: `_finish` comes next
+                self._thread.submit(self._step)
+                self._is_stepping = True
 
     def _step(self) -> None:
         """A step, and behind all that waits for the thread, the next."""

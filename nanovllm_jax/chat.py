@@ -86,9 +86,11 @@ def _with_object(call: Any) -> Any:
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping):
         return call
-    arguments = function.get("arguments") or {}
-    if isinstance(arguments, str):
-        with suppress(ValueError):
+    arguments = function.get("arguments")
+    if arguments is None or arguments == "":
+        arguments = {}
+    elif isinstance(arguments, str):
+        with suppress(ValueError, RecursionError):
             arguments = json.loads(arguments)
     if not isinstance(arguments, Mapping):
         raise ValueError(f"a tool call's arguments must be an object, or JSON of one: {call!r}")

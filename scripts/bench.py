@@ -30,6 +30,7 @@ from benchmark.workloads import SWEEP_STEPS, WORKLOADS, Sizes
 from options import above_zero, checkpoint, count, json_object, new_file, picture
 
 from nanovllm_jax.checkpoints.load import TINY_MODEL
+from nanovllm_jax.checkpoints.orbax import FOLDER
 from nanovllm_jax.config import ModelConfig
 
 SCRIPTS = Path(__file__).parent
@@ -107,7 +108,7 @@ def recorded(text: str) -> dict[str, Any]:
         record = json.loads(Path(text).read_text())
         report.notes(record)
         report.rows(record)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise argparse.ArgumentTypeError(f"{text!r} is no record of this script: {error!r}") from error
     return record
 
@@ -180,20 +181,23 @@ def prepare_model(args: argparse.Namespace) -> Path:
     path = args.random_weights / "config.json" if args.random_weights.is_dir() else args.random_weights
     name = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
     directory = Path(args.model or Path.home() / ".cache" / "nanovllm_jax" / "random-weights" / name).resolve()
-    there = directory / "config.json"
-    if there.exists() and replace(read_config(there), dtype="bfloat16") != replace(read_config(path), dtype="bfloat16"):
+    wanted, there = read_config(path), directory / "config.json"
+    if there.exists() and read_config(there) != wanted:
         raise ValueError(f"{directory} holds another model than {path}: give another --model")
-    if not list(directory.glob("*.safetensors")):
+    if not (directory / FOLDER).is_dir() and not list(directory.glob("*.safetensors")):
         print(f"writing random weights to {directory}", flush=True)
         run_module(sys.executable, "benchmark.checkpoint", [path, directory], verbose=True)
     return directory
 
 
 def read_config(path: Path) -> ModelConfig:
-    """From a config.json under any name."""
+    """From a config.json under any name, whatever the dtype. Raises ValueError, naming it, where it is none."""
     with tempfile.TemporaryDirectory() as scratch:
-        shutil.copy(path, Path(scratch) / "config.json")
-        return ModelConfig.from_pretrained(Path(scratch))
+        copy = Path(shutil.copy(path, Path(scratch) / "config.json"))
+        try:
+            return replace(ModelConfig.from_pretrained(Path(scratch)), dtype="bfloat16")
+        except ValueError as error:
+            raise ValueError(str(error).replace(str(copy), str(path))) from error
 
 
 def resolve_max_model_len(args: argparse.Namespace, config: ModelConfig) -> int:

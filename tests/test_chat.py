@@ -63,9 +63,9 @@ def test_arguments_of_a_call_may_be_json(tokenizer, sent, meant):
     assert messages == call(sent)
 
 
-@pytest.mark.parametrize("arguments", ["2 and 3", "[2, 3]", [2, 3]])
+@pytest.mark.parametrize("arguments", ["2 and 3", "[2, 3]", [2, 3], [], 0, "[" * 100_000])
 def test_arguments_of_a_call_that_are_none(tokenizer, arguments):
-    with pytest.raises(ValueError, match=r"a tool call's arguments must be an object, or JSON of one: .*2"):
+    with pytest.raises(ValueError, match="a tool call's arguments must be an object, or JSON of one"):
         chat_prompt(tokenizer, call(arguments))
 
 

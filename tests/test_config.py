@@ -314,8 +314,7 @@ def test_64_bit_numbers_are_refused():
 def test_a_users_share_of_the_memory_counts(monkeypatch, name):
     """Under its newer and its older name; JAX refuses both at once."""
     for each in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
-        monkeypatch.setenv(each, "")  # to be restored, whatever becomes of it
-        monkeypatch.delenv(each)
+        monkeypatch.setenv(each, "")  # which counts as not set
     if name:
         monkeypatch.setenv(name, "0.3")
     prepare_backend(EngineConfig(gpu_memory_utilization=0.6))

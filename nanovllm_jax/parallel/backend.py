@@ -34,9 +34,9 @@ def prepare_backend(config: EngineConfig) -> None:
         )
     if jax.config.jax_enable_x64:
         raise ValueError("jax_enable_x64 is set, and the engine's programs are made of 32-bit numbers: leave it False")
-    # The older of the two names: JAX refuses one beside the other.
-    share = os.environ.pop("XLA_PYTHON_CLIENT_MEM_FRACTION", str(config.gpu_memory_utilization))
-    os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", share)
+    if not os.environ.get("XLA_CLIENT_MEM_FRACTION"):
+        older = os.environ.pop("XLA_PYTHON_CLIENT_MEM_FRACTION", "")  # JAX refuses one name beside the other
+        os.environ["XLA_CLIENT_MEM_FRACTION"] = older or str(config.gpu_memory_utilization)
     if config.distributed or config.coordinator_address:
         connect(config.coordinator_address, config.num_processes, config.process_id)
     if config.compilation_cache_dir and jax.config.jax_compilation_cache_dir is None:

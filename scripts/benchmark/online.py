@@ -33,7 +33,7 @@ def serve(engine: Engine, call: Call) -> list[list[float]]:
     return stamps
 
 
-def latencies(arrivals: list[float], stamps: list[list[float]]) -> dict[str, dict[str, float]]:
+def latencies(arrivals: list[float], stamps: list[list[float]]) -> dict[str, dict[str, float | None]]:
     """Percentiles in milliseconds, of requests for TTFT and TPOT, of gaps in their texts for ITL.
 
     As vLLM's own benchmark has them: TTFT counts from the arrival, so it includes the wait for a step that is running.
@@ -49,7 +49,9 @@ def latencies(arrivals: list[float], stamps: list[list[float]]) -> dict[str, dic
     return {name: percentiles([1e3 * value for value in values]) for name, values in samples.items()}
 
 
-def percentiles(values: list[float]) -> dict[str, float]:
-    """p50, p90 and p99, interpolated."""
+def percentiles(values: list[float]) -> dict[str, float | None]:
+    """p50, p90 and p99, interpolated; None of no values."""
+    if not values:
+        return {f"p{percent}": None for percent in PERCENTILES}
     cuts = quantiles(values, n=100, method="inclusive") if len(values) > 1 else values * 99
     return {f"p{percent}": cuts[percent - 1] for percent in PERCENTILES}

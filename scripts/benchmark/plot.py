@@ -11,6 +11,7 @@ from benchmark.report import Row, rows
 
 COLUMNS = 4
 COLORS = {"ours": "tab:blue", "nanovllm": "tab:orange", "vllm": "tab:green"}
+OTHER = "tab:gray"
 
 
 def plot(record: dict[str, Any], path: Path) -> None:
@@ -46,7 +47,7 @@ def draw_bars(axes: Axes, row: Row) -> None:
     engines = list(row.values)
     heights = [row.median(engine) for engine in engines]
     errors = [row.spread(engine) * height for engine, height in zip(engines, heights, strict=True)]
-    axes.bar(engines, heights, yerr=errors, capsize=3, color=[COLORS.get(engine) for engine in engines])
+    axes.bar(engines, heights, yerr=errors, capsize=3, color=[COLORS.get(engine, OTHER) for engine in engines])
     if row.limit:
         axes.axhline(row.limit, color="black", linestyle="--", linewidth=1)
     axes.set_title(f"{row.workload}: {row.name}, {row.unit}\n({'more' if row.more_is_better else 'less'} is better)")
@@ -57,7 +58,7 @@ def draw_sweep(axes: Axes, context: str, steps: list[Row]) -> None:
     batches = [int(row.name.split(" x ")[0]) for row in steps]
     for engine in dict.fromkeys(engine for row in steps for engine in row.values):
         times = [row.median(engine) or float("nan") for row in steps]
-        axes.plot(batches, times, marker="o", markersize=3, label=engine, color=COLORS.get(engine))
+        axes.plot(batches, times, marker="o", markersize=3, label=engine, color=COLORS.get(engine, OTHER))
     axes.plot(batches, [row.limit for row in steps], "k--", linewidth=1, label="limit")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")

@@ -173,8 +173,8 @@ def _start(r: Record) -> Iterator[Row]:
     """A later start may find what the first one left on disk: compiled programs, files in memory."""
     for key, name in (("import_seconds", "import"), ("start_seconds", "until ready")):
         for which, part in (("the first", slice(1)), ("later ones", slice(1, None))):
-            values = {engine: [result[key] for result in rounds[part]] for engine, rounds in r.results.items()}
-            if any(values.values()):
+            found = {engine: [result[key] for result in rounds[part]] for engine, rounds in r.results.items()}
+            if values := {engine: seconds for engine, seconds in found.items() if seconds}:
                 yield Row("start", f"{name}, {which}", "s", values)
 
 

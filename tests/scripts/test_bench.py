@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import bench
@@ -203,6 +204,7 @@ def test_latencies():
     assert found["TTFT"]["p50"] == pytest.approx(300)  # between 500 and 100
     assert found["TPOT"]["p90"] == pytest.approx(200 - 0.1 * 150)  # 50 and 200
     # Of 100, 300 and 100: two tokens that come at once are one piece of a text.
+    assert online.latencies([0.0], [[0.1, 0.1]])["ITL"] == {"p50": None, "p90": None, "p99": None}
     assert found["ITL"] == pytest.approx({"p50": 100, "p90": 300 - 0.2 * 200, "p99": 300 - 0.02 * 200})
 
 
@@ -236,6 +238,16 @@ def test_every_workload_has_its_rows(record):
     first, later = record["engines"]["ours"]
     assert starts["until ready, the first"] == [first["start_seconds"]]
     assert starts["until ready, later ones"] == [later["start_seconds"]]
+
+
+def test_an_engine_without_a_second_round_is_in_no_row_of_later_starts(record):
+    """As in the middle of a run, after whose every turn rows are summed up."""
+    del record["engines"]["vllm"][1:]
+    rows = {row.name: row for row in report.rows(record) if row.workload == "start"}
+    assert set(rows["until ready, the first"].values) == {"ours", "vllm"}
+    assert set(rows["until ready, later ones"].values) == {"ours"}
+    assert all(row.summary() for row in report.rows(record))
+    assert "later ones" in report.table(record)
 
 
 def test_throughput_row_by_hand(record):
@@ -365,6 +377,7 @@ BAD_OPTIONS = [
     ("--plot run.xyz", "'run.xyz' does not end in .png, .svg, .pdf"),
     ("--model /nowhere", "'/nowhere' is neither a directory nor a Hub id"),
     ("--random-weights /nowhere.json", "No such file or directory: '/nowhere.json'"),
+    (f"--random-weights {__file__}", f"{__file__} is not valid JSON"),
     ("--options ours={bad", "'{bad' is no JSON"),
     ("--options ours=[1]", "'[1]' is no JSON object"),
     ("--options theirs={}", "is not ENGINE=VALUE with one of ours, nanovllm, vllm"),
@@ -398,6 +411,14 @@ def test_random_weights_never_replace_another_model(tmp_path, capsys):
         bench.main(["--random-weights", str(tmp_path / "small.json"), "--model", str(tmp_path / "real")])
     assert "holds another model than" in capsys.readouterr().err
     assert {file.name for file in (tmp_path / "real").iterdir()} == {"config.json", "model-00001-of-00001.safetensors"}
+
+
+def test_random_weights_leave_orbax_weights_alone(tmp_path):
+    shutil.copy(TINY_MODEL / "config.json", tmp_path)
+    (tmp_path / "orbax").mkdir()
+    args = bench.parse_args(["--random-weights", str(TINY_MODEL), "--model", str(tmp_path)])
+    assert args.model == tmp_path.resolve()
+    assert {file.name for file in tmp_path.iterdir()} == {"config.json", "orbax"}
 
 
 def test_an_engine_that_is_not_there_is_named(tmp_path, monkeypatch, capsys):
