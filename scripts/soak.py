@@ -179,7 +179,7 @@ class Soak:
         for case, found in finished:
             if time.monotonic() > deadline:
                 break
-            self.llm.scheduler.block_manager.reset_prefix_cache()
+            self.llm.reset_prefix_cache()
             [output] = self.llm.generate([case.prompt], case.params, use_tqdm=False)
             alone = Result()
             alone.add(output)

@@ -150,7 +150,7 @@ def test_the_options_of_chat(llm):
 
 
 def test_a_turn_finds_the_ones_before_in_the_prefix_cache(llm):
-    llm.scheduler.block_manager.reset_prefix_cache()
+    llm.reset_prefix_cache()
     messages = [{"role": "user", "content": "What is 2 + 3? And 4 + 5? And 6 + 7 + 8?"}]
     first = llm.chat(messages, GREEDY, False)[0]
     messages += [{"role": "assistant", "content": first["text"]}, {"role": "user", "content": "more"}]

@@ -34,7 +34,7 @@ def tokens_of(outputs):
 
 def generate(llm, prompts, params=GREEDY):
     """The generated tokens, with nothing in the prefix cache."""
-    llm.scheduler.block_manager.reset_prefix_cache()
+    llm.reset_prefix_cache()
     outputs = tokens_of(llm.generate(prompts, params, use_tqdm=False))
     assert_idle(llm)
     return outputs
@@ -191,7 +191,7 @@ def test_the_length_limit_of_the_model_ends_the_text(llm):
 
 def test_num_cached_tokens(llm, directory):
     """Whole blocks of 16, and never the last token of the prompt, which is computed for its logits."""
-    llm.scheduler.block_manager.reset_prefix_cache()
+    llm.reset_prefix_cache()
     for length, first, again in ((40, 0, 32), (48, 32, 32), (49, 48, 48), (15, 0, 0), (16, 0, 0), (17, 16, 16)):
         for cached in (first, again):
             (output,) = llm.generate(list(range(100, 100 + length)), GREEDY, use_tqdm=False)

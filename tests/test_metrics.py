@@ -88,7 +88,7 @@ def test_a_new_engine_has_no_figures():
 
 
 def test_stats(llm, clock):
-    llm.scheduler.block_manager.reset_prefix_cache()
+    llm.reset_prefix_cache()
     llm.metrics = metrics.EngineMetrics()
     llm.scheduler.num_prefix_query_tokens = llm.scheduler.num_prefix_hit_tokens = 0
     for i in range(6):

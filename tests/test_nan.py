@@ -74,7 +74,7 @@ def test_in_the_middle_of_a_text(llm):
     try:
         llm.runner.weights.leaves = [*leaves]
         llm.runner.weights.leaves[embedding] = leaves[embedding].at[last].set(jnp.inf)
-        llm.scheduler.block_manager.reset_prefix_cache()
+        llm.reset_prefix_cache()
         [output] = llm.generate([5, 6, 7], params, use_tqdm=False)
         streamed = list(llm.stream([5, 6, 7], params))
     finally:
@@ -110,7 +110,7 @@ def test_a_fault_that_passes_leaves_nothing_in_the_cache(llm):
     """Keys and values that were NaN once are not found by who has the same prompt later."""
     params, prompt = PARAMS[0], [11] * 100
     expected = whole(llm.generate(prompt, params, use_tqdm=False))
-    llm.scheduler.block_manager.reset_prefix_cache()
+    llm.reset_prefix_cache()
     leaves = llm.runner.weights.leaves
     try:
         llm.runner.weights.leaves = [jnp.full_like(leaf, jnp.nan) for leaf in leaves]
@@ -129,7 +129,7 @@ def test_several_steps_in_one_program(tmp_path, tensors):
     count = tokens.index(tokens[9]) + 1
     embedding = next(i for i, leaf in enumerate(llm.runner.weights.leaves) if leaf.shape == (512, 48))
     llm.runner.weights.leaves[embedding] = llm.runner.weights.leaves[embedding].at[tokens[9]].set(jnp.nan)
-    llm.scheduler.block_manager.reset_prefix_cache()
+    llm.reset_prefix_cache()
     assert join(llm.stream([5, 6, 7], params))[0][0][1:] == (tokens[:count], "error")
     assert_idle(llm)
 

@@ -109,10 +109,10 @@ def test_greedy_tokens_of_the_engine(case, llm):
         assert_greedy(reference, prompt, output)
     assert generate(llm, prompts) == expected, "with every prompt's full blocks in the prefix cache"
     assert llm.scheduler.num_prefix_hit_tokens > 500
-    llm.scheduler.block_manager.reset_prefix_cache()
+    llm.reset_prefix_cache()
     assert generate(llm, prompts[-1:]) == expected[-1:], "alone"
     for chunk in range(1, BLOCK + 2):
-        llm.scheduler.block_manager.reset_prefix_cache()
+        llm.reset_prefix_cache()
         llm.scheduler.max_num_batched_tokens = chunk  # the shapes are compiled for 64 tokens and for anything less
         assert generate(llm, prompts[5:8]) == expected[5:8], f"chunks of {chunk}"
 

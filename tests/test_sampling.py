@@ -194,9 +194,9 @@ def test_a_seeded_request_is_the_same_whatever_runs_beside_it(directory):
     roomy = small_llm(directory, max_num_seqs=32, max_num_batched_tokens=512)
     alone = []
     for prompt, p in zip(prompts, params):
-        roomy.scheduler.block_manager.reset_prefix_cache()
+        roomy.reset_prefix_cache()
         alone += run(roomy, [prompt], [p])
-    roomy.scheduler.block_manager.reset_prefix_cache()
+    roomy.reset_prefix_cache()
     tight = small_llm(directory, max_num_seqs=16, max_num_batched_tokens=9, num_kvcache_blocks=10)
     order = np.random.default_rng(1).permutation(len(prompts))
     for llm in (roomy, tight):

@@ -120,10 +120,10 @@ class OrbaxWeights:
         except Exception as error:
             raise ValueError(f"{self.path} is corrupt: {error}") from error
         loaded = {path: arrays[name_of(path)] for path in targets}
-        for path, target in targets.items():
-            if saved[path] is not target:
-                copy = jax.jit(with_copies, static_argnums=1, out_shardings=target.sharding)
-                loaded[path] = copy(loaded[path], config.kv_copies)
+        if fused := [path for path in targets if saved[path] is not targets[path]]:
+            shardings = [targets[path].sharding for path in fused]
+            copy = jax.jit(lambda arrays: [with_copies(a, config.kv_copies) for a in arrays], out_shardings=shardings)
+            loaded |= zip(fused, copy([loaded[path] for path in fused]))
         return loaded
 
 

@@ -27,7 +27,7 @@ def llm(tmp_path_factory):
 @pytest.fixture
 def talk(llm, monkeypatch, capsys):
     """talk(chat, lines) -> what is shown; a line may also be an exception that reading it raises."""
-    llm.scheduler.block_manager.reset_prefix_cache()
+    llm.reset_prefix_cache()
 
     def run(conversation, lines):
         lines = iter([*lines, EOFError])

@@ -135,7 +135,7 @@ def test_a_planted_fault_is_found(llm, monkeypatch, fault, capsys):
     finally:
         for request_id in list(llm._requests):
             llm.abort_request(request_id)
-        llm.scheduler.block_manager.reset_prefix_cache()
+        llm.reset_prefix_cache()
     assert found.mismatches
     assert "mismatches                         0" not in found.report()
 
