@@ -72,10 +72,9 @@ def make_state(rng: np.random.Generator, rows: int, vocab: int) -> DeviceState:
 
 def make_rows(settings: dict, rows: int) -> jax.Array:
     """[R, 12] int32: every row with these SamplingParams, as the engine packs them."""
-    lines = []
+    lines, params = [], SamplingParams(**settings)
     for i in range(rows):
-        params = SamplingParams(**settings, seed=i)
-        seq = Sequence(i, "", [0] * (CONTEXT // 2), params, min_len=2 * CONTEXT, max_len=4 * CONTEXT)
+        seq = Sequence(i, "", [0] * (CONTEXT // 2), params, seed=i, min_len=2 * CONTEXT, max_len=4 * CONTEXT)
         row = sampling_row(seq)._asdict()
         lines.append([np.float32(x).view(np.int32) if name in FLOAT_COLUMNS else x for name, x in row.items()])
     return jnp.array(lines, jnp.int32)

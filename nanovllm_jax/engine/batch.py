@@ -53,8 +53,8 @@ def sampling_row(seq: Sequence) -> SamplingRows:
     """The columns for a sequence, as numbers."""
     p = seq.params
     return SamplingRows(
-        seed_low=_signed(p.seed & 0xFFFFFFFF),
-        seed_high=_signed(p.seed >> 32),
+        seed_low=_signed(seq.seed & 0xFFFFFFFF),
+        seed_high=_signed(seq.seed >> 32),
         temperature=p.temperature,
         top_k=p.top_k,
         top_p=p.top_p,

@@ -63,6 +63,7 @@ class Sequence:
         "prefix_salt",
         "request_id",
         "scored",
+        "seed",
         "seq_id",
         "slot",
         "status",
@@ -77,6 +78,7 @@ class Sequence:
         prompt_token_ids: list[int],
         params: Any,
         *,
+        seed: int = 0,
         stop_token_ids: frozenset[int] = frozenset(),
         min_len: int = 0,
         max_len: int,
@@ -87,6 +89,7 @@ class Sequence:
         self.token_ids = list(prompt_token_ids)  # the prompt, then every output token that was read
         self.num_prompt_tokens = len(prompt_token_ids)
         self.params = params
+        self.seed = seed  # of its own draws, where `params` may have another or none
         self.stop_token_ids = stop_token_ids  # a generated token among these ends the sequence,
         self.min_len = min_len  # unless it is one of the first so many
         self.max_len = max_len

@@ -1,6 +1,5 @@
 """Whether two tokens at one place are a tie: as far as 16 bits can tell, either may be drawn."""
 
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -36,10 +35,10 @@ class Referee:
         """Whether either of `pair` could come after `tokens`, of text `index` of a request."""
         if not self.applies or None in pair:
             return False
-        llm, params = self.llm, replace(params, seed=((params.seed or 0) + index) % 2**63)
+        llm, seed = self.llm, ((params.seed or 0) + index) % 2**63
         stops = {*params.stop_token_ids, *(() if params.ignore_eos else llm.eos_token_ids)}
         lengths = dict(min_len=len(prompt) + params.min_tokens, max_len=llm.max_model_len)
-        seq = Sequence(0, "", prompt, params, stop_token_ids=frozenset(stops), **lengths)
+        seq = Sequence(0, "", prompt, params, seed=seed, stop_token_ids=frozenset(stops), **lengths)
         seq.token_ids += tokens
         exact, rounded = self._logits(seq.token_ids)
         error = np.abs(exact - rounded).max()

@@ -132,7 +132,7 @@ def test_all_groups_are_packed_in_one_shape():
     buckets = Buckets(4, 32, 15, ratio=2, mixed_decode_rows=(4,))
     packer, alone = GroupPacker(2, buckets), BatchPacker(buckets)
     params = type("Params", (), dict(
-        seed=0, temperature=0, top_k=0, top_p=1, min_p=0, repetition_penalty=1, frequency_penalty=0, presence_penalty=0,
+        temperature=0, top_k=0, top_p=1, min_p=0, repetition_penalty=1, frequency_penalty=0, presence_penalty=0,
         min_tokens=0, logprobs=None, logit_bias=None,
     ))  # fmt: skip
     for number, length in enumerate((8, 20, 3)):

@@ -262,7 +262,7 @@ def test_the_edge_of_min_p_goes_by_the_likeliest(llm, referee):
     lower = logits - 0.03 * np.eye(1, 512, dtype=np.float32)[0]
     params, seen = SamplingParams(temperature=0.6, top_p=0.15, min_p=0.5), 0
     for seed in range(40):
-        seq = Sequence(0, "", [100], replace(params, seed=seed), stop_token_ids=frozenset(), min_len=1, max_len=100)
+        seq = Sequence(0, "", [100], params, seed=seed, stop_token_ids=frozenset(), min_len=1, max_len=100)
         assert referee._draw(seq, logits) in (0, 1)
         if referee._draw(seq, lower) == 2:
             seen += 1
