@@ -26,6 +26,7 @@ from . import (
     few,
     logprobs,
     matmul,
+    noise,
     norm,
     prefill,
     reference,
@@ -52,6 +53,7 @@ __all__ = [
     "is_many_rows",
     "is_row",
     "load_runtime",
+    "noisy_argmax",
     "norm_rope_store",
     "paged_decode_attention",
     "paged_prefill_attention",
@@ -330,6 +332,25 @@ def sampling_threshold(
         *(logits, temperature, top_k, top_p, min_p),
         cuda=functools.partial(threshold.sampling_threshold, fixed=fixed),
         default=reference_sampling.sampling_threshold,
+    )
+
+
+@kernel
+def noisy_argmax(
+    logits: jax.Array, temperature: jax.Array, keys: jax.Array, threshold: jax.Array, first: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The best entry of each row's logits / temperature + Gumbel noise: a draw from softmax(logits / temperature).
+
+    logits [R, V] float32; temperature [R] float32, of which 0 takes the logits as they are; keys [R, 2] uint32: a row's
+    noise is a function of its key and of the entry's number, which is first [1] int32 at a row's begin; threshold [R]
+    float32: entries below it are left out.
+    Returns (entries [R] int32, of equal ones the lowest, their scores [R] float32). NaN is the largest, and where it or
+    an infinity is the best, the score is not finite. The noise is one on all machines up to 1e-5.
+    """
+    return jax.lax.platform_dependent(
+        *(logits, temperature, keys, threshold, first),
+        cuda=noise.noisy_argmax,
+        default=reference_sampling.noisy_argmax,
     )
 
 

@@ -35,6 +35,45 @@ def adjusted(logits, counts, bias, suppress_ends, repetition, frequency, presenc
     return x - frequency * generated.astype(jnp.float32) - jnp.where(generated > 0, presence, 0.0)
 
 
+def noisy_argmax(logits, temperature, keys, threshold, first):
+    """See nanovllm_jax.kernels.noisy_argmax."""
+    # Written so that NaN stays: argmax finds it.
+    logits = jnp.where(logits < threshold[:, None], -jnp.inf, logits)
+    greedy = temperature[:, None] == 0
+    entries = jnp.arange(logits.shape[1], dtype=jnp.uint32) + first.astype(jnp.uint32)
+    scaled = logits / jnp.where(greedy, 1, temperature[:, None])
+    scores = jnp.where(greedy, logits, scaled + gumbel(keys, entries))
+    best = jnp.argmax(scores, axis=-1).astype(jnp.int32)
+    return best, jnp.take_along_axis(scores, best[:, None], axis=-1)[:, 0]
+
+
+def gumbel(keys, entries):
+    """Standard Gumbel noise [R, N] float32 of rows' keys [R, 2] uint32 and entries [N] uint32 of a vocabulary."""
+    bits = noise_bits((keys[:, :1], keys[:, 1:]), entries[None])
+    return -jnp.log(-jnp.log1p(-uniform(bits)))
+
+
+def noise_bits(key, entries):
+    """32 random bits an entry: a keyed hash of its number, two rounds of a mixer with a word of the key before each."""
+    return _mix(_mix(entries ^ key[0]) ^ key[1])
+
+
+def _mix(x):
+    """A bijection of uint32 in which every input bit flips each output bit half the time (lowbias32, C. Wellons)."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+    return x ^ (x >> 16)
+
+
+def uniform(bits):
+    """Bits as float32 numbers between 0 and 1, for -log1p(-x).
+
+    The small end of that exponential decides who wins, and there all 32 bits count. At the large end they would round
+    to 1, whose noise is -inf: an entry that alone is above its threshold would have no score to win by.
+    """
+    return jnp.minimum((bits.astype(jnp.float32) + 0.5) * 2.0**-32, 1 - 2.0**-24)
+
+
 def asks_threshold(temperature, top_k, top_p, min_p, vocab: int):
     """Whether a row's settings leave anything out: a temperature of 0 takes the best whatever they are."""
     return (temperature > 0) & (((top_k > 0) & (top_k < vocab)) | (top_p < 1) | (min_p > 0))

@@ -44,10 +44,17 @@ def groups_of(vocab: int) -> int:
     return pl.cdiv(vocab, GROUP)
 
 
-def for_each_tile(program, vocab: int, tiles: Tiles, do) -> None:
-    """do(tile) for the tiles of a row that are one program's, of the row's `tiles.programs`."""
+def fold_tiles(program, vocab: int, tiles: Tiles, take_in: Callable, state):
+    """take_in(tile, state) -> state for the tiles of a row that are one program's, of the row's `tiles.programs`."""
     left = pl.cdiv(vocab, tiles.block) - program
-    lax.fori_loop(0, pl.cdiv(left, tiles.programs), lambda i, _: do(program + i * tiles.programs), None)
+    return lax.fori_loop(
+        0, pl.cdiv(left, tiles.programs), lambda i, state: take_in(program + i * tiles.programs, state), state
+    )
+
+
+def for_each_tile(program, vocab: int, tiles: Tiles, do: Callable) -> None:
+    """do(tile) for these tiles."""
+    fold_tiles(program, vocab, tiles, lambda tile, _: do(tile), None)
 
 
 def grouped(tile, block: int) -> tuple[jax.Array, jax.Array]:

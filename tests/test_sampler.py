@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from nanovllm_jax.kernels import reference_sampling
 
 from nanovllm_jax import SamplingParams
-from nanovllm_jax.layers.sampler import gumbel, sample
+from nanovllm_jax.layers.sampler import row_keys, sample
 
 DRAWS = 20_000
 LOGITS = np.array([2.0, 1.0, 0.0, -1.0, 0.5, -np.inf, 1.5, -3.0], np.float32)
@@ -18,6 +19,11 @@ def rows(count, logits=LOGITS, temperature=1.0, seeds=None, positions=None):
     seeds = np.zeros((count, 2), np.uint32) if seeds is None else seeds
     positions = np.zeros(count, np.int32) if positions is None else positions
     return np.tile(logits, (count, 1)), np.full(count, temperature, np.float32), seeds, positions
+
+
+def gumbel(seeds, positions, size):
+    """The noise of rows, over a vocabulary of this size."""
+    return reference_sampling.gumbel(row_keys(seeds, positions), jnp.arange(size, dtype=jnp.uint32))
 
 
 def seeds_of(count):

@@ -168,7 +168,7 @@ def test_it_is_compiled_with_the_options_of_a_step(tmp_path, monkeypatch):
 
 
 def test_options_for_gpus():
-    """cuBLAS where there are many rows, and no collectives in CUDA graphs where there are several GPUs."""
+    """cuBLAS for many rows, no CUDA graphs for large prefills, and no collectives in those of several GPUs."""
 
     def of(platform, devices, rows):
         devices = np.array([SimpleNamespace(platform=platform)] * devices)
@@ -183,3 +183,6 @@ def test_options_for_gpus():
         assert "FUSION" in several["xla_gpu_enable_command_buffer"]
         assert "COLLECTIVES" not in several["xla_gpu_enable_command_buffer"]
         assert several["xla_gpu_shard_autotuning"] is False
+    for devices in (1, 2):
+        large, smaller = (of("gpu", devices, rows) for rows in (8192, 8191))
+        assert large == smaller | {"xla_gpu_enable_command_buffer": ""}

@@ -15,12 +15,14 @@ from nanovllm_jax.kernels import (
     hopper,
     hopper_prefill,
     is_many_rows,
+    noisy_argmax,
     norm,
     norm_rope_store,
     paged_decode_attention,
     paged_prefill_attention,
     prefill,
     reference,
+    reference_sampling,
     row_linear,
     row_norm_linear,
     store,
@@ -318,3 +320,24 @@ def test_a_compiled_step_has_no_branch_and_no_copy_of_the_cache(apart):
     assert "conditional" not in compiled.as_text()
     assert memory.temp_size_in_bytes < k_cache.nbytes
     assert memory.alias_size_in_bytes >= 6 * k_cache.nbytes
+
+
+NOISY = [(1, 151936), (3, 18992), (70, 151936), (512, 151936), (9, 500), (9000, 1)]
+
+
+@pytest.mark.parametrize(("rows", "vocab"), NOISY)
+def test_noise_and_the_best_entry(rows, vocab):
+    """The oracle's draws, but for entries as close as the card's logarithms; of one entry the score is its noise."""
+    rng = np.random.default_rng(rows)
+    logits = 3 * jax.random.normal(jax.random.key(0), (rows, vocab)) * (vocab > 1)
+    temperatures = jnp.asarray(np.where(np.arange(rows) % 4 == 3, 0, rng.uniform(0.01, 3, rows)), jnp.float32)
+    keys = jnp.asarray(rng.integers(0, 2**32, (rows, 2), np.uint32))
+    thresholds = jnp.where(jnp.arange(rows) % 2 == 1, 0.0, -jnp.inf)
+    args, first = (logits, temperatures, keys, thresholds), jnp.array([vocab], jnp.int32)
+    entries, scores = noisy_argmax(*args, first)
+    expected, highest = jax.jit(reference_sampling.noisy_argmax)(*args, first)
+    np.testing.assert_allclose(scores, highest, rtol=1e-5, atol=2e-5)
+    assert np.mean(np.asarray(entries) == np.asarray(expected)) >= 0.99
+    for row in range(0, rows, max(1, rows // 5)):
+        alone = noisy_argmax(*(x[row : row + 1] for x in args), first)
+        assert (alone[0][0], alone[1][0]) == (entries[row], scores[row]), "a row's draw depends on the others"

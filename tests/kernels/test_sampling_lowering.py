@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from nanovllm_jax.kernels import adjust_logits, sampling_threshold, token_logprobs
+from nanovllm_jax.kernels import adjust_logits, noisy_argmax, sampling_threshold, token_logprobs
 from test_lowering import PALLAS, aliased, custom_calls, ints, lowered_for_cuda
 
 QWEN3 = 151_936
@@ -27,16 +27,22 @@ def logprobs_case(rows, vocab):
     return token_logprobs, (floats(rows, vocab), floats(rows, vocab), ints(rows), ints(rows), ints(rows))
 
 
+def noise_case(rows, vocab):
+    keys = jax.ShapeDtypeStruct((rows, 2), jnp.uint32)
+    return noisy_argmax, (floats(rows, vocab), floats(rows), keys, floats(rows), ints(1))
+
+
 CASES = {adjust_case: 1, threshold_case: 2, logprobs_case: 2}  # and how many kernels they take
+ALL = CASES | {noise_case: 1}
 SHAPES = [(1, QWEN3), (8, QWEN3), (256, QWEN3), (1024, QWEN3), (3, 500), (5, 1)]
 SHAPES += [(256, QWEN3 // 8), (32, QWEN3)]  # over 8 devices: a part of the vocabulary, and a part of the rows
 
 
-@pytest.mark.parametrize("make", CASES)
+@pytest.mark.parametrize("make", ALL)
 @pytest.mark.parametrize(("rows", "vocab"), SHAPES)
 def test_each_lowers_to_its_kernels(make, rows, vocab):
     f, args = make(rows, vocab)
-    assert custom_calls(lowered_for_cuda(f, *args)) == [PALLAS] * CASES[make]
+    assert custom_calls(lowered_for_cuda(f, *args)) == [PALLAS] * ALL[make]
 
 
 def test_adjust_aliases_the_logits():
@@ -50,3 +56,8 @@ def test_a_cpu_gets_the_oracle_alone_and_skips_it_where_nobody_asks(make):
     lowered = jax.jit(f).lower(*args)
     assert PALLAS not in lowered.as_text()
     assert "conditional" in lowered.compile().as_text()
+
+
+def test_a_cpu_draws_by_the_oracle():
+    f, args = noise_case(4, 300)
+    assert PALLAS not in jax.jit(f).lower(*args).as_text()

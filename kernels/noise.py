@@ -1,0 +1,90 @@
+"""Pallas kernels: Gumbel noise on logits and the best entry of each row, in one pass over the vocabulary.
+
+Each program goes through some tiles of a row, and keeps in every lane the best that this has met. Logarithms are the
+card's own, good to some 1e-6, where XLA's exact ones take four times as long as reading the logits.
+Shapes: R rows, V vocabulary, P programs to a row.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from .common import pallas_call
+from .reference_sampling import noise_bits, uniform
+from .vocabulary import PROGRAMS, Tiles, fold_tiles
+
+LN2 = 0.6931471805599453
+
+
+def default_tiles(rows: int, vocab: int) -> Tiles:
+    """Settings for an H200."""
+    return Tiles(block=512, programs=min(pl.cdiv(vocab, 512), max(1, PROGRAMS // rows)), num_warps=4)
+
+
+def _log2(x: jax.Array, on_gpu: bool) -> jax.Array:
+    if not on_gpu:
+        return jnp.log2(x)
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype)]
+    assembly = dict(constraints="=f,f", pack=1, result_shape_dtypes=shapes)
+    return plgpu.elementwise_inline_asm("lg2.approx.ftz.f32 $0, $1;", args=[x], **assembly)[0]
+
+
+def _gumbel(bits: jax.Array, on_gpu: bool) -> jax.Array:
+    """reference_sampling.gumbel's numbers. The card's logarithm has few digits near 1, so a series is there instead."""
+    u = uniform(bits)
+    series = u * (1 + u * (1 / 2 + u * (1 / 3 + u * (1 / 4 + u / 5))))
+    exponential = jnp.where(u < 1 / 16, series, _log2(1 - u, on_gpu) * -LN2)
+    return _log2(exponential, on_gpu) * -LN2
+
+
+def _noisy_argmax_kernel(*refs, tiles: Tiles, on_gpu: bool):
+    logits_ref, temperature_ref, key_ref, threshold_ref, first_ref, best_ref, entry_ref = refs
+    program, row, vocab = pl.program_id(0), pl.program_id(1), logits_ref.shape[1]
+    temperature, threshold, key = temperature_ref[row], threshold_ref[row], [key_ref[row, i] for i in range(2)]
+    greedy = temperature == 0
+    scale = 1 / jnp.where(greedy, 1, temperature)
+    lane, first = jnp.arange(tiles.block, dtype=jnp.int32), first_ref[0]
+
+    def take_in(tile, state):
+        best, best_entry = state
+        entry = tile * tiles.block + lane
+        x = plgpu.load(logits_ref.at[row, pl.ds(tile * tiles.block, tiles.block)], mask=entry < vocab, other=-jnp.inf)
+        noise = _gumbel(noise_bits(key, (entry + first).astype(jnp.uint32)), on_gpu)
+        score = jnp.where(x < threshold, -jnp.inf, jnp.where(greedy, x, x * scale + noise))
+        score = jnp.where(score == score, score, jnp.inf)  # NaN is the largest
+        return jnp.where(score > best, score, best), jnp.where(score > best, entry, best_entry)
+
+    start = jnp.full(lane.shape, -jnp.inf, jnp.float32), program * tiles.block + lane
+    best, entry = fold_tiles(program, vocab, tiles, take_in, start)
+    highest = best.max(axis=0)
+    best_ref[row, program] = highest
+    entry_ref[row, program] = jnp.where(best == highest, entry, vocab).min(axis=0)
+
+
+def noisy_argmax(
+    logits: jax.Array,
+    temperature: jax.Array,
+    keys: jax.Array,
+    threshold: jax.Array,
+    first: jax.Array,
+    *,
+    tiles: Tiles | None = None,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """nanovllm_jax.kernels.noisy_argmax as one kernel, and jnp's choice of the programs' best."""
+    rows, vocab = logits.shape
+    tiles = tiles or default_tiles(rows, vocab)
+    shape = rows, tiles.programs
+    best, entry = pallas_call(
+        _noisy_argmax_kernel,
+        *(logits, temperature, keys, threshold, first),
+        grid=(tiles.programs, rows),
+        out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct(shape, jnp.int32)],
+        num_warps=tiles.num_warps,
+        interpret=interpret,
+        tiles=tiles,
+        on_gpu=not interpret,
+    )
+    highest = best.max(axis=1)
+    return jnp.where(best == highest[:, None], entry, vocab).min(axis=1), highest

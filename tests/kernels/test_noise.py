@@ -1,0 +1,120 @@
+"""Noise and the best entry of each row: the oracle against float64, the interpreted kernel against the oracle."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from nanovllm_jax.kernels import noise, noisy_argmax, reference_sampling, vocabulary
+
+
+def interpreted(block, programs):
+    tiles = vocabulary.Tiles(block, programs, num_warps=4)
+    return jax.jit(functools.partial(noise.noisy_argmax, tiles=tiles, interpret=True))
+
+
+KERNELS = {"kernel": interpreted(128, 1), "cut": interpreted(64, 3), "one tile": interpreted(1024, 1)}
+either = pytest.mark.parametrize("draw", [noisy_argmax, *KERNELS.values()], ids=["oracle", *KERNELS])
+
+
+def inputs(rows, vocab, seed=0, first=0):
+    """Rows of many temperatures, of which the third is 0, and of thresholds that leave something out in every other."""
+    rng = np.random.default_rng(seed)
+    logits = (3 * rng.standard_normal((rows, vocab))).astype(np.float32)
+    temperatures = np.where(np.arange(rows) % 3 == 2, 0, rng.uniform(0.01, 3, rows)).astype(np.float32)
+    keys = rng.integers(0, 2**32, (rows, 2), np.uint32)
+    thresholds = np.where(np.arange(rows) % 2, np.median(logits, axis=1), -np.inf).astype(np.float32)
+    return logits, temperatures, keys, thresholds, np.array([first], np.int32)
+
+
+def mix(x):
+    x = (x ^ (x >> 16)) * 0x7FEB352D % 2**32
+    x = (x ^ (x >> 15)) * 0x846CA68B % 2**32
+    return x ^ (x >> 16)
+
+
+def exact(logits, temperatures, keys, thresholds, first):
+    """Scores in float64, of Python's integers."""
+    entries = [[mix(mix((int(first[0]) + i) ^ int(a)) ^ int(b)) for i in range(logits.shape[1])] for a, b in keys]
+    uniform = np.minimum((np.array(entries, np.float64) + 0.5) / 2**32, 1 - 2.0**-24)
+    divisor = np.where(temperatures > 0, temperatures, 1).astype(np.float64)[:, None]
+    scores = np.where(temperatures[:, None] > 0, logits / divisor - np.log(-np.log1p(-uniform)), logits)
+    return np.where(logits < thresholds[:, None], -np.inf, scores)
+
+
+@either
+@pytest.mark.parametrize(
+    ("rows", "vocab", "first"), [(1, 300, 0), (7, 131, 0), (5, 300, 75_968), (3, 1, 9), (4, 64, 1)]
+)
+def test_the_best_of_float64_scores(draw, rows, vocab, first):
+    args = inputs(rows, vocab, first=first)
+    scores = exact(*args)
+    entries, found = draw(*args)
+    np.testing.assert_array_equal(entries, scores.argmax(axis=1))
+    np.testing.assert_allclose(found, scores.max(axis=1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("draw", KERNELS.values(), ids=KERNELS)
+def test_the_kernel_draws_what_the_oracle_draws(draw):
+    for seed in range(20):
+        args = inputs(9, 700, seed)
+        for got, want in zip(draw(*args), noisy_argmax(*args)):
+            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+@either
+def test_parts_of_a_vocabulary_have_its_noise(draw):
+    logits, *rows, _ = inputs(6, 400)
+    entries, scores = draw(logits, *rows, np.array([0], np.int32))
+    halves = [draw(logits[:, at : at + 200], *rows, np.array([at], np.int32)) for at in (0, 200)]
+    second = halves[1][1] > halves[0][1]
+    np.testing.assert_array_equal(jnp.where(second, halves[1][0] + 200, halves[0][0]), entries)
+    np.testing.assert_array_equal(jnp.maximum(halves[0][1], halves[1][1]), scores)
+
+
+@either
+def test_of_equal_ones_the_lowest(draw):
+    logits, temperatures, *rest = inputs(4, 300)
+    logits[:] = -1
+    for row, places in enumerate(((299, 7), (130, 66, 65), (0, 299), (200, 72))):
+        logits[row, list(places)] = 2
+    entries, scores = draw(logits, 0 * temperatures, *rest)
+    np.testing.assert_array_equal(entries, [7, 65, 0, 72])
+    np.testing.assert_array_equal(scores, np.full(4, 2, np.float32))
+
+
+@either
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_what_is_no_number(draw, temperature):
+    """It is found, wherever it is, and its score tells; nobody else notices."""
+    logits, temperatures, *rest = inputs(6, 300)
+    good = draw(logits, np.full_like(temperatures, temperature), *rest)
+    logits[0, 17], logits[1, 299], logits[2, 0] = np.nan, np.inf, np.nan
+    logits[3] = -np.inf
+    entries, scores = draw(logits, np.full_like(temperatures, temperature), *rest)
+    np.testing.assert_array_equal(entries[:3], [17, 299, 0])
+    assert not np.isfinite(scores[:4]).any()
+    assert 0 <= entries[3] < 300
+    for got, want in zip((entries, scores), good):
+        np.testing.assert_array_equal(got[4:], want[4:])
+
+
+def test_noise_of_all_sizes():
+    """The kernel's series and logarithm, against float64: from the smallest number there is to the largest."""
+    rng = np.random.default_rng(0)
+    bits = np.concatenate((
+        np.arange(100),
+        2**32 - 1 - np.arange(300),
+        2**28 + np.arange(-200, 200),  # where the series ends
+        rng.integers(0, 2**32, 5000),
+        2 ** rng.uniform(0, 32, 5000),
+    )).astype(np.uint32)  # fmt: skip
+    got = noise._gumbel(jnp.asarray(bits), on_gpu=False)
+    uniform = np.asarray(reference_sampling.uniform(bits), np.float64)
+    np.testing.assert_allclose(uniform, (bits + 0.5) / 2**32, atol=2.0**-24)
+    np.testing.assert_allclose(got, -np.log(-np.log1p(-uniform)), atol=1e-5)
+    assert np.isfinite(got).all()
+    key, entries = np.zeros((1, 2), np.uint32), np.arange(9)
+    want = exact(np.zeros((1, 9), np.float32), np.ones(1), key, np.full(1, -np.inf), [0])
+    np.testing.assert_allclose(reference_sampling.gumbel(key, jnp.asarray(entries, jnp.uint32)), want, atol=1e-5)
