@@ -17,14 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from nanovllm_jax.kernels import adjust_logits, reference_sampling, sampling_threshold, token_logprobs
+from nanovllm_jax.kernels import adjust_logits, noisy_argmax, reference_sampling, sampling_threshold, token_logprobs
 from options import above_zero, count
 
 from nanovllm_jax import SamplingParams
 from nanovllm_jax.engine.batch import FLOAT_COLUMNS, SamplingRows, sampling_row
 from nanovllm_jax.engine.sequence import Sequence
 from nanovllm_jax.engine.tables import ENDS, PROMPT
-from nanovllm_jax.layers.sampler import sample
+from nanovllm_jax.layers.sampler import row_keys, sample
 from nanovllm_jax.models.draw import DeviceState, columns, draw
 
 CALLS = 4  # to a program, each on logits of its own
@@ -179,7 +179,11 @@ class Bench:
         ((new, expected), _) = both(adjust_logits, logits, *self.adjust)
         ((low, oracles_low),) = both(sampling_threshold, logits, *self.threshold)
         differently = ((logits >= low[:, None]) != (logits >= oracles_low[:, None])).sum()
+        temperature, seeds, positions, least = self.sample
+        noisy = temperature, row_keys(seeds, positions), least, jnp.zeros(1, jnp.int32)
+        ((drawn, oracles_drawn), _) = both(noisy_argmax, logits, *noisy)
         text = f"adjusted {jnp.nanmax(jnp.abs(new - expected)):.0e}, kept differently {differently}"
+        text += f", drawn differently {(drawn != oracles_drawn).sum()}"
         count = int(self.logprobs[-1][0])
         if count >= 0:
             pairs = both(token_logprobs, logits, logits, *self.logprobs)
