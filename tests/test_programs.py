@@ -112,6 +112,15 @@ def test_what_failed_beside_others_is_compiled_once_more(program, caplog):
         store(None).compile_all([("a", Fails(2, program))], lambda name: {})
 
 
+@pytest.fixture
+def ctrl_c():
+    """Heard as in a terminal: what a shell runs in the background is started deaf to it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_an_interrupt_leaves_what_has_not_begun():
     """Also where all is lowered, and the first thread waits for the others."""
     begun, threads = [], os.cpu_count()
