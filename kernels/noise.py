@@ -1,4 +1,4 @@
-"""Pallas kernels: Gumbel noise on logits and the best entry of each row, in one pass over the vocabulary.
+"""Pallas kernel: Gumbel noise on logits and the best entry of each row, in one pass over the vocabulary.
 
 Each program goes through some tiles of a row, and keeps in every lane the best that this has met. Logarithms are the
 card's own, good to some 1e-6, where XLA's exact ones take four times as long as reading the logits.

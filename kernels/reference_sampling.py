@@ -1,6 +1,6 @@
 """The sampling kernels' oracles in plain jnp: same signatures. They are what a CPU runs.
 
-A step in which no row asks skips the work. Shapes: R rows, V vocabulary, S slots.
+A step in which no row asks skips all but the draw. Shapes: R rows, V vocabulary, S slots.
 """
 
 import jax.numpy as jnp
