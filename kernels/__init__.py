@@ -344,8 +344,8 @@ def noisy_argmax(
     logits [R, V] float32; temperature [R] float32, of which 0 takes the logits as they are; keys [R, 2] uint32: a row's
     noise is a function of its key and of the entry's number, which is first [1] int32 at a row's begin; threshold [R]
     float32: entries below it are left out.
-    Returns (entries [R] int32, of equal ones the lowest, their scores [R] float32). NaN is the largest, and where it or
-    an infinity is the best, the score is not finite. The noise is one on all machines up to 1e-5.
+    Returns (entries [R] int32, of equal ones the lowest, their scores [R] float32). NaN and infinity are the largest,
+    and where one of them is the best, the score is not finite. The noise is one on all machines up to 1e-5.
     """
     return jax.lax.platform_dependent(
         *(logits, temperature, keys, threshold, first),

@@ -1,7 +1,7 @@
 """Pallas kernel: Gumbel noise on logits and the best entry of each row, in one pass over the vocabulary.
 
 Each program goes through some tiles of a row, and keeps in every lane the best that this has met. Logarithms are the
-card's own, good to some 1e-6, where XLA's exact ones take four times as long as reading the logits.
+card's own, good to some 1e-6: with XLA's exact ones the pass takes four times as long as reading the logits.
 Shapes: R rows, V vocabulary, P programs to a row.
 """
 
@@ -52,7 +52,7 @@ def _noisy_argmax_kernel(*refs, tiles: Tiles, on_gpu: bool):
         x = plgpu.load(logits_ref.at[row, pl.ds(tile * tiles.block, tiles.block)], mask=entry < vocab, other=-jnp.inf)
         noise = _gumbel(noise_bits(key, (entry + first).astype(jnp.uint32)), on_gpu)
         score = jnp.where(x < threshold, -jnp.inf, jnp.where(greedy, x, x * scale + noise))
-        score = jnp.where(score == score, score, jnp.inf)  # NaN is the largest
+        score = jnp.where(score == score, score, jnp.inf)  # NaN is as large as infinity
         return jnp.where(score > best, score, best), jnp.where(score > best, entry, best_entry)
 
     start = jnp.full(lane.shape, -jnp.inf, jnp.float32), program * tiles.block + lane

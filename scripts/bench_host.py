@@ -59,13 +59,13 @@ def decoding_scheduler(num_seqs: int, args: argparse.Namespace) -> tuple[Schedul
         max_num_batched_tokens=num_seqs * args.context,
         max_model_len=max_len,
     )
+    stop_token_ids, params = frozenset({151_643, 151_645}), SamplingParams(temperature=0.6)
     for seq_id in range(num_seqs):
         # Block boundaries come evenly, as with prompts of mixed lengths.
         length = args.context - seq_id * args.block_size // num_seqs
         prompt = [seq_id % 50_000] * max(1, length)
-        stop_token_ids = frozenset({151_643, 151_645})
-        params = SamplingParams(temperature=0.6, seed=seq_id)
-        scheduler.add(Sequence(seq_id, str(seq_id), prompt, params, stop_token_ids=stop_token_ids, max_len=max_len))
+        options = dict(seed=seq_id, stop_token_ids=stop_token_ids, max_len=max_len)
+        scheduler.add(Sequence(seq_id, str(seq_id), prompt, params, **options))
     return scheduler, scheduler.schedule()
 
 

@@ -11,8 +11,8 @@ from jax.sharding import Mesh
 from nanovllm_jax.engine_config import EngineConfig
 from nanovllm_jax.parallel.processes import connect
 
-# From so many rows on kernels take longer than the host needs to launch them one by one. A CUDA graph starts when all
-# of it has been updated, and would make the device wait for that.
+# From so many rows on kernels take longer, of 0.6B on one GPU, than the host needs to launch them one by one. A CUDA
+# graph starts when all of it has been updated, and would make the device wait for that.
 NO_GRAPH_ROWS = 8192
 # What XLA may put in CUDA graphs where there are several GPUs: not collectives, which have hung there.
 COMMAND_BUFFERS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION"

@@ -100,6 +100,15 @@ def test_what_is_no_number(draw, temperature):
         np.testing.assert_array_equal(got[4:], want[4:])
 
 
+@either
+def test_two_that_are_no_numbers(draw):
+    logits, *rest = inputs(2, 300)
+    logits[:, 3], logits[:, 7] = [np.inf, np.nan], [np.nan, np.inf]
+    entries, scores = draw(logits, *rest)
+    assert np.isin(entries, (3, 7)).all()
+    assert not np.isfinite(scores).any()
+
+
 def test_noise_of_all_sizes():
     """The kernel's series and logarithm, against float64: from the smallest number there is to the largest."""
     rng = np.random.default_rng(0)

@@ -7,7 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from nanovllm_jax.kernels import adjust, adjust_logits, sampling_threshold, threshold, token_logprobs, vocabulary
+from nanovllm_jax.kernels import (
+    adjust,
+    adjust_logits,
+    noise,
+    noisy_argmax,
+    reference_sampling,
+    sampling_threshold,
+    threshold,
+    token_logprobs,
+    vocabulary,
+)
 from nanovllm_jax.kernels import logprobs as logprobs_kernel
 from sampling_cases import ENDS, PROMPT, adjusted, kept, logprobs
 
@@ -117,6 +127,18 @@ def check_logprobs(find, rows, vocab):
         np.testing.assert_allclose(out[3][i][:n], best, rtol=1e-5, atol=1e-5)
 
 
+def check_draw(draw, rows, vocab):
+    logits, good = stressed(rows, vocab)
+    rng = np.random.default_rng(0)
+    temperatures = rng.choice([0, 0.01, 1, 1e37], rows).astype(np.float32)
+    keys, thresholds = rng.integers(0, 2**32, (rows, 2), np.uint32), rng.choice([-np.inf, 0], rows).astype(np.float32)
+    args = [jnp.asarray(x) for x in (logits, temperatures, keys, thresholds, np.array([2**20], np.int32))]
+    (entries, scores), (expected, highest) = draw(*args), jax.jit(reference_sampling.noisy_argmax)(*args)
+    np.testing.assert_array_equal(np.isfinite(scores), np.isfinite(highest))
+    np.testing.assert_array_equal(entries[good], expected[good])
+    np.testing.assert_allclose(scores[good], highest[good], rtol=1e-5, atol=2e-5)
+
+
 TILES = vocabulary.Tiles(256, 2, 4)
 INTERPRETED = {
     check_threshold: partial(
@@ -126,8 +148,10 @@ INTERPRETED = {
     check_logprobs: partial(
         logprobs_kernel.token_logprobs, tiles=logprobs_kernel.Tiles(TILES, num_warps=4), interpret=True
     ),
+    check_draw: partial(noise.noisy_argmax, tiles=TILES, interpret=True),
 }
-PUBLIC = {check_threshold: sampling_threshold, check_adjust: adjust_logits, check_logprobs: token_logprobs}
+PUBLIC = {check_threshold: sampling_threshold, check_adjust: adjust_logits}
+PUBLIC |= {check_logprobs: token_logprobs, check_draw: noisy_argmax}
 CHECKS = pytest.mark.parametrize("check", PUBLIC, ids=lambda check: check.__name__.removeprefix("check_"))
 
 
