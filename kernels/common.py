@@ -204,12 +204,18 @@ def exp2_of_line(x: jax.Array, slope: float | jax.Array, shift: jax.Array, fused
     """
     if not fused:
         return jnp.exp2(x * slope + shift)
+    assembly = "{ .reg .f32 line; fma.rn.f32 line, $1, $2, $3; ex2.approx.ftz.f32 $0, line; }"
+    return by_assembly(assembly, x, jnp.full_like(x, slope), jnp.broadcast_to(shift, x.shape))
+
+
+def by_assembly(code: str, *args: jax.Array) -> jax.Array:
+    """A float32 number $0 for each place of the args, float32 arrays of one shape, of their numbers $1, $2, ..."""
     [y] = plgpu.elementwise_inline_asm(
-        "{ .reg .f32 line; fma.rn.f32 line, $1, $2, $3; ex2.approx.ftz.f32 $0, line; }",
-        args=[x, jnp.full_like(x, slope), jnp.broadcast_to(shift, x.shape)],
-        constraints="=f,f,f,f",
+        code,
+        args=list(args),
+        constraints=",".join(["=f", *["f"] * len(args)]),
         pack=1,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.float32)],
+        result_shape_dtypes=[jax.ShapeDtypeStruct(args[0].shape, jnp.float32)],
     )
     return y
 

@@ -10,24 +10,16 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from .common import pallas_call
+from .common import by_assembly, pallas_call
 from .reference_sampling import noise_bits, uniform
-from .vocabulary import PROGRAMS, Tiles, fold_tiles
+from .vocabulary import Tiles, default_tiles, fold_tiles
 
 LN2 = 0.6931471805599453
-
-
-def default_tiles(rows: int, vocab: int) -> Tiles:
-    """Settings for an H200."""
-    return Tiles(block=512, programs=min(pl.cdiv(vocab, 512), max(1, PROGRAMS // rows)), num_warps=4)
+BLOCK = 512  # entries to a tile, on an H200
 
 
 def _log2(x: jax.Array, on_gpu: bool) -> jax.Array:
-    if not on_gpu:
-        return jnp.log2(x)
-    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype)]
-    assembly = dict(constraints="=f,f", pack=1, result_shape_dtypes=shapes)
-    return plgpu.elementwise_inline_asm("lg2.approx.ftz.f32 $0, $1;", args=[x], **assembly)[0]
+    return by_assembly("lg2.approx.ftz.f32 $0, $1;", x) if on_gpu else jnp.log2(x)
 
 
 def _gumbel(bits: jax.Array, on_gpu: bool) -> jax.Array:
@@ -74,7 +66,7 @@ def noisy_argmax(
 ) -> tuple[jax.Array, jax.Array]:
     """nanovllm_jax.kernels.noisy_argmax as one kernel, and jnp's choice of the programs' best."""
     rows, vocab = logits.shape
-    tiles = tiles or default_tiles(rows, vocab)
+    tiles = tiles or default_tiles(rows, vocab, BLOCK)
     shape = rows, tiles.programs
     best, entry = pallas_call(
         _noisy_argmax_kernel,

@@ -24,9 +24,8 @@ class Tiles(NamedTuple):
     num_warps: int
 
 
-def default_tiles(rows: int, vocab: int) -> Tiles:
+def default_tiles(rows: int, vocab: int, block: int = 2048) -> Tiles:
     """Settings for an H200."""
-    block = 2048
     return Tiles(block, min(pl.cdiv(vocab, block), max(1, PROGRAMS // rows)), num_warps=4)
 
 
