@@ -5,7 +5,8 @@ On an NVIDIA GPU each runs its Pallas kernel, anywhere else its plain-jnp oracle
 signature, but for a `fixed` that it has no need of). Which one is settled when a program is lowered, so a compiled step
 holds one of the two. Each sits in a jit of its own: the layers of a model share one trace and one lowering. Of the
 functions for sampling, but for the draw itself, a row that asks for nothing takes next to no time. With `fixed`, a
-row's result is the same to the last bit whatever else is in the call.
+row's result is the same to the last bit whatever else is in the call. `sampling` [R, 12] int32 is how each row
+samples: nanovllm_jax.sampling_rows.
 
 Shapes: T tokens, B sequences with one new token each, P sequences in prefill, N query heads, K kv heads, H head_dim,
 W blocks in a row of a block table, D hidden, R rows to sample, V vocabulary, S slots of running sequences (in a linear
@@ -283,19 +284,16 @@ def swiglu(x: jax.Array, weight: jax.Array) -> jax.Array:
 @kernel
 def adjust_logits(
     logits: jax.Array,
+    sampling: jax.Array,
     slots: jax.Array,
-    asks: jax.Array,
-    suppress_ends: jax.Array,
-    repetition: jax.Array,
-    frequency: jax.Array,
-    presence: jax.Array,
+    positions: jax.Array,
     token_counts: jax.Array,
     logit_bias: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Bias logits, mask what would end a text too early, and penalise what is there already, in the rows that ask.
 
-    logits [R, V] float32; slots [R] int32: a row's sequence; asks, suppress_ends [R] int32, 0 or 1; repetition,
-    frequency, presence [R] float32 (1, 0 and 0 change nothing). token_counts [S, V] int32: how often a token was
+    logits [R, V] float32; slots [R] int32: a row's sequence; positions [R] int32: of the token to be drawn. A row whose
+    `adjusts` is 1 asks; below its `min_len` nothing may end the text. token_counts [S, V] int32: how often a token was
     generated in the low 24 bits, and the flags PROMPT (it is in the prompt) and ENDS (it would end the text);
     logit_bias [S, V] float32. The repetition penalty divides logits above 0 and multiplies the others, for tokens of
     prompt and text; then frequency times the count and, for tokens of the text, presence is taken off.
@@ -303,25 +301,17 @@ def adjust_logits(
     is undefined in rows that do not ask.
     """
     return jax.lax.platform_dependent(
-        *(logits, slots, asks, suppress_ends, repetition, frequency, presence, token_counts, logit_bias),
+        *(logits, sampling, slots, positions, token_counts, logit_bias),
         cuda=adjust.adjust_logits,
         default=reference_sampling.adjust_logits,
     )
 
 
 @functools.partial(kernel, static_argnames="fixed")
-def sampling_threshold(
-    logits: jax.Array,
-    temperature: jax.Array,
-    top_k: jax.Array,
-    top_p: jax.Array,
-    min_p: jax.Array,
-    *,
-    fixed: bool = False,
-) -> jax.Array:
+def sampling_threshold(logits: jax.Array, sampling: jax.Array, *, fixed: bool = False) -> jax.Array:
     """From which logit on a row is to be sampled, so that what min_p, top_k and top_p leave out is below it.
 
-    logits [R, V] float32; temperature, top_p (1 is off), min_p (0 is off) [R] float32; top_k [R] int32 (0 is off).
+    logits [R, V] float32. Of a row's settings top_k is off at 0 and from V on, top_p at 1, min_p at 0.
     min_p keeps entries of at least min_p times the largest probability; top_k keeps the k largest and what equals the
     last of them; top_p keeps, of what the two leave, the fewest largest entries that have at least top_p of the
     probability, and what equals the last of them.
@@ -329,7 +319,7 @@ def sampling_threshold(
     -inf for rows that leave nothing out and rows of temperature 0.
     """
     return jax.lax.platform_dependent(
-        *(logits, temperature, top_k, top_p, min_p),
+        *(logits, sampling),
         cuda=functools.partial(threshold.sampling_threshold, fixed=fixed),
         default=reference_sampling.sampling_threshold,
     )
@@ -337,18 +327,18 @@ def sampling_threshold(
 
 @kernel
 def noisy_argmax(
-    logits: jax.Array, temperature: jax.Array, keys: jax.Array, threshold: jax.Array, first: jax.Array
+    logits: jax.Array, sampling: jax.Array, positions: jax.Array, threshold: jax.Array, first: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The best entry of each row's logits / temperature + Gumbel noise: a draw from softmax(logits / temperature).
 
-    logits [R, V] float32; temperature [R] float32, of which 0 takes the logits as they are; keys [R, 2] uint32: a row's
-    noise is a function of its key and of the entry's number, which is first [1] int32 at a row's begin; threshold [R]
-    float32: entries below it are left out.
+    logits [R, V] float32; a temperature of 0 takes them as they are; positions [R] int32: of the token to be drawn. A
+    row's noise is a function of its seed, its position and the entry's number, which is first [1] int32 at a row's
+    begin; threshold [R] float32: entries below it are left out.
     Returns (entries [R] int32, of equal ones the lowest, their scores [R] float32). NaN and infinity are the largest,
     and where one of them is the best, the score is not finite. The noise is one on all machines up to 1e-5.
     """
     return jax.lax.platform_dependent(
-        *(logits, temperature, keys, threshold, first),
+        *(logits, sampling, positions, threshold, first),
         cuda=noise.noisy_argmax,
         default=reference_sampling.noisy_argmax,
     )
@@ -356,24 +346,19 @@ def noisy_argmax(
 
 @functools.partial(kernel, static_argnames="fixed")
 def token_logprobs(
-    logits: jax.Array,
-    raw: jax.Array,
-    use_raw: jax.Array,
-    tokens: jax.Array,
-    num_top: jax.Array,
-    *,
-    fixed: bool = False,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    logits: jax.Array, raw: jax.Array, sampling: jax.Array, tokens: jax.Array, *, fixed: bool = False
+) -> jax.Array:
     """Natural log-probabilities of one token a row, and of the row's most likely tokens.
 
-    logits, raw [R, V] float32, of which a row is read from raw where use_raw [R] int32 is 1; tokens [R] int32; num_top
-    [R] int32: how many of the most likely are asked for, at most MAX_LOGPROBS, or -1 if nothing is.
-    Returns (logprob [R] float32, rank [R] int32: 1 + how many are more likely, ids [R, MAX_LOGPROBS] int32, logprobs
-    [R, MAX_LOGPROBS] float32), the best first, of equal ones the lower id first. Rows that ask nothing, and the places
-    after num_top, hold anything.
+    logits, raw [R, V] float32, of which a row is read from raw where its `adjusts` is 1; tokens [R] int32. A row's
+    `num_top` says how many of the most likely are asked for, at most MAX_LOGPROBS, or -1 if nothing is.
+    Returns [R, 2, 1 + MAX_LOGPROBS] int32, one array as each is an output of the step: the token's rank (1 + how many
+    are more likely), and the ids of the most likely, the best first, of equal ones the lower id; then as the bits of
+    float32 the log-probabilities of the token and of these. Rows that ask nothing, and the places after num_top, hold
+    anything.
     """
     return jax.lax.platform_dependent(
-        *(logits, raw, use_raw, tokens, num_top),
+        *(logits, raw, sampling, tokens),
         cuda=functools.partial(logprobs.token_logprobs, fixed=fixed),
         default=reference_sampling.token_logprobs,
     )

@@ -6,17 +6,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from .common import pallas_call
-from .reference_sampling import adjusted
+from .reference_sampling import PENALTIES, adjusted, settings
 from .vocabulary import Tiles, default_tiles, for_each_tile
 
 
 def _adjust_kernel(*refs, tiles: Tiles):
-    x_ref, slot_ref, ask_ref, *row_refs, counts_ref, bias_ref, out_ref, raw_ref = refs
+    x_ref, sampling_ref, slot_ref, position_ref, counts_ref, bias_ref, out_ref, raw_ref = refs
     row, program, vocab = pl.program_id(0), pl.program_id(1), x_ref.shape[1]
+    asks, min_len, *penalties = settings(sampling_ref, ("adjusts", "min_len", *PENALTIES), row)
 
-    @pl.when(ask_ref[row] > 0)
+    @pl.when(asks > 0)
     def _():
-        slot, settings = slot_ref[row], [ref[row] for ref in row_refs]
+        slot, too_early = slot_ref[row], position_ref[row] < min_len
 
         def adjust(tile):
             at = pl.ds(tile * tiles.block, tiles.block)
@@ -25,19 +26,16 @@ def _adjust_kernel(*refs, tiles: Tiles):
             counts = plgpu.load(counts_ref.at[slot, at], mask=live, other=0)
             bias = plgpu.load(bias_ref.at[slot, at], mask=live, other=0)
             plgpu.store(raw_ref.at[row, at], x, mask=live)
-            plgpu.store(out_ref.at[row, at], adjusted(x, counts, bias, *settings), mask=live)
+            plgpu.store(out_ref.at[row, at], adjusted(x, counts, bias, too_early, *penalties), mask=live)
 
         for_each_tile(program, vocab, tiles, adjust)
 
 
 def adjust_logits(
     logits: jax.Array,
+    sampling: jax.Array,
     slots: jax.Array,
-    asks: jax.Array,
-    suppress_ends: jax.Array,
-    repetition: jax.Array,
-    frequency: jax.Array,
-    presence: jax.Array,
+    positions: jax.Array,
     token_counts: jax.Array,
     logit_bias: jax.Array,
     *,
@@ -47,10 +45,9 @@ def adjust_logits(
     """nanovllm_jax.kernels.adjust_logits as one kernel, with the logits aliased to its first result."""
     rows, vocab = logits.shape
     tiles = tiles or default_tiles(rows, vocab)
-    settings = suppress_ends, repetition, frequency, presence
     out, raw = pallas_call(
         _adjust_kernel,
-        *(logits, slots, asks, *settings, token_counts, logit_bias),
+        *(logits, sampling, slots, positions, token_counts, logit_bias),
         grid=(rows, tiles.programs),
         out_shape=[jax.ShapeDtypeStruct(logits.shape, logits.dtype)] * 2,
         aliases={0: 0},

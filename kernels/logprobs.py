@@ -18,7 +18,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from . import vocabulary
 from .common import pallas_call
-from .reference_sampling import MAX_LOGPROBS
+from .reference_sampling import MAX_LOGPROBS, settings
 from .vocabulary import GROUP, as_two_rows, for_each_tile, grouped, groups_of
 
 LOWEST = -3.4e38  # stands for minus infinity, which is the maximum of a group that has no entry left
@@ -45,12 +45,12 @@ def _load(logits_ref, raw_ref, use_raw, row, at, vocab: int):
 
 
 def _groups_kernel(*refs, tiles: vocabulary.Tiles):
-    logits_ref, raw_ref, use_raw_ref, token_ref, num_top_ref, maxima_ref, sums_ref, above_ref = refs
+    logits_ref, raw_ref, sampling_ref, token_ref, maxima_ref, sums_ref, above_ref = refs
     row, program, (vocab, groups) = pl.program_id(0), pl.program_id(1), (logits_ref.shape[1], maxima_ref.shape[1])
+    use_raw, num_top = settings(sampling_ref, ("adjusts", "num_top"), row)
 
-    @pl.when(num_top_ref[row] >= 0)
+    @pl.when(num_top >= 0)
     def _():
-        use_raw = use_raw_ref[row]
         own = _load(logits_ref, raw_ref, use_raw, row, token_ref[row], vocab)
 
         def take_in(tile):
@@ -66,10 +66,9 @@ def _groups_kernel(*refs, tiles: vocabulary.Tiles):
 
 
 def _logprobs_kernel(*refs, width: int):
-    logits_ref, raw_ref, use_raw_ref, token_ref, num_top_ref, maxima_ref, sums_ref, above_ref, *out_refs = refs
-    logprob_ref, rank_ref, ids_ref, top_ref = out_refs
+    logits_ref, raw_ref, sampling_ref, token_ref, maxima_ref, sums_ref, above_ref, out_ref = refs
     row, (vocab, groups) = pl.program_id(0), (logits_ref.shape[1], maxima_ref.shape[1])
-    num_top, use_raw = num_top_ref[row], use_raw_ref[row]
+    use_raw, num_top = settings(sampling_ref, ("adjusts", "num_top"), row)
 
     @pl.when(num_top >= 0)
     def _():
@@ -81,11 +80,13 @@ def _logprobs_kernel(*refs, width: int):
         largest = maxima.max()
         log_sum = jnp.log((sums * jnp.exp(maxima - largest)).sum())
 
-        def logprob(x):
-            return jnp.where(x > LOWEST, x - largest - log_sum, -jnp.inf)
+        def put(place, number, x):
+            """At a place of the result a rank or an id, and the log probability of the logit x."""
+            value = jnp.where(x > LOWEST, x - largest - log_sum, -jnp.inf)
+            out_ref[row, 0, place] = number
+            out_ref[row, 1, place] = lax.bitcast_convert_type(value, jnp.int32)
 
-        logprob_ref[row] = logprob(_load(logits_ref, raw_ref, use_raw, row, token_ref[row], vocab))
-        rank_ref[row] = above.sum() + 1
+        put(0, above.sum() + 1, _load(logits_ref, raw_ref, use_raw, row, token_ref[row], vocab))
 
         def take_best(i, state):
             """Entries are in order of value, those of one value in order of id: what is left comes after the last."""
@@ -95,8 +96,7 @@ def _logprobs_kernel(*refs, width: int):
             at = own * GROUP + lane
             x = _load(logits_ref, raw_ref, use_raw, row, at, vocab)
             best = jnp.where((x == value) & ((value < last_value) | (at > last_id)), at, vocab).min()
-            ids_ref[row, i] = best
-            top_ref[row, i] = logprob(value)
+            put(1 + i, best, value)
             left = jnp.where((x < value) | ((x == value) & (at > best)), x, -jnp.inf).max()
             return jnp.where(group == own, left, maxima), value, best
 
@@ -107,16 +107,15 @@ def _logprobs_kernel(*refs, width: int):
 def token_logprobs(
     logits: jax.Array,
     raw: jax.Array,
-    use_raw: jax.Array,
+    sampling: jax.Array,
     tokens: jax.Array,
-    num_top: jax.Array,
     *,
     fixed: bool = False,
     tiles: Tiles | None = None,
     interpret: bool = False,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+) -> jax.Array:
     """nanovllm_jax.kernels.token_logprobs as two kernels."""
-    (rows, vocab), args = logits.shape, (logits, raw, use_raw, tokens, num_top)
+    (rows, vocab), args = logits.shape, (logits, raw, sampling, tokens)
     if fixed and rows == 1:
         return as_two_rows(partial(token_logprobs, fixed=True, tiles=tiles, interpret=interpret), *args)
     tiles, groups = tiles or default_tiles(1 if fixed else rows, vocab), groups_of(vocab)
@@ -129,15 +128,13 @@ def token_logprobs(
         interpret=interpret,
         tiles=tiles.groups,
     )
-    out = [((rows,), jnp.float32), ((rows,), jnp.int32)]
-    out += [((rows, MAX_LOGPROBS), jnp.int32), ((rows, MAX_LOGPROBS), jnp.float32)]
-    logprob, rank, top_ids, top_logprobs = pallas_call(
+    [numbers] = pallas_call(
         _logprobs_kernel,
         *(*args, *of_groups),
         grid=(rows,),
-        out_shape=[jax.ShapeDtypeStruct(*shape_and_dtype) for shape_and_dtype in out],
+        out_shape=[jax.ShapeDtypeStruct((rows, 2, 1 + MAX_LOGPROBS), jnp.int32)],
         num_warps=tiles.num_warps,
         interpret=interpret,
         width=pl.next_power_of_2(groups),
     )
-    return logprob, rank, top_ids, top_logprobs
+    return numbers

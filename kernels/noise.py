@@ -7,11 +7,12 @@ Shapes: R rows, V vocabulary, P programs to a row.
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from .common import by_assembly, pallas_call
-from .reference_sampling import noise_bits, uniform
+from .reference_sampling import noise_bits, row_key, settings, uniform
 from .vocabulary import Tiles, default_tiles, fold_tiles
 
 LN2 = 0.6931471805599453
@@ -31,10 +32,10 @@ def _gumbel(bits: jax.Array, on_gpu: bool) -> jax.Array:
 
 
 def _noisy_argmax_kernel(*refs, tiles: Tiles, on_gpu: bool):
-    logits_ref, temperature_ref, key_ref, threshold_ref, first_ref, best_ref, entry_ref = refs
+    logits_ref, sampling_ref, position_ref, threshold_ref, first_ref, best_ref, entry_ref = refs
     program, row, vocab = pl.program_id(0), pl.program_id(1), logits_ref.shape[1]
-    temperature, threshold, key = temperature_ref[row], threshold_ref[row], [key_ref[row, i] for i in range(2)]
-    greedy = temperature == 0
+    [temperature], threshold = settings(sampling_ref, ["temperature"], row), threshold_ref[row]
+    key, greedy = row_key(sampling_ref, position_ref, row), temperature == 0
     scale = 1 / jnp.where(greedy, 1, temperature)
     lane, first = jnp.arange(tiles.block, dtype=jnp.int32), first_ref[0]
 
@@ -56,21 +57,21 @@ def _noisy_argmax_kernel(*refs, tiles: Tiles, on_gpu: bool):
 
 def noisy_argmax(
     logits: jax.Array,
-    temperature: jax.Array,
-    keys: jax.Array,
+    sampling: jax.Array,
+    positions: jax.Array,
     threshold: jax.Array,
     first: jax.Array,
     *,
     tiles: Tiles | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """nanovllm_jax.kernels.noisy_argmax as one kernel, and jnp's choice of the programs' best."""
+    """nanovllm_jax.kernels.noisy_argmax as one kernel, and a reduction by XLA to the best of a row's programs."""
     rows, vocab = logits.shape
     tiles = tiles or default_tiles(rows, vocab, BLOCK)
     shape = rows, tiles.programs
     best, entry = pallas_call(
         _noisy_argmax_kernel,
-        *(logits, temperature, keys, threshold, first),
+        *(logits, sampling, positions, threshold, first),
         grid=(tiles.programs, rows),
         out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct(shape, jnp.int32)],
         num_warps=tiles.num_warps,
@@ -78,5 +79,12 @@ def noisy_argmax(
         tiles=tiles,
         on_gpu=not interpret,
     )
-    highest = best.max(axis=1)
-    return jnp.where(best == highest[:, None], entry, vocab).min(axis=1), highest
+    highest, entry = lax.reduce((best, entry), (jnp.float32(-jnp.inf), jnp.int32(vocab)), _better, dimensions=[1])
+    return entry, highest
+
+
+def _better(one, other):
+    """Of two (score, entry) the one with the higher score, of equal ones the lower entry."""
+    (score, entry), (others_score, others_entry) = one, other
+    others = (others_score > score) | ((others_score == score) & (others_entry < entry))
+    return jnp.where(others, others_score, score), jnp.where(others, others_entry, entry)

@@ -7,20 +7,35 @@ import jax.numpy as jnp
 from jax import lax
 from jax.nn import log_softmax
 
+from nanovllm_jax.sampling_rows import FLOAT_COLUMNS, SamplingRows
+
 from .common import LOG2E
 
+SEED, PENALTIES = ("seed_low", "seed_high"), ("repetition", "frequency", "presence")
+CUTS = ("temperature", "top_k", "top_p", "min_p")
 MAX_LOGPROBS = 20
 COUNT = (1 << 24) - 1  # the bits of a token's entry in token_counts that count how often it was generated
 PROMPT = 1 << 24  # the bit of a token that is in the prompt
 ENDS = 1 << 25  # and of one that would end the text
 
 
-def adjust_logits(logits, slots, asks, suppress_ends, repetition, frequency, presence, token_counts, logit_bias):
+def settings(sampling, names, row=slice(None)):
+    """Columns of SamplingRows by name, each of its type: of all rows [R], or of one; `sampling` may be a ref."""
+
+    def column(name):
+        bits = sampling[row, SamplingRows._fields.index(name)]
+        return lax.bitcast_convert_type(bits, jnp.float32) if name in FLOAT_COLUMNS else bits
+
+    return [column(name) for name in names]
+
+
+def adjust_logits(logits, sampling, slots, positions, token_counts, logit_bias):
     """See nanovllm_jax.kernels.adjust_logits."""
-    rows = (suppress_ends, repetition, frequency, presence)
+    asks, min_len, *penalties = settings(sampling, ("adjusts", "min_len", *PENALTIES))
 
     def adjust():
-        new = adjusted(logits, token_counts[slots], logit_bias[slots], *(x[:, None] for x in rows))
+        columns = (x[:, None] for x in (positions < min_len, *penalties))
+        new = adjusted(logits, token_counts[slots], logit_bias[slots], *columns)
         return jnp.where(asks[:, None] > 0, new, logits)
 
     return lax.cond((asks > 0).any(), adjust, lambda: logits), logits
@@ -28,28 +43,51 @@ def adjust_logits(logits, slots, asks, suppress_ends, repetition, frequency, pre
 
 def adjusted(logits, counts, bias, suppress_ends, repetition, frequency, presence):
     """The arithmetic, for arrays that broadcast; counts as in token_counts."""
-    x = jnp.where((suppress_ends > 0) & ((counts & ENDS) != 0), -jnp.inf, logits + bias)
+    x = jnp.where(suppress_ends & ((counts & ENDS) != 0), -jnp.inf, logits + bias)
     generated = counts & COUNT
     seen = (generated > 0) | ((counts & PROMPT) != 0)
     x = jnp.where(seen, jnp.where(x > 0, x / repetition, x * repetition), x)
     return x - frequency * generated.astype(jnp.float32) - jnp.where(generated > 0, presence, 0.0)
 
 
-def noisy_argmax(logits, temperature, keys, threshold, first):
+def noisy_argmax(logits, sampling, positions, threshold, first):
     """See nanovllm_jax.kernels.noisy_argmax."""
     # Written so that NaN stays: argmax finds it.
     logits = jnp.where(logits < threshold[:, None], -jnp.inf, logits)
+    [temperature] = settings(sampling, ["temperature"])
     greedy = temperature[:, None] == 0
     entries = jnp.arange(logits.shape[1], dtype=jnp.uint32) + first.astype(jnp.uint32)
     scaled = logits / jnp.where(greedy, 1, temperature[:, None])
-    scores = jnp.where(greedy, logits, scaled + gumbel(keys, entries))
+    scores = jnp.where(greedy, logits, scaled + gumbel(row_key(sampling, positions), entries))
     best = jnp.argmax(scores, axis=-1).astype(jnp.int32)
     return best, jnp.take_along_axis(scores, best[:, None], axis=-1)[:, 0]
 
 
-def gumbel(keys, entries):
-    """Standard Gumbel noise [R, N] float32 of rows' keys [R, 2] uint32 and entries [N] uint32 of a vocabulary."""
-    bits = noise_bits((keys[:, :1], keys[:, 1:]), entries[None])
+def row_key(sampling, positions, row=slice(None)):
+    """The two uint32 words of a row's noise, of all rows or one: jax.random.fold_in of its seed and position.
+
+    Over a large vocabulary Threefry would take longer than reading the logits. So it makes one key for a row, whose
+    noise is a keyed hash of the entry's number.
+    """
+    low, high = (word.astype(jnp.uint32) for word in settings(sampling, SEED, row))
+    return threefry((low, high), positions[row].astype(jnp.uint32))
+
+
+def threefry(key, number):
+    """Threefry-2x32 of 20 rounds (Salmon et al. 2011) of (0, number): two words uint32, for two of a key's."""
+    words = *key, key[0] ^ key[1] ^ jnp.uint32(0x1BD11BDA)
+    a, b = words[0], words[1] + number
+    for step in range(1, 6):
+        for turn in (13, 15, 26, 6) if step % 2 else (17, 29, 16, 24):
+            a += b
+            b = a ^ ((b << turn) | (b >> (32 - turn)))
+        a, b = a + words[step % 3], b + words[(step + 1) % 3] + jnp.uint32(step)
+    return a, b
+
+
+def gumbel(key, entries):
+    """Standard Gumbel noise [R, N] float32 of rows' keys, two words [R] each, and entries [N] of a vocabulary."""
+    bits = noise_bits([word[:, None] for word in key], entries[None])
     return -jnp.log(-jnp.log1p(-uniform(bits)))
 
 
@@ -84,9 +122,10 @@ def inverse_temperature(temperature):
     return jnp.minimum(LOG2E / temperature, 1e37)
 
 
-def sampling_threshold(logits, temperature, top_k, top_p, min_p):
+def sampling_threshold(logits, sampling):
     """See nanovllm_jax.kernels.sampling_threshold."""
     vocab = logits.shape[1]
+    temperature, top_k, top_p, min_p = settings(sampling, CUTS)
     asks = asks_threshold(temperature, top_k, top_p, min_p, vocab)
 
     def find():
@@ -105,23 +144,20 @@ def sampling_threshold(logits, temperature, top_k, top_p, min_p):
     return lax.cond(asks.any(), find, lambda: jnp.full(len(logits), -jnp.inf))
 
 
-def token_logprobs(logits, raw, use_raw, tokens, num_top):
+def token_logprobs(logits, raw, sampling, tokens):
     """See nanovllm_jax.kernels.token_logprobs."""
     rows, vocab = logits.shape
     most = min(MAX_LOGPROBS, vocab)
+    use_raw, num_top = settings(sampling, ("adjusts", "num_top"))
 
     def compute():
         x = jnp.where(use_raw[:, None] > 0, raw, logits)
         logprobs = lax.map(log_softmax, x)  # one by one: a sum's order must not depend on the other rows
         own = jnp.take_along_axis(x, tokens[:, None], axis=1)
         _, ids = lax.top_k(x, most)  # of equal ones the lower id first
-        wide = [(0, 0), (0, MAX_LOGPROBS - most)]
-        rank = 1 + (x > own).sum(axis=1, dtype=jnp.int32)
-        logprob, best = (jnp.take_along_axis(logprobs, at, axis=1) for at in (tokens[:, None], ids))
-        return logprob[:, 0], rank, jnp.pad(ids, wide), jnp.pad(best, wide)
+        rank = 1 + (x > own).sum(axis=1, keepdims=True, dtype=jnp.int32)
+        values = jnp.take_along_axis(logprobs, jnp.concatenate((tokens[:, None], ids), axis=1), axis=1)
+        numbers = jnp.concatenate((rank, ids), axis=1), lax.bitcast_convert_type(values, jnp.int32)
+        return jnp.pad(jnp.stack(numbers, axis=1), [(0, 0), (0, 0), (0, MAX_LOGPROBS - most)])
 
-    def skip():
-        top = rows, MAX_LOGPROBS
-        return jnp.zeros(rows), jnp.zeros(rows, jnp.int32), jnp.zeros(top, jnp.int32), jnp.zeros(top)
-
-    return lax.cond((num_top >= 0).any(), compute, skip)
+    return lax.cond((num_top >= 0).any(), compute, lambda: jnp.zeros((rows, 2, 1 + MAX_LOGPROBS), jnp.int32))

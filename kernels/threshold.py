@@ -19,7 +19,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from . import vocabulary
 from .common import SMS, exp2_of_line, pallas_call
-from .reference_sampling import asks_threshold, inverse_temperature
+from .reference_sampling import CUTS, asks_threshold, inverse_temperature, settings
 from .vocabulary import GROUP, as_two_rows, for_each_tile, grouped, groups_of
 
 
@@ -38,12 +38,11 @@ def default_tiles(rows: int, vocab: int) -> Tiles:
     return Tiles(vocabulary.default_tiles(rows, vocab), block=128 * warps, bits=3, num_warps=warps)
 
 
-def _maxima_kernel(x_ref, temperature_ref, top_k_ref, top_p_ref, min_p_ref, maxima_ref, *, tiles: vocabulary.Tiles):
+def _maxima_kernel(x_ref, sampling_ref, maxima_ref, *, tiles: vocabulary.Tiles):
     """Each group's largest entry, in rows that ask."""
     row, program, vocab = pl.program_id(0), pl.program_id(1), x_ref.shape[1]
-    settings = (ref[row] for ref in (temperature_ref, top_k_ref, top_p_ref, min_p_ref))
 
-    @pl.when(asks_threshold(*settings, vocab))
+    @pl.when(asks_threshold(*settings(sampling_ref, CUTS, row), vocab))
     def _():
         def take_in(tile):
             groups, entries = grouped(tile, tiles.block)
@@ -88,9 +87,9 @@ def _search(measure, goal, low, high, *, bits: int):
 
 
 def _threshold_kernel(*refs, width: int, block: int, bits: int, compiled: bool):
-    x_ref, maxima_ref, temperature_ref, top_k_ref, top_p_ref, min_p_ref, threshold_ref, chosen_ref = refs
+    x_ref, sampling_ref, maxima_ref, threshold_ref, chosen_ref = refs
     row, (vocab, groups) = pl.program_id(0), (x_ref.shape[1], maxima_ref.shape[1])
-    temperature, top_k, top_p, min_p = (r[row] for r in (temperature_ref, top_k_ref, top_p_ref, min_p_ref))
+    temperature, top_k, top_p, min_p = settings(sampling_ref, CUTS, row)
     search = partial(_search, bits=bits)
 
     def find():
@@ -167,24 +166,21 @@ def _threshold_kernel(*refs, width: int, block: int, bits: int, compiled: bool):
 
 def sampling_threshold(
     logits: jax.Array,
-    temperature: jax.Array,
-    top_k: jax.Array,
-    top_p: jax.Array,
-    min_p: jax.Array,
+    sampling: jax.Array,
     *,
     fixed: bool = False,
     tiles: Tiles | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """nanovllm_jax.kernels.sampling_threshold as two kernels."""
-    (rows, vocab), settings = logits.shape, (temperature, top_k, top_p, min_p)
+    rows, vocab = logits.shape
     if fixed and rows == 1:
-        return as_two_rows(partial(sampling_threshold, fixed=True, tiles=tiles, interpret=interpret), logits, *settings)
+        return as_two_rows(partial(sampling_threshold, fixed=True, tiles=tiles, interpret=interpret), logits, sampling)
     tiles = tiles or default_tiles(1 if fixed else rows, vocab)
     groups = groups_of(vocab)
     [maxima] = pallas_call(
         _maxima_kernel,
-        *(logits, *settings),
+        *(logits, sampling),
         grid=(rows, tiles.maxima.programs),
         out_shape=[jax.ShapeDtypeStruct((rows, groups), jnp.float32)],
         num_warps=tiles.maxima.num_warps,
@@ -193,7 +189,7 @@ def sampling_threshold(
     )
     threshold, _ = pallas_call(
         _threshold_kernel,
-        *(logits, maxima, *settings),
+        *(logits, sampling, maxima),
         grid=(rows,),
         out_shape=[jax.ShapeDtypeStruct((rows,), jnp.float32), jax.ShapeDtypeStruct((rows, groups), jnp.int32)],
         num_warps=tiles.num_warps,

@@ -21,11 +21,11 @@ from nanovllm_jax.kernels import adjust_logits, noisy_argmax, reference_sampling
 from options import above_zero, count
 
 from nanovllm_jax import SamplingParams
-from nanovllm_jax.engine.batch import FLOAT_COLUMNS, SamplingRows, sampling_row
 from nanovllm_jax.engine.sequence import Sequence
 from nanovllm_jax.engine.tables import ENDS, PROMPT
-from nanovllm_jax.layers.sampler import row_keys, sample
-from nanovllm_jax.models.draw import DeviceState, columns, draw
+from nanovllm_jax.layers.sampler import sample
+from nanovllm_jax.models.draw import DeviceState, draw
+from nanovllm_jax.sampling_rows import packed, sampling_row
 
 CALLS = 4  # to a program, each on logits of its own
 CONTEXT = 1000  # tokens of each sequence, half of them its prompt
@@ -75,8 +75,7 @@ def make_rows(settings: dict, rows: int) -> jax.Array:
     lines, params = [], SamplingParams(**settings)
     for i in range(rows):
         seq = Sequence(i, "", [0] * (CONTEXT // 2), params, seed=i, min_len=2 * CONTEXT, max_len=4 * CONTEXT)
-        row = sampling_row(seq)._asdict()
-        lines.append([np.float32(x).view(np.int32) if name in FLOAT_COLUMNS else x for name, x in row.items()])
+        lines.append(packed(sampling_row(seq)))
     return jnp.array(lines, jnp.int32)
 
 
@@ -109,7 +108,7 @@ def seconds_per_call(call, inputs: list[tuple], state: tuple = (), samples: int 
 def make_and_draw(scale, logits, sampling, slots, context_lens, *state):
     """`draw` where nobody else holds the logits, as in a step."""
     (made,) = make(scale, logits)
-    *outputs, state = draw(made, columns(sampling), slots, context_lens, DeviceState(*state))
+    *outputs, state = draw(made, sampling, slots, context_lens, DeviceState(*state))
     return outputs, *state
 
 
@@ -135,34 +134,32 @@ class Bench:
         keys = jax.random.split(jax.random.key(0), CALLS)
         self.logits = [jax.jit(make_logits, static_argnums=(0, 2, 3))(kind, key, rows, vocab) for key in keys]
         self.state = make_state(np.random.default_rng(0), rows, vocab)
-        self.packed = make_rows(settings, rows)
-        columns = SamplingRows(*self.packed.T)
-        row = columns._replace(**{column: getattr(columns, column).view(jnp.float32) for column in FLOAT_COLUMNS})
+        self.sampling = make_rows(settings, rows)
         self.slots, self.context_lens = jnp.arange(rows), jnp.full(rows, CONTEXT)
         tokens = jnp.argmax(self.logits[0], axis=1).astype(jnp.int32)
-        early = (self.context_lens < row.min_len).astype(jnp.int32)
         tables = self.state.token_counts, self.state.logit_bias
-        self.adjust = self.slots, row.adjusts, early, row.repetition, row.frequency, row.presence, *tables
-        self.threshold = row.temperature, row.top_k, row.top_p, row.min_p
-        seeds = jnp.stack((row.seed_low, row.seed_high), axis=1).astype(jnp.uint32)
-        self.sample = row.temperature, seeds, self.context_lens, jnp.full(rows, -1.0)
-        self.logprobs = row.adjusts, tokens, row.num_top
+        self.adjust = self.sampling, self.slots, self.context_lens, *tables
+        self.sample = self.sampling, self.context_lens, jnp.full(rows, -1.0)
+        self.logprobs = self.sampling, tokens
+        adjusts, self.num_top, *cuts = reference_sampling.settings(
+            self.sampling, ("adjusts", "num_top", *reference_sampling.CUTS), row=0
+        )
         passes = dict(  # over the logits or what is as large
-            adjust=5 * row.adjusts[0],  # logits, counts and bias come in, old and new logits go out
-            threshold=reference_sampling.asks_threshold(*(x[0] for x in self.threshold), vocab),
+            adjust=5 * adjusts,  # logits, counts and bias come in, old and new logits go out
+            threshold=reference_sampling.asks_threshold(*cuts, vocab),
             sample=1,
-            logprobs=row.num_top[0] >= 0,
+            logprobs=self.num_top >= 0,
         )
         self.bytes = {part: 4.0 * rows * vocab * int(count) for part, count in passes.items()}
         self.bytes["draw"] = sum(self.bytes.values())
 
     def seconds(self) -> dict[str, float]:
         """Of each part."""
-        scaled, rest = [(jnp.float32(1), x) for x in self.logits], (self.packed, self.slots, self.context_lens)
+        scaled, rest = [(jnp.float32(1), x) for x in self.logits], (self.sampling, self.slots, self.context_lens)
         whole = seconds_per_call(make_and_draw, [(*inputs, *rest) for inputs in scaled], self.state)
         return dict(
             adjust=seconds_per_call(adjust, [self.adjust] * CALLS, (self.logits[0],)),
-            threshold=seconds_per_call(only(sampling_threshold), [(x, *self.threshold) for x in self.logits]),
+            threshold=seconds_per_call(only(sampling_threshold), [(x, self.sampling) for x in self.logits]),
             sample=seconds_per_call(only(sample), [(x, *self.sample) for x in self.logits]),
             logprobs=seconds_per_call(only(token_logprobs), [(x, x, *self.logprobs) for x in self.logits]),
             draw=whole - seconds_per_call(make, scaled),
@@ -177,19 +174,16 @@ class Bench:
             return zip(*(jax.tree.leaves(jax.jit(f)(*args)) for f in (function, oracle)))
 
         ((new, expected), _) = both(adjust_logits, logits, *self.adjust)
-        ((low, oracles_low),) = both(sampling_threshold, logits, *self.threshold)
+        ((low, oracles_low),) = both(sampling_threshold, logits, self.sampling)
         differently = ((logits >= low[:, None]) != (logits >= oracles_low[:, None])).sum()
-        temperature, seeds, positions, least = self.sample
-        noisy = temperature, row_keys(seeds, positions), least, jnp.zeros(1, jnp.int32)
-        ((drawn, oracles_drawn), _) = both(noisy_argmax, logits, *noisy)
+        ((drawn, oracles_drawn), _) = both(noisy_argmax, logits, *self.sample, jnp.zeros(1, jnp.int32))
         text = f"adjusted {jnp.nanmax(jnp.abs(new - expected)):.0e}, kept differently {differently}"
         text += f", drawn differently {(drawn != oracles_drawn).sum()}"
-        count = int(self.logprobs[-1][0])
-        if count >= 0:
-            pairs = both(token_logprobs, logits, logits, *self.logprobs)
-            for name, (found, wanted) in zip(("logprob", "rank", "ids", "logprobs"), pairs):
-                asked = np.s_[:, :count] if found.ndim == 2 else np.s_[:]
-                text += f", {name} {jnp.abs(found - wanted)[asked].max():.0e}"
+        if self.num_top >= 0:
+            (pair,) = both(token_logprobs, logits, logits, *self.logprobs)
+            (ids, values), (wanted, oracles) = (jnp.moveaxis(x[:, :, : 1 + self.num_top], 1, 0) for x in pair)
+            text += f", ranks and ids {jnp.abs(ids - wanted).max()}"
+            text += f", logprobs {jnp.abs(values.view(jnp.float32) - oracles.view(jnp.float32)).max():.0e}"
         return text
 
 

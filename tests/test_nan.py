@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sampling_array import sampling_array
 from small_model import SMALL, assert_idle, join, random_tensors, small_llm, whole, write_checkpoint
 
 from nanovllm_jax import SamplingParams
-from nanovllm_jax.engine.batch import SamplingRows
-from nanovllm_jax.models.draw import DeviceState, columns, draw
+from nanovllm_jax.models.draw import DeviceState, draw
 
 POISONED = 300  # a token whose embedding is NaN
 VOCAB = 7
@@ -152,20 +152,9 @@ SETTINGS = {
 }
 
 
-def packed(rows):
-    """[R, 12] as BatchPacker has it."""
-    bits = [
-        [np.float32(value).view(np.int32) if isinstance(value, float) else value for value in SamplingRows(**row)]
-        for row in rows
-    ]
-    return jnp.array(bits, jnp.int32)
-
-
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_rows_without_a_token_to_draw(settings):
     """They give -1, and their neighbours what they give alone; the state never has -1."""
-    own = dict(seed_low=3, seed_high=0, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
-    own |= dict(repetition=1.0, frequency=0.0, presence=0.0, min_len=0, adjusts=0, num_top=-1) | settings
     good = np.linspace(-1, 3, VOCAB, dtype=np.float32)
     logits = np.array([row for bad in BAD_ROWS.values() for row in (bad, good)] + [good], np.float32)
     count = len(logits)
@@ -176,10 +165,9 @@ def test_rows_without_a_token_to_draw(settings):
     )
     slots = jnp.arange(count, dtype=jnp.int32)
     run = jax.jit(draw)
-    tokens, _, after = run(
-        jnp.array(logits), columns(packed([own] * count)), slots, jnp.full(count, 9, jnp.int32), state
-    )
-    alone, _, _ = run(jnp.array(logits[-1:]), columns(packed([own])), slots[:1], jnp.full(1, 9, jnp.int32), state)
+    sampling = jnp.array(sampling_array(count, seed_low=3, **settings))
+    tokens, _, after = run(jnp.array(logits), sampling, slots, jnp.full(count, 9, jnp.int32), state)
+    alone, _, _ = run(jnp.array(logits[-1:]), sampling[-1:], slots[:1], jnp.full(1, 9, jnp.int32), state)
     assert tokens.tolist() == [-1, int(alone[0])] * len(BAD_ROWS) + [int(alone[0])]
     assert ((after.last_tokens >= 0) & (after.last_tokens < VOCAB)).all()
-    assert after.token_counts.sum(axis=1).tolist() == [own["adjusts"]] * count
+    assert after.token_counts.sum(axis=1).tolist() == [settings.get("adjusts", 0)] * count

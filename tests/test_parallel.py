@@ -123,12 +123,12 @@ def check_collectives(report, data, model, layers):
     pairs, *others = [size for kind, size in always if kind == "all-gather"]
     assert pairs == model * rows * 2
     # Data groups tell each other their tokens and log probabilities.
-    assert sorted(others) == ([] if data == 1 else [data * rows] * 3 + [data * rows * top] * 2)
+    assert sorted(others) == ([] if data == 1 else [data * rows, data * rows * 2 * (1 + top)])
     assert len(always) == len(sums) + 1 + len(others)
     # Where a row asks for top_p or log probabilities, each row's logits come together on one device; results go to all.
     share = -(-rows // model)
     assert [size for kind, size in branches if kind == "all-to-all"] == [share * vocab] * 2
-    assert all(size <= share * model * top for kind, size in branches if kind == "all-gather")
+    assert all(size <= share * model * 2 * (1 + top) for kind, size in branches if kind == "all-gather")
     assert {kind for kind, _ in branches} == {"all-to-all", "all-gather"}
 
 

@@ -1,29 +1,49 @@
 """Drawing tokens: the right distribution, the same draw for the same request whatever runs beside it."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from nanovllm_jax.kernels import reference_sampling
+from sampling_array import sampling_array
 
 from nanovllm_jax import SamplingParams
-from nanovllm_jax.layers.sampler import row_keys, sample
+from nanovllm_jax.layers.sampler import sample
 
 DRAWS = 20_000
 LOGITS = np.array([2.0, 1.0, 0.0, -1.0, 0.5, -np.inf, 1.5, -3.0], np.float32)
-draw = jax.jit(lambda logits, *args: sample(logits, *args, jnp.full(len(logits), -jnp.inf))[0])
+compiled = jax.jit(sample)
+
+
+def draw_scored(logits, temperature, seeds, positions, thresholds=-np.inf):
+    """`sample`, of columns that are packed for it."""
+    sampling = sampling_array(len(logits), temperature=temperature, seeds=seeds)
+    return compiled(logits, sampling, positions, np.full(len(logits), thresholds, np.float32))
+
+
+def draw(*args):
+    return draw_scored(*args)[0]
 
 
 def rows(count, logits=LOGITS, temperature=1.0, seeds=None, positions=None):
-    """Arguments of `sample` for `count` rows of one distribution."""
+    """Arguments of `draw` for `count` rows of one distribution."""
     seeds = np.zeros((count, 2), np.uint32) if seeds is None else seeds
     positions = np.zeros(count, np.int32) if positions is None else positions
     return np.tile(logits, (count, 1)), np.full(count, temperature, np.float32), seeds, positions
 
 
+@partial(jax.jit, static_argnums=2)
+def noise_of(sampling, positions, size):
+    return reference_sampling.gumbel(
+        reference_sampling.row_key(sampling, positions), jnp.arange(size, dtype=jnp.uint32)
+    )
+
+
 def gumbel(seeds, positions, size):
     """The noise of rows, over a vocabulary of this size."""
-    return reference_sampling.gumbel(row_keys(seeds, positions), jnp.arange(size, dtype=jnp.uint32))
+    return noise_of(sampling_array(len(seeds), seeds=seeds), positions, size)
 
 
 def seeds_of(count):
@@ -73,7 +93,7 @@ def noise():
     """The noise of 16 (seed, position) pairs, neighbours all, over Qwen3's vocabulary, brought back to [0, 1]."""
     seeds = np.repeat(seeds_of(4), 4, axis=0)
     positions = np.tile(np.arange(4, dtype=np.int32), 4)
-    values = np.asarray(jax.jit(gumbel, static_argnums=2)(seeds, positions, 151_936), np.float64)
+    values = np.asarray(gumbel(seeds, positions, 151_936), np.float64)
     return np.exp(-np.exp(-values))
 
 
@@ -102,7 +122,7 @@ def test_the_noise_is_one_whatever_jax_draws_by():
 def test_no_two_rows_share_their_noise():
     """Both words of the key count: of 300,000 keys of 32 bits, ten pairs would be equal."""
     rows = np.arange(300_000, dtype=np.int32)
-    found = np.asarray(jax.jit(gumbel, static_argnums=2)(np.full((rows.size, 2), 5, np.uint32), rows, 4))
+    found = np.asarray(gumbel(np.full((rows.size, 2), 5, np.uint32), rows, 4))
     assert len(np.unique(found, axis=0)) == rows.size
 
 
@@ -146,7 +166,7 @@ def test_whoever_is_alone_is_drawn():
     assert -3 < gumbel(seeds, position, entry + 1)[0, entry] < -2.5, "the lowest that there is"
     logits = np.full((1, entry + 1), -5, np.float32)
     logits[0, entry] = 20
-    token, score = sample(logits, np.ones(1, np.float32), seeds, position, np.full(1, 20, np.float32))
+    token, score = draw_scored(logits, 1, seeds, position, 20)
     assert token == entry
     assert np.isfinite(score)
 
@@ -155,6 +175,6 @@ def test_the_highest_temperature():
     """What is accepted divides what it likes, infinity too: no NaN."""
     temperature = np.full(4, SamplingParams(temperature=3e38).temperature, np.float32)
     logits = np.array([[1.0, -np.inf, 2.0, -np.inf]] * 4, np.float32)
-    tokens, scores = sample(logits, temperature, seeds_of(4), np.arange(4), np.full(4, -np.inf))
+    tokens, scores = draw_scored(logits, temperature, seeds_of(4), np.arange(4))
     assert np.isfinite(scores).all()
     assert set(tokens.tolist()) <= {0, 2}

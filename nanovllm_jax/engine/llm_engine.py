@@ -12,7 +12,6 @@ from nanovllm_jax.checkpoints.generation_config import default_sampling_params
 from nanovllm_jax.checkpoints.load import find_checkpoint
 from nanovllm_jax.checkpoints.tokenizer import load_tokenizer, stop_token_ids
 from nanovllm_jax.config import ModelConfig
-from nanovllm_jax.engine.batch import adjusts_logits
 from nanovllm_jax.engine.data_groups import DataGroups, GroupPacker
 from nanovllm_jax.engine.dispatch import DispatchedStep, dispatch
 from nanovllm_jax.engine.door import Door
@@ -30,6 +29,7 @@ from nanovllm_jax.engine_config import EngineConfig
 from nanovllm_jax.outputs import EngineStats, RequestOutput
 from nanovllm_jax.parallel.backend import prepare_backend
 from nanovllm_jax.sampling_params import SamplingParams
+from nanovllm_jax.sampling_rows import adjusts_logits
 
 logger = logging.getLogger(__name__)
 

@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from nanovllm_jax.outputs import Logprob
 
 
@@ -16,6 +18,15 @@ class TokenLogprobs(NamedTuple):
     top_ids: list[int]
     """The most likely tokens, best first; there may be more than were asked for."""
     top_logprobs: list[float]
+
+
+def token_entries(tokens: list[int], numbers: np.ndarray) -> list[TokenLogprobs]:
+    """From tokens and what kernels.token_logprobs says of them, [tokens, 2, 1 + MAX_LOGPROBS] int32."""
+    ids, values = numbers[:, 0].tolist(), numbers[:, 1].view(np.float32).tolist()
+    return [
+        TokenLogprobs(token, logprob, rank, top_ids, top_logprobs)
+        for token, (rank, *top_ids), (logprob, *top_logprobs) in zip(tokens, ids, values)
+    ]
 
 
 def readable_logprobs(

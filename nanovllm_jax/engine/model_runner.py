@@ -3,7 +3,7 @@
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
@@ -21,7 +21,7 @@ from nanovllm_jax.checkpoints.load import ModelLoader
 from nanovllm_jax.config import DTYPES, ModelConfig
 from nanovllm_jax.engine.batch import BatchShape
 from nanovllm_jax.engine.buckets import cpu_buckets, gpu_buckets
-from nanovllm_jax.engine.logprobs import TokenLogprobs
+from nanovllm_jax.engine.logprobs import TokenLogprobs, token_entries
 from nanovllm_jax.engine.memory import (
     RESERVE,
     MemoryPlan,
@@ -34,7 +34,7 @@ from nanovllm_jax.engine.schedule import ONE_STEP, RunAhead
 from nanovllm_jax.engine.weights import ServedWeights
 from nanovllm_jax.engine_config import EngineConfig
 from nanovllm_jax.machine import GIB
-from nanovllm_jax.models.draw import DeviceState, LogprobArrays, write_tables
+from nanovllm_jax.models.draw import DeviceState, write_tables
 from nanovllm_jax.models.lowering import helpers_for, lower_all
 from nanovllm_jax.models.parameters import ParameterPath, digest_of
 from nanovllm_jax.models.programs import ProgramStore
@@ -118,7 +118,7 @@ class ModelRunner:
         numbers = np.zeros(size, np.float32) if steering is None else np.array(steering, np.float32)
         self.state = _write_steering(self.state, slot, numbers)
 
-    def prompt_logprobs(self, output: StepOutput, wanted: list[tuple[int, int, int]]) -> list[LogprobArrays]:
+    def prompt_logprobs(self, output: StepOutput, wanted: list[tuple[int, int, int]]) -> list[jax.Array]:
         """Log probabilities that a step's prefill tokens give: of each its row, the token it predicts, and num_top.
 
         Like `dispatch`, it does not wait for the device. Returns the parts for `collect_prompt_logprobs`.
@@ -137,20 +137,16 @@ class ModelRunner:
 
     def collect_logprobs(self, output: StepOutput, rows: list[int]) -> list[dict[int, TokenLogprobs]]:
         """For each of its steps the log probabilities of these rows' tokens, by row."""
-        tokens, logprobs = np.asarray(output.tokens), jax.tree.map(np.asarray, output.logprobs)
-        return [
-            dict(zip(rows, _entries(tokens[step, rows], (array[step, rows] for array in logprobs))))
-            for step in range(len(tokens))
-        ]
+        both = zip(np.asarray(output.tokens), np.asarray(output.logprobs))
+        return [dict(zip(rows, token_entries(tokens[rows].tolist(), numbers[rows]))) for tokens, numbers in both]
 
     def collect_activations(self, output: StepOutput) -> dict[str, np.ndarray]:
         """What the probe took out of a dispatched step, by place."""
         return jax.tree.map(np.asarray, output.activations)
 
-    def collect_prompt_logprobs(self, tokens: list[int], parts: list[LogprobArrays]) -> list[TokenLogprobs]:
+    def collect_prompt_logprobs(self, tokens: list[int], parts: list[jax.Array]) -> list[TokenLogprobs]:
         """The log probabilities of `prompt_logprobs`, token by token."""
-        arrays = (np.concatenate(list(map(np.asarray, arrays)))[: len(tokens)] for arrays in zip(*parts))
-        return _entries(np.array(tokens), arrays)
+        return token_entries(tokens, np.concatenate(list(map(np.asarray, parts)))[: len(tokens)])
 
     def check_agreement(self, asked: list, weights: Mapping[ParameterPath, Any] | None = None) -> None:
         """Raise RuntimeError where other processes were asked for something else, or given other weights."""
@@ -336,11 +332,6 @@ def _shared(config: EngineConfig) -> EngineConfig:
     """The options in which all processes of an engine must agree: the others as if nobody had set them."""
     own = ("distributed", "coordinator_address", "num_processes", "process_id", "compilation_cache_dir")
     return replace(config, **{name: getattr(EngineConfig(), name) for name in own})
-
-
-def _entries(tokens: np.ndarray, logprobs: Iterable[np.ndarray]) -> list[TokenLogprobs]:
-    """Arrays over tokens as one TokenLogprobs a token."""
-    return [TokenLogprobs(*values) for values in zip(tokens.tolist(), *(array.tolist() for array in logprobs))]
 
 
 @partial(jax.jit, donate_argnums=0)

@@ -2,18 +2,11 @@
 
 import numpy as np
 
-from nanovllm_jax.engine.batch import (
-    ADJUSTS,
-    FLOAT_COLUMNS,
-    NUM_TOP,
-    BatchShape,
-    BatchView,
-    SamplingRows,
-    sampling_row,
-)
+from nanovllm_jax.engine.batch import BatchShape, BatchView
 from nanovllm_jax.engine.buckets import Buckets
 from nanovllm_jax.engine.schedule import Schedule
 from nanovllm_jax.engine.sequence import Sequence
+from nanovllm_jax.sampling_rows import ADJUSTS, NUM_TOP, SamplingRows, packed, sampling_row
 
 
 class BatchPacker:
@@ -62,10 +55,7 @@ class BatchPacker:
         slot, table = seq.slot, seq.block_table
         self.tables[slot, : len(table)] = table
         self.table_lens[slot] = len(table)
-        row = sampling_row(seq)
-        self.sampling[slot] = [
-            _bits(value) if name in FLOAT_COLUMNS else value for name, value in zip(row._fields, row)
-        ]
+        self.sampling[slot] = packed(sampling_row(seq))
 
     def _pack_rows(self, view: BatchView, first: int, seqs: list[Sequence]) -> None:
         if not seqs:
@@ -82,8 +72,3 @@ class BatchPacker:
         view.context_lens[rows] = [seq.num_computed for seq in seqs]
         view.sampling[rows] = self.sampling[slots]
         view.tables[rows] = self.tables[slots]
-
-
-def _bits(value: float) -> int:
-    """A float32's bits as an int32."""
-    return int(np.float32(value).view(np.int32))

@@ -13,28 +13,14 @@ from nanovllm_jax.parallel.vocabulary import best_of_shards
 
 
 def sample(
-    logits: jax.Array,
-    temperatures: jax.Array,
-    seeds: jax.Array,
-    positions: jax.Array,
-    thresholds: jax.Array,
+    logits: jax.Array, sampling: jax.Array, positions: jax.Array, thresholds: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Draw one token a row from softmax(logits / temperature), by the Gumbel-max trick; temperature 0 is argmax.
 
-    logits [R, V] float32 (or a device's part of V), temperatures [R] float32, seeds [R, 2] uint32, positions [R] int32
-    (of the drawn token); thresholds [R] float32: entries below a row's are never drawn. Returns the tokens [R] int32
-    and their scores [R], which are logits where the temperature is 0.
+    logits [R, V] float32 (or a device's part of V), sampling [R, 12] int32 (SamplingRows), positions [R] int32 (of the
+    drawn token); thresholds [R] float32: entries below a row's are never drawn. Returns the tokens [R] int32 and their
+    scores [R], which are logits where the temperature is 0.
     """
     first = jnp.full(1, first_of_shard(logits.shape[1]), jnp.int32)
-    best, scores = noisy_argmax(logits, temperatures, row_keys(seeds, positions), thresholds, first)
+    best, scores = noisy_argmax(logits, sampling, positions, thresholds, first)
     return best_of_shards(best + first, scores)
-
-
-def row_keys(seeds: jax.Array, positions: jax.Array) -> jax.Array:
-    """The keys [R, 2] uint32 of the noise of seeds [R, 2] uint32 at positions [R].
-
-    Threefry makes one key for a row. Over a large vocabulary it would take longer than reading the logits, so a row's
-    noise is a keyed hash of the entry's number.
-    """
-    keys = jax.random.wrap_key_data(seeds, impl="threefry2x32")  # whatever JAX's default is
-    return jax.random.key_data(jax.vmap(jax.random.fold_in)(keys, positions))

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from nanovllm_jax.engine.batch import FLOAT_COLUMNS, SamplingRows
 from nanovllm_jax.kernels import adjust_logits
 from nanovllm_jax.layers.sampler import sample
 from nanovllm_jax.parallel import vocabulary
 from nanovllm_jax.parallel.sharding import DATA_AXIS, first_of_shard, local_index
+from nanovllm_jax.sampling_rows import ADJUSTS
 
 
 class DeviceState(NamedTuple):
@@ -30,47 +30,29 @@ class DeviceState(NamedTuple):
     """[S, K] float32: what the requests bring for a probe to edit by; None without a probe."""
 
 
-class LogprobArrays(NamedTuple):
-    """Log probabilities of the raw logits."""
-
-    logprob: jax.Array
-    """[R] float32: the token's own."""
-    rank: jax.Array
-    """[R] int32: 1 for the most likely token."""
-    top_ids: jax.Array
-    """[R, MAX_LOGPROBS] int32: the most likely ones, of which as many are valid as the row asked for."""
-    top_logprobs: jax.Array
-    """[R, MAX_LOGPROBS] float32."""
-
-
 def draw(
     logits: jax.Array,
-    rows: SamplingRows,
+    sampling: jax.Array,
     slots: jax.Array,
     context_lens: jax.Array,
     state: DeviceState,
     *,
     fixed: bool = False,
-) -> tuple[jax.Array, LogprobArrays, DeviceState]:
+) -> tuple[jax.Array, jax.Array, DeviceState]:
     """Draw each row's next token, which goes to position context_lens [R] of its sequence.
 
-    logits [R, V] float32 (or a device's part of V); rows: from `columns`; slots [R] int32. Returns tokens [R] int32,
-    their log probabilities, and the state with the tokens taken in. A row whose best logit is NaN or infinite has no
-    token to draw: it returns -1, and the state has some token of the vocabulary.
+    logits [R, V] float32 (or a device's part of V); sampling [R, 12] and slots [R] int32. Returns tokens [R] int32,
+    what kernels.token_logprobs says of them by the raw logits, and the state with the tokens taken in. A row whose best
+    logit is NaN or infinite has no token to draw: it returns -1, and the state has some token of the vocabulary.
     """
-    seeds = jnp.stack((rows.seed_low, rows.seed_high), axis=1).astype(jnp.uint32)
-    ends_too_early = (context_lens < rows.min_len).astype(jnp.int32)
-    penalties = rows.repetition, rows.frequency, rows.presence
-    logits, raw = adjust_logits(
-        logits, slots, rows.adjusts, ends_too_early, *penalties, state.token_counts, state.logit_bias
-    )
-    threshold = vocabulary.threshold(logits, rows.temperature, rows.top_k, rows.top_p, rows.min_p, fixed=fixed)
-    tokens, scores = sample(logits, rows.temperature, seeds, context_lens, threshold)
-    logprobs = LogprobArrays(*vocabulary.logprobs(logits, raw, rows.adjusts, tokens, rows.num_top, fixed=fixed))
+    logits, raw = adjust_logits(logits, sampling, slots, context_lens, state.token_counts, state.logit_bias)
+    threshold = vocabulary.threshold(logits, sampling, fixed=fixed)
+    tokens, scores = sample(logits, sampling, context_lens, threshold)
+    logprobs = vocabulary.logprobs(logits, raw, sampling, tokens, fixed=fixed)
     entries = local_index(tokens, logits.shape[1])
     state = state._replace(
         last_tokens=state.last_tokens.at[slots].set(tokens),
-        token_counts=state.token_counts.at[slots, entries].add(rows.adjusts, mode="drop"),
+        token_counts=state.token_counts.at[slots, entries].add(sampling[:, ADJUSTS], mode="drop"),
     )
     return jnp.where(jnp.isfinite(scores), tokens, -1), logprobs, state  # NaN and infinity are drawn, where they are
 
@@ -84,9 +66,3 @@ def write_tables(state: DeviceState, line: jax.Array, token_counts: jax.Array, l
         token_counts=state.token_counts.at[slot].set(counts, mode="drop"),
         logit_bias=state.logit_bias.at[slot].set(bias, mode="drop"),
     )
-
-
-def columns(sampling: jax.Array) -> SamplingRows:
-    """BatchView.sampling [R, 12] int32 as columns [R] of their own types."""
-    bits = SamplingRows(*sampling.T)
-    return bits._replace(**{name: lax.bitcast_convert_type(getattr(bits, name), jnp.float32) for name in FLOAT_COLUMNS})

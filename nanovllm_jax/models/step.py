@@ -3,7 +3,6 @@
 B decode rows, T prefill tokens, P prefill sequences, R = B + P, W table width, D hidden, V vocabulary.
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -11,12 +10,13 @@ import jax.numpy as jnp
 
 from nanovllm_jax.engine.batch import BatchShape, BatchView
 from nanovllm_jax.layers.attention import KVCache, PagedAttention
-from nanovllm_jax.models.draw import DeviceState, LogprobArrays, columns, draw
+from nanovllm_jax.models.draw import DeviceState, draw
 from nanovllm_jax.models.qwen3 import Qwen3ForCausalLM, run_layer
 from nanovllm_jax.models.watch import Watch
 from nanovllm_jax.parallel import vocabulary
 from nanovllm_jax.parallel.sharding import DATA_AXIS, from_group, local_index
 from nanovllm_jax.probe import Probe
+from nanovllm_jax.sampling_rows import NUM_TOP, SamplingRows
 
 
 class StepOutput(NamedTuple):
@@ -24,8 +24,8 @@ class StepOutput(NamedTuple):
 
     tokens: jax.Array
     """[steps, R] int32; -1 where the logits have no finite best."""
-    logprobs: LogprobArrays
-    """Of the tokens, each [steps, R, ...]."""
+    logprobs: jax.Array
+    """[steps, R, 2, 1 + MAX_LOGPROBS] int32: kernels.token_logprobs of the tokens."""
     hidden: jax.Array
     """[steps, T, D]: the prefill tokens' hidden states, for `prompt_logprobs`."""
     activations: dict[str, jax.Array]
@@ -47,7 +47,6 @@ def engine_step(
     buffer: the batch, packed by engine.batch. The caches and the state come back updated; compiled, they are donated.
     """
     batch = shape.views(buffer)
-    batch = batch._replace(sampling=columns(batch.sampling))  # once: for one row each column is a copy
 
     def step(carry, number):
         """Decode rows go on from the token that the step before left in last_tokens."""
@@ -67,8 +66,8 @@ def engine_step(
 
 def prompt_logprobs(
     model: Qwen3ForCausalLM, hidden: jax.Array, rows: jax.Array, tokens: jax.Array, num_top: jax.Array
-) -> LogprobArrays:
-    """Log probabilities of tokens [C] int32, predicted by these rows [C] int32 of a step's hidden [1, T, D].
+) -> jax.Array:
+    """kernels.token_logprobs of tokens [C] int32, predicted by these rows [C] int32 of a step's hidden [1, T, D].
 
     Of several data groups, T counts the rows of all, of which each has its own.
 
@@ -77,9 +76,9 @@ def prompt_logprobs(
     own = local_index(rows, hidden.shape[1], DATA_AXIS)
     mine = own < hidden.shape[1]
     logits = model.logits(hidden[0, jnp.where(mine, own, 0)])
-    asks = jnp.where(mine, num_top, -1)
-    logprobs = vocabulary.logprobs(logits, logits, jnp.zeros_like(tokens), tokens, asks, fixed=model.deterministic)
-    return jax.tree.map(partial(from_group, mine), LogprobArrays(*logprobs))
+    asks = jnp.zeros((len(rows), len(SamplingRows._fields)), jnp.int32)
+    asks = asks.at[:, NUM_TOP].set(jnp.where(mine, num_top, -1))
+    return from_group(mine, vocabulary.logprobs(logits, logits, asks, tokens, fixed=model.deterministic))
 
 
 def _one_step(model, caches, state: DeviceState, batch: BatchView, block_size: int, probe):

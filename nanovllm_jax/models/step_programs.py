@@ -16,12 +16,12 @@ from nanovllm_jax.config import ModelConfig
 from nanovllm_jax.engine.batch import BatchShape
 from nanovllm_jax.engine_config import EngineConfig
 from nanovllm_jax.layers.attention import KVCache
-from nanovllm_jax.models.draw import DeviceState, LogprobArrays
+from nanovllm_jax.models.draw import DeviceState
 from nanovllm_jax.models.parameters import abstract_model
 from nanovllm_jax.models.step import StepOutput, engine_step
 from nanovllm_jax.parallel.sharding import DATA_AXIS, MODEL_AXIS, gather_groups, make_mesh, per_device, specs_of
 
-for part in (KVCache, DeviceState, LogprobArrays, StepOutput):
+for part in (KVCache, DeviceState, StepOutput):
     export.register_namedtuple_serialization(part, serialized_name=f"nanovllm_jax.{part.__name__}")
 
 # Custom calls that jax.export does not vouch for from one release to the next: here both sides are one.
@@ -107,5 +107,5 @@ class StepPrograms:
         model = jax.tree.unflatten(self.treedef, leaves)
         static = dict(shape=shape, block_size=self.settings.config.block_size, probe=self.settings.config.probe)
         output, caches, state = engine_step(model, caches, state, buffer, **static)
-        tokens, logprobs = jax.tree.map(partial(gather_groups, axis=1), (output.tokens, output.logprobs))
+        tokens, logprobs = (gather_groups(x, axis=1) for x in (output.tokens, output.logprobs))
         return output._replace(tokens=tokens, logprobs=logprobs), caches, state

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from nanovllm_jax.kernels import sampling_threshold, token_logprobs
-from nanovllm_jax.kernels.reference_sampling import asks_threshold
+from nanovllm_jax.kernels.reference_sampling import CUTS, asks_threshold, settings
 from nanovllm_jax.parallel.sharding import MODEL_AXIS, first_of_shard, is_split
 
 
@@ -34,52 +34,39 @@ def best_of_shards(entries: jax.Array, scores: jax.Array) -> tuple[jax.Array, ja
     return tuple(jnp.take_along_axis(x, winner, axis=0)[0] for x in (numbers, scores))
 
 
-def threshold(
-    logits: jax.Array,
-    temperature: jax.Array,
-    top_k: jax.Array,
-    top_p: jax.Array,
-    min_p: jax.Array,
-    *,
-    fixed: bool = False,
-) -> jax.Array:
+def threshold(logits: jax.Array, sampling: jax.Array, *, fixed: bool = False) -> jax.Array:
     """kernels.sampling_threshold, of logits [R, V / N]."""
-    settings, of_rows = (temperature, top_k, top_p, min_p), partial(sampling_threshold, fixed=fixed)
+    of_rows = partial(sampling_threshold, fixed=fixed)
     if not is_split():
-        return of_rows(logits, *settings)
-    asks = asks_threshold(*settings, logits.shape[1] * lax.axis_size(MODEL_AXIS))
+        return of_rows(logits, sampling)
+    asks = asks_threshold(*settings(sampling, CUTS), logits.shape[1] * lax.axis_size(MODEL_AXIS))
     return lax.cond(
         asks.any(),
-        lambda: _by_rows(of_rows, logits, *settings),
+        lambda: _by_rows(of_rows, logits, sampling),
         lambda: jnp.full(len(logits), -jnp.inf),
     )
 
 
 def logprobs(
-    logits: jax.Array,
-    raw: jax.Array,
-    use_raw: jax.Array,
-    tokens: jax.Array,
-    num_top: jax.Array,
-    *,
-    fixed: bool = False,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    logits: jax.Array, raw: jax.Array, sampling: jax.Array, tokens: jax.Array, *, fixed: bool = False
+) -> jax.Array:
     """kernels.token_logprobs, of logits and raw [R, V / N]."""
     if not is_split():
-        return token_logprobs(logits, raw, use_raw, tokens, num_top, fixed=fixed)
+        return token_logprobs(logits, raw, sampling, tokens, fixed=fixed)
+    use_raw, num_top = settings(sampling, ("adjusts", "num_top"))
 
-    def of_rows(rows, tokens, num_top):
-        return token_logprobs(rows, rows, jnp.zeros_like(tokens), tokens, num_top, fixed=fixed)
+    def of_rows(rows, *args):
+        return token_logprobs(rows, rows, *args, fixed=fixed)
 
     def compute():
-        return _by_rows(of_rows, jnp.where(use_raw[:, None] > 0, raw, logits), tokens, num_top)
+        return _by_rows(of_rows, jnp.where(use_raw[:, None] > 0, raw, logits), sampling, tokens)
 
-    shapes = jax.eval_shape(of_rows, logits, tokens, num_top)
-    return lax.cond((num_top >= 0).any(), compute, lambda: jax.tree.map(jnp.zeros_like, shapes))
+    shape = jax.eval_shape(of_rows, logits, sampling, tokens)
+    return lax.cond((num_top >= 0).any(), compute, lambda: jnp.zeros_like(shape))
 
 
 def _by_rows(function: Callable, logits: jax.Array, *args: jax.Array):
-    """function(logits [R, V], *args [R, ...]), each device computing R / N of the rows; the results of all rows."""
+    """function(logits [R, V], *args [R, ...]), each device computing R / N of the rows; its result of all rows."""
     rows, devices = len(logits), lax.axis_size(MODEL_AXIS)
     share = -(-rows // devices)
 
@@ -88,5 +75,4 @@ def _by_rows(function: Callable, logits: jax.Array, *args: jax.Array):
 
     whole = lax.all_to_all(padded(logits), MODEL_AXIS, split_axis=0, concat_axis=1, tiled=True)  # (R / N, V)
     mine = [lax.dynamic_slice_in_dim(padded(x), first_of_shard(share), share) for x in args]
-    results = function(whole, *mine)
-    return jax.tree.map(lambda x: lax.all_gather(x, MODEL_AXIS, tiled=True)[:rows], results)
+    return lax.all_gather(function(whole, *mine), MODEL_AXIS, tiled=True)[:rows]

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from nanovllm_jax import LLM, SamplingParams
-from nanovllm_jax.engine.batch import FLOAT_COLUMNS, SamplingRows, sampling_row
 from nanovllm_jax.engine.sequence import Sequence
 from nanovllm_jax.engine.tables import token_tables
 from nanovllm_jax.layers.attention import causal_attention
 from nanovllm_jax.models.draw import DeviceState, draw
+from nanovllm_jax.sampling_rows import packed, sampling_row
 
 MOST_RIVALS = 256  # that may have to be lowered: where a filter's edge runs through a flat distribution, they are many
 
@@ -85,12 +85,10 @@ class Referee:
 
     def _draw(self, seq: Sequence, logits: np.ndarray, **changes: float) -> int:
         row = sampling_row(seq)._replace(**changes)
-        dtypes = (jnp.float32 if name in FLOAT_COLUMNS else jnp.int32 for name in row._fields)
-        row = SamplingRows(*(jnp.array([value], dtype) for value, dtype in zip(row, dtypes)))
         counts, bias = token_tables(seq, self.llm.eos_token_ids, len(logits))
         state = DeviceState(jnp.zeros(1, jnp.int32), jnp.asarray(counts[None]), jnp.asarray(bias[None]))
         at = jnp.full(1, seq.num_tokens, jnp.int32)
-        args = jnp.asarray(logits)[None], row, jnp.zeros(1, jnp.int32), at, state
+        args = jnp.asarray(logits)[None], jnp.array([packed(row)]), jnp.zeros(1, jnp.int32), at, state
         return int(self._draw_one(*args)[0][0])
 
     @cached_property

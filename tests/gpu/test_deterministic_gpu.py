@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from nanovllm_jax.kernels import fixed_matmul, token_logprobs
+from sampling_array import sampling_array
 from test_engine_gpu import COMMON, SIZES, prompts_of_lengths
 
 from nanovllm_jax import LLM, SamplingParams
@@ -94,13 +95,11 @@ def test_fixed_logprobs():
     """A row's log probabilities depend on the row alone."""
     rng = np.random.default_rng(0)
     logits = jnp.asarray(rng.standard_normal((70, 151936)), jnp.float32)
-    tokens, asks = jnp.arange(70), jnp.full(70, 5)
+    tokens, sampling = jnp.arange(70), jnp.asarray(sampling_array(70, num_top=5))
 
     def logprobs(rows):
-        args = (logits[rows], logits[rows], 0 * tokens[rows], tokens[rows], asks[rows])
-        return [np.asarray(x)[:, :5] if x.ndim == 2 else np.asarray(x) for x in token_logprobs(*args, fixed=True)]
+        return np.asarray(token_logprobs(logits[rows], logits[rows], sampling[rows], tokens[rows], fixed=True))[..., :6]
 
     whole = logprobs(slice(None))
     for start, stop in ((5, 12), (20, 61), *((row, row + 1) for row in range(70))):
-        for part, expected in zip(logprobs(slice(start, stop)), whole, strict=True):
-            np.testing.assert_array_equal(part, expected[start:stop])
+        np.testing.assert_array_equal(logprobs(slice(start, stop)), whole[start:stop])

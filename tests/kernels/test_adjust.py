@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from nanovllm_jax.kernels import ENDS, PROMPT, adjust, adjust_logits, vocabulary
+from sampling_array import sampling_array
 from sampling_cases import adjusted
 
 SLOTS, VOCAB = 5, 300
@@ -17,7 +18,19 @@ def interpreted(block, programs):
     return jax.jit(functools.partial(adjust.adjust_logits, tiles=tiles, interpret=True))
 
 
+def by_columns(change):
+    """change, of columns that are packed for it; the positions are such that ends are masked where it is said."""
+
+    def call(logits, slots, asks, suppress_ends, repetition, frequency, presence, counts, bias):
+        penalties = dict(repetition=repetition, frequency=frequency, presence=presence)
+        sampling = sampling_array(len(slots), adjusts=asks, min_len=9, **penalties)
+        return change(logits, sampling, slots, np.where(suppress_ends, 8, 9), counts, bias)
+
+    return call
+
+
 IMPLEMENTATIONS = {"oracle": adjust_logits, "kernel": interpreted(256, 2), "cut": interpreted(128, 1)}
+IMPLEMENTATIONS = {name: by_columns(change) for name, change in IMPLEMENTATIONS.items()}
 either = pytest.mark.parametrize("change", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
 
 
@@ -76,8 +89,7 @@ def test_neutral_settings_change_nothing(change):
 
 def test_penalties_are_those_of_one_token_by_hand():
     """Token 0 was generated twice, 1 is in the prompt, 2 is new."""
-    counts = jnp.array([[2, PROMPT, 0, 2 | PROMPT]])
-    one = jnp.ones(1)
-    args = jnp.array([[3.0, 3, 3, -3]]), jnp.zeros(1, int), jnp.ones(1, int), jnp.zeros(1, int)
-    out, _ = adjust_logits(*args, 2 * one, 0.25 * one, 0.5 * one, counts, jnp.zeros((1, 4)))
+    counts, zero = jnp.array([[2, PROMPT, 0, 2 | PROMPT]]), jnp.zeros(1, int)
+    sampling = sampling_array(1, adjusts=1, repetition=2, frequency=0.25, presence=0.5)
+    out, _ = adjust_logits(jnp.array([[3.0, 3, 3, -3]]), sampling, zero, zero, counts, jnp.zeros((1, 4)))
     np.testing.assert_allclose(out, [[1.5 - 0.5 - 0.5, 1.5, 3, -6 - 0.5 - 0.5]])

@@ -30,6 +30,7 @@ from nanovllm_jax.kernels import (
     swiglu,
 )
 from paged_cases import new_tokens, paged
+from sampling_array import sampling_array
 
 pytestmark = pytest.mark.gpu
 
@@ -330,10 +331,11 @@ def test_noise_and_the_best_entry(rows, vocab):
     """The oracle's draws, but for entries as close as the card's logarithms; of one entry the score is its noise."""
     rng = np.random.default_rng(rows)
     logits = 3 * jax.random.normal(jax.random.key(0), (rows, vocab)) * (vocab > 1)
-    temperatures = jnp.asarray(np.where(np.arange(rows) % 4 == 3, 0, rng.uniform(0.01, 3, rows)), jnp.float32)
-    keys = jnp.asarray(rng.integers(0, 2**32, (rows, 2), np.uint32))
+    temperatures = np.where(np.arange(rows) % 4 == 3, 0, rng.uniform(0.01, 3, rows))
+    sampling = sampling_array(rows, temperature=temperatures, seeds=rng.integers(0, 2**32, (rows, 2), np.uint32))
+    positions = jnp.asarray(rng.integers(0, 2**20, rows, np.int32))
     thresholds = jnp.where(jnp.arange(rows) % 2 == 1, 0.0, -jnp.inf)
-    args, first = (logits, temperatures, keys, thresholds), jnp.array([vocab], jnp.int32)
+    args, first = (logits, jnp.asarray(sampling), positions, thresholds), jnp.array([vocab], jnp.int32)
     entries, scores = noisy_argmax(*args, first)
     expected, highest = jax.jit(reference_sampling.noisy_argmax)(*args, first)
     np.testing.assert_allclose(scores, highest, rtol=1e-5, atol=2e-5)

@@ -3,10 +3,14 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from nanovllm_jax.kernels import MAX_LOGPROBS, logprobs, token_logprobs, vocabulary
+from sampling_array import sampling_array
 from sampling_cases import logprobs as expected_of
+
+from nanovllm_jax.sampling_rows import ADJUSTS, NUM_TOP
 
 
 def interpreted(block, programs):
@@ -25,18 +29,18 @@ def inputs(rows, vocab, logits=None):
         logits[::2] = np.round(logits[::2])  # many are equal
     logits = np.array(logits, np.float32)
     raw = logits[::-1] * np.float32(0.5)
-    use_raw = rng.integers(0, 2, rows).astype(np.int32)
+    use_raw = rng.integers(0, 2, rows)
     logits[use_raw == 1] = np.nan  # what is not to be read
     raw[use_raw == 0] = np.nan
     tokens = rng.integers(0, vocab, rows).astype(np.int32)
-    num_top = np.resize([MAX_LOGPROBS, -1, 0, 1, 5], rows).astype(np.int32)
-    return logits, raw, use_raw, tokens, num_top
+    num_top = np.resize([MAX_LOGPROBS, -1, 0, 1, 5], rows)
+    return logits, raw, sampling_array(rows, adjusts=use_raw, num_top=num_top), tokens
 
 
-def assert_right(results, logits, raw, use_raw, tokens, num_top):
-    results = [np.asarray(x) for x in results]
+def assert_right(numbers, logits, raw, sampling, tokens):
+    use_raw, num_top = sampling[:, [ADJUSTS, NUM_TOP]].T
     for i in np.flatnonzero(num_top >= 0):
-        logprob, rank, ids, top = (x[i] for x in results)
+        (rank, *ids), (logprob, *top) = np.asarray(numbers)[i, 0], np.asarray(numbers)[i, 1].view(np.float32)
         own, place, best, values = expected_of((raw if use_raw[i] else logits)[i], tokens[i], num_top[i])
         np.testing.assert_allclose(logprob, own, atol=1e-5, rtol=1e-6)
         assert rank == place
@@ -58,15 +62,16 @@ def test_corner_rows(find):
     logits[2] = np.arange(300) * 1e4
     logits[3] = -1e30
     logits[4, :290] = -np.inf  # and the best of these are at the end
-    logits, none = logits.astype(np.float32), np.zeros(5, np.int32)
-    args = logits, logits, none, none, np.full(5, MAX_LOGPROBS, np.int32)
+    logits = logits.astype(np.float32)
+    args = logits, logits, sampling_array(5, num_top=MAX_LOGPROBS), np.zeros(5, np.int32)
     assert_right(find(*args), *args)
 
 
 @either
 def test_nobody_asks(find):
-    args = inputs(5, 300)
-    assert [x.shape for x in find(*args[:4], np.full(5, -1, np.int32))] == [(5,), (5,), (5, 20), (5, 20)]
+    logits, raw, _, tokens = inputs(5, 300)
+    numbers = find(logits, raw, sampling_array(5), tokens)
+    assert (numbers.shape, numbers.dtype) == ((5, 2, 1 + MAX_LOGPROBS), jnp.int32)
 
 
 @pytest.mark.parametrize("fixed", [False, True])
@@ -77,5 +82,6 @@ def test_one_row(fixed):
     whole, alone = find(*args), find(*(x[5:6] for x in args))
     assert_right(alone, *(x[5:6] for x in args))
     if fixed:
-        for part, rows in zip(alone, whole, strict=True):
-            np.testing.assert_array_equal(np.asarray(part)[0], np.asarray(rows)[5])
+        asked = np.s_[:, : 1 + args[2][5, NUM_TOP]]
+        assert alone[0][asked].size
+        np.testing.assert_array_equal(alone[0][asked], whole[5][asked])

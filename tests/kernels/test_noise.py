@@ -7,6 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from nanovllm_jax.kernels import noise, noisy_argmax, reference_sampling, vocabulary
+from sampling_array import sampling_array
+
+IMPL = "threefry2x32"  # whatever JAX's default is
 
 
 def interpreted(block, programs):
@@ -14,8 +17,19 @@ def interpreted(block, programs):
     return jax.jit(functools.partial(noise.noisy_argmax, tiles=tiles, interpret=True))
 
 
+def by_columns(draw):
+    """draw, of columns that are packed for it."""
+
+    def call(logits, temperature, seeds, positions, *rest):
+        return draw(logits, sampling_array(len(logits), temperature=temperature, seeds=seeds), positions, *rest)
+
+    return call
+
+
+ORACLE = by_columns(noisy_argmax)
 KERNELS = {"kernel": interpreted(128, 1), "cut": interpreted(64, 3), "one tile": interpreted(1024, 1)}
-either = pytest.mark.parametrize("draw", [noisy_argmax, *KERNELS.values()], ids=["oracle", *KERNELS])
+KERNELS = {name: by_columns(draw) for name, draw in KERNELS.items()}
+either = pytest.mark.parametrize("draw", [ORACLE, *KERNELS.values()], ids=["oracle", *KERNELS])
 
 
 def inputs(rows, vocab, seed=0, first=0):
@@ -23,9 +37,9 @@ def inputs(rows, vocab, seed=0, first=0):
     rng = np.random.default_rng(seed)
     logits = (3 * rng.standard_normal((rows, vocab))).astype(np.float32)
     temperatures = np.where(np.arange(rows) % 3 == 2, 0, rng.uniform(0.01, 3, rows)).astype(np.float32)
-    keys = rng.integers(0, 2**32, (rows, 2), np.uint32)
+    seeds, positions = rng.integers(0, 2**32, (rows, 2), np.uint32), rng.integers(0, 2**20, rows, np.int32)
     thresholds = np.where(np.arange(rows) % 2, np.median(logits, axis=1), -np.inf).astype(np.float32)
-    return logits, temperatures, keys, thresholds, np.array([first], np.int32)
+    return logits, temperatures, seeds, positions, thresholds, np.array([first], np.int32)
 
 
 def mix(x):
@@ -34,8 +48,15 @@ def mix(x):
     return x ^ (x >> 16)
 
 
-def exact(logits, temperatures, keys, thresholds, first):
+def keys_of(seeds, positions):
+    """Rows' keys [R, 2], as JAX makes them."""
+    fold_in = jax.vmap(lambda seed, position: jax.random.fold_in(jax.random.wrap_key_data(seed, impl=IMPL), position))
+    return np.asarray(jax.random.key_data(fold_in(seeds, positions)))
+
+
+def exact(logits, temperatures, seeds, positions, thresholds, first):
     """Scores in float64, of Python's integers."""
+    keys = keys_of(seeds, positions)
     entries = [[mix(mix((int(first[0]) + i) ^ int(a)) ^ int(b)) for i in range(logits.shape[1])] for a, b in keys]
     uniform = np.minimum((np.array(entries, np.float64) + 0.5) / 2**32, 1 - 2.0**-24)
     divisor = np.where(temperatures > 0, temperatures, 1).astype(np.float64)[:, None]
@@ -59,7 +80,7 @@ def test_the_best_of_float64_scores(draw, rows, vocab, first):
 def test_the_kernel_draws_what_the_oracle_draws(draw):
     for seed in range(20):
         args = inputs(9, 700, seed)
-        for got, want in zip(draw(*args), noisy_argmax(*args)):
+        for got, want in zip(draw(*args), ORACLE(*args)):
             np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
@@ -124,6 +145,16 @@ def test_noise_of_all_sizes():
     np.testing.assert_allclose(uniform, (bits + 0.5) / 2**32, atol=2.0**-24)
     np.testing.assert_allclose(got, -np.log(-np.log1p(-uniform)), atol=1e-5)
     assert np.isfinite(got).all()
-    key, entries = np.zeros((1, 2), np.uint32), np.arange(9)
-    want = exact(np.zeros((1, 9), np.float32), np.ones(1), key, np.full(1, -np.inf), [0])
-    np.testing.assert_allclose(reference_sampling.gumbel(key, jnp.asarray(entries, jnp.uint32)), want, atol=1e-5)
+    seed, position = np.zeros((1, 2), np.uint32), np.zeros(1, np.int32)
+    want = exact(np.zeros((1, 9), np.float32), np.ones(1), seed, position, np.full(1, -np.inf), [0])
+    key = keys_of(seed, position).T
+    np.testing.assert_allclose(reference_sampling.gumbel(key, jnp.arange(9, dtype=jnp.uint32)), want, atol=1e-5)
+
+
+def test_keys_are_those_of_fold_in():
+    rng = np.random.default_rng(0)
+    seeds, positions = rng.integers(0, 2**32, (1000, 2), np.uint32), rng.integers(0, 2**31 - 1, 1000, np.int32)
+    seeds[:3], positions[:3] = 0, (0, 1, 2**31 - 1)
+    seeds[3:6] = 2**32 - 1
+    key = reference_sampling.row_key(jnp.asarray(sampling_array(1000, seeds=seeds)), jnp.asarray(positions))
+    np.testing.assert_array_equal(np.stack(key, axis=1), keys_of(seeds, positions))

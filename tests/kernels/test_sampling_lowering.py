@@ -14,22 +14,20 @@ def floats(*shape):
 
 
 def adjust_case(rows, vocab):
-    row = floats(rows)
-    settings = ints(rows), ints(rows), ints(rows), row, row, row
+    settings = ints(rows, 12), ints(rows), ints(rows)
     return adjust_logits, (floats(rows, vocab), *settings, ints(257, vocab), floats(257, vocab))
 
 
 def threshold_case(rows, vocab):
-    return sampling_threshold, (floats(rows, vocab), floats(rows), ints(rows), floats(rows), floats(rows))
+    return sampling_threshold, (floats(rows, vocab), ints(rows, 12))
 
 
 def logprobs_case(rows, vocab):
-    return token_logprobs, (floats(rows, vocab), floats(rows, vocab), ints(rows), ints(rows), ints(rows))
+    return token_logprobs, (floats(rows, vocab), floats(rows, vocab), ints(rows, 12), ints(rows))
 
 
 def noise_case(rows, vocab):
-    keys = jax.ShapeDtypeStruct((rows, 2), jnp.uint32)
-    return noisy_argmax, (floats(rows, vocab), floats(rows), keys, floats(rows), ints(1))
+    return noisy_argmax, (floats(rows, vocab), ints(rows, 12), ints(rows), floats(rows), ints(1))
 
 
 CASES = {adjust_case: 1, threshold_case: 2, logprobs_case: 2}  # and how many kernels they take

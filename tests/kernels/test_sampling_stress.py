@@ -19,6 +19,7 @@ from nanovllm_jax.kernels import (
     vocabulary,
 )
 from nanovllm_jax.kernels import logprobs as logprobs_kernel
+from sampling_array import sampling_array
 from sampling_cases import ENDS, PROMPT, adjusted, kept, logprobs
 
 from nanovllm_jax.layers.sampler import sample
@@ -81,13 +82,14 @@ def stressed(rows, vocab):
 def check_threshold(find, rows, vocab):
     logits, good = stressed(rows, vocab)
     settings = [SETTINGS[i // 2 // len(VALUES) % len(SETTINGS)] for i in range(rows)]
-    columns = [np.array(column, kind) for column, kind in zip(zip(*settings), "fiff")]
-    found = np.asarray(find(jnp.asarray(logits), *map(jnp.asarray, columns)))
-    for i in np.flatnonzero(good & (columns[0] > 0)):
+    seeds, positions = np.stack([np.arange(rows)] * 2, axis=1), np.arange(rows, dtype=np.int32)
+    columns = dict(zip(("temperature", "top_k", "top_p", "min_p"), zip(*settings)))
+    sampling = jnp.asarray(sampling_array(rows, seeds=seeds, **columns))
+    found = np.asarray(find(jnp.asarray(logits), sampling))
+    for i in np.flatnonzero(good & (np.array(columns["temperature"]) > 0)):
         keep = (logits[i] >= found[i]) & (logits[i] > -np.inf)
         np.testing.assert_array_equal(keep, kept(logits[i], *settings[i]), err_msg=f"row {i}: {settings[i]}")
-    seeds, positions = np.stack([np.arange(rows)] * 2, axis=1).astype(np.uint32), np.arange(rows, dtype=np.int32)
-    tokens = np.asarray(jax.jit(sample)(logits, columns[0], seeds, positions, found)[0])
+    tokens = np.asarray(jax.jit(sample)(logits, sampling, positions, found)[0])
     assert ((tokens >= 0) & (tokens < vocab)).all()
     for i in np.flatnonzero(good):
         assert kept(logits[i], *settings[i])[tokens[i]], f"row {i}: {settings[i]}"
@@ -99,8 +101,10 @@ def check_adjust(change, rows, vocab):
     counts = rng.choice([0, 0, 1, 2**24 - 1, PROMPT, PROMPT + 3, ENDS], (rows, vocab)).astype(np.int32)
     bias = rng.choice([0, 0, 100, -100], (rows, vocab)).astype(np.float32)
     columns = [rng.choice(x, rows).astype(np.float32) for x in ([1, 1e-6, 1e6, 1.3], [0, 2, -2], [0, 2, -2])]
-    suppress, asks = (rng.integers(0, 2, rows).astype(np.int32) for _ in range(2))
-    args = jnp.arange(rows), jnp.asarray(asks), jnp.asarray(suppress), *map(jnp.asarray, columns)
+    suppress, asks = (rng.integers(0, 2, rows) for _ in range(2))
+    penalties = dict(zip(("repetition", "frequency", "presence"), columns))
+    sampling = sampling_array(rows, adjusts=asks, min_len=suppress + 5, **penalties)
+    args = jnp.asarray(sampling), jnp.arange(rows), jnp.full(rows, 5)
     out, _ = change(jnp.asarray(logits), *args, jnp.asarray(counts), jnp.asarray(bias))
     out = np.asarray(out)
     for i in np.flatnonzero(good):
@@ -115,24 +119,24 @@ def check_adjust(change, rows, vocab):
 def check_logprobs(find, rows, vocab):
     logits, good = stressed(rows, vocab)
     tokens = np.where(good, logits.argmax(axis=1), 0).astype(np.int32)
-    num_top = np.resize([9, 0, -1, 5], rows).astype(np.int32)
-    args = jnp.zeros(rows, jnp.int32), jnp.asarray(tokens), jnp.asarray(num_top)
-    out = [np.asarray(x) for x in find(jnp.asarray(logits), jnp.asarray(logits), *args)]
+    num_top = np.resize([9, 0, -1, 5], rows)
+    args = jnp.asarray(sampling_array(rows, num_top=num_top)), jnp.asarray(tokens)
+    numbers = np.asarray(find(jnp.asarray(logits), jnp.asarray(logits), *args))
+    found, values = numbers[:, 0], numbers[:, 1].view(np.float32)
     for i in np.flatnonzero(good & (num_top >= 0)):
         n = num_top[i]
         own, rank, ids, best = logprobs(logits[i], tokens[i], n)
-        np.testing.assert_allclose(out[0][i], own, rtol=1e-5, atol=1e-5)
-        assert out[1][i] == rank
-        np.testing.assert_array_equal(out[2][i][:n], ids)
-        np.testing.assert_allclose(out[3][i][:n], best, rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(found[i, : 1 + n], [rank, *ids])
+        np.testing.assert_allclose(values[i, : 1 + n], [own, *best], rtol=1e-5, atol=1e-5)
 
 
 def check_draw(draw, rows, vocab):
     logits, good = stressed(rows, vocab)
     rng = np.random.default_rng(0)
-    temperatures = rng.choice([0, 0.01, 1, 1e37], rows).astype(np.float32)
-    keys, thresholds = rng.integers(0, 2**32, (rows, 2), np.uint32), rng.choice([-np.inf, 0], rows).astype(np.float32)
-    args = [jnp.asarray(x) for x in (logits, temperatures, keys, thresholds, np.array([2**20], np.int32))]
+    seeds, positions = rng.integers(0, 2**32, (rows, 2), np.uint32), rng.integers(0, 2**20, rows, np.int32)
+    sampling = sampling_array(rows, temperature=rng.choice([0, 0.01, 1, 1e37], rows), seeds=seeds)
+    thresholds = rng.choice([-np.inf, 0], rows).astype(np.float32)
+    args = [jnp.asarray(x) for x in (logits, sampling, positions, thresholds, np.array([2**20], np.int32))]
     (entries, scores), (expected, highest) = draw(*args), jax.jit(reference_sampling.noisy_argmax)(*args)
     np.testing.assert_array_equal(np.isfinite(scores), np.isfinite(highest))
     np.testing.assert_array_equal(entries[good], expected[good])

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from nanovllm_jax.kernels import sampling_threshold, threshold, vocabulary
+from sampling_array import sampling_array
 from sampling_cases import Rows, distribution, kept, random_rows, rows_of
 
 from nanovllm_jax.layers.sampler import sample
@@ -19,7 +20,18 @@ def interpreted(block, programs, bits):
     return jax.jit(functools.partial(threshold.sampling_threshold, tiles=tiles, interpret=True))
 
 
+def packed(temperature, top_k, top_p, min_p, **columns):
+    cuts = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    return sampling_array(len(temperature), **cuts, **columns)
+
+
+def by_columns(find):
+    """find, of columns that are packed for it."""
+    return lambda logits, *cuts: find(logits, packed(*cuts))
+
+
 IMPLEMENTATIONS = {"oracle": sampling_threshold, "kernel": interpreted(256, 1, 3), "cut": interpreted(128, 2, 2)}
+IMPLEMENTATIONS = {name: by_columns(find) for name, find in IMPLEMENTATIONS.items()}
 either = pytest.mark.parametrize("find", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
 
 
@@ -124,10 +136,10 @@ SETTINGS += [(3, 20, 0.95, 0), (0.3, 3, 0.5, 0.2), (1, 1, 1, 0), (0, 4, 0.5, 0.5
 def test_draws_follow_the_distribution(setting):
     """Chi-square over many seeds, at 1 in 100,000; and nothing that is left out is ever drawn."""
     rows = rows_of([LOGITS], [setting])
-    threshold = np.repeat(sampling_threshold(*rows), DRAWS)
+    threshold = np.repeat(sampling_threshold(rows.logits, packed(*rows[1:])), DRAWS)
     seeds = np.stack([np.arange(DRAWS), np.full(DRAWS, 11)], axis=1).astype(np.uint32)
-    logits, temperature = np.tile(LOGITS, (DRAWS, 1)), np.repeat(rows.temperature, DRAWS)
-    tokens, _ = jax.jit(sample)(logits, temperature, seeds, np.zeros(DRAWS, np.int32), threshold)
+    logits, sampling = np.tile(LOGITS, (DRAWS, 1)), sampling_array(DRAWS, temperature=rows.temperature, seeds=seeds)
+    tokens, _ = jax.jit(sample)(logits, sampling, np.zeros(DRAWS, np.int32), threshold)
     counts, expected = np.bincount(tokens, minlength=LOGITS.size), DRAWS * distribution(*rows.one(0))
     assert counts[expected == 0].sum() == 0
     drawn = expected > 0
@@ -140,16 +152,16 @@ def test_draws_follow_the_distribution(setting):
 
 def test_thresholds_mask_each_row_by_its_own():
     logits = jnp.tile(jnp.arange(8.0), (3, 1))
-    seeds, positions = jnp.zeros((3, 2), jnp.uint32), jnp.arange(3)
-    tokens, _ = sample(logits, jnp.full(3, 1e6), seeds, positions, jnp.array([7.0, 6.5, -inf]))
+    sampling, positions = jnp.array(sampling_array(3, temperature=1e6)), jnp.arange(3)
+    tokens, _ = sample(logits, sampling, positions, jnp.array([7.0, 6.5, -inf]))
     assert tokens[:2].tolist() == [7, 7]
-    unbounded, _ = sample(logits, jnp.full(3, 1e6), seeds, positions, jnp.full(3, -inf))
+    unbounded, _ = sample(logits, sampling, positions, jnp.full(3, -inf))
     assert tokens[2] == unbounded[2]
 
 
 def test_one_row_of_fixed():
     rows = random_rows(0, 12, 300)
-    find = functools.partial(threshold.sampling_threshold, fixed=True, interpret=True)
+    find = by_columns(functools.partial(threshold.sampling_threshold, fixed=True, interpret=True))
     whole = np.asarray(find(*rows))
     for i in range(12):
         np.testing.assert_array_equal(np.asarray(find(*(x[i : i + 1] for x in rows))), whole[i : i + 1])

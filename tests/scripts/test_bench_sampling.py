@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanovllm_jax.models.draw import columns, draw
+from nanovllm_jax.models.draw import draw
 
 
 def test_it_prints_a_line(monkeypatch, capsys):
@@ -28,7 +28,7 @@ def test_what_a_setting_asks_for(name):
     threshold = name not in ("greedy", "temperature", "penalties", "logprobs")
     parts = dict(adjust=5 * adjusts, threshold=int(threshold), sample=1, logprobs=int(logprobs))
     assert passes == parts | {"draw": sum(parts.values())}
-    tokens, _, state = draw(bench.logits[0], columns(bench.packed), bench.slots, bench.context_lens, bench.state)
+    tokens, _, state = draw(bench.logits[0], bench.sampling, bench.slots, bench.context_lens, bench.state)
     assert (np.asarray(tokens) >= 0).all()
     if name == "greedy":
         assert tokens.tolist() == jnp.argmax(bench.logits[0], axis=1).tolist()
