@@ -26,8 +26,8 @@ class StepOutput(NamedTuple):
     """[steps, R] int32; -1 where the logits have no finite best."""
     logprobs: jax.Array
     """[steps, R, 2, 1 + MAX_LOGPROBS] int32: kernels.token_logprobs of the tokens."""
-    hidden: jax.Array
-    """[steps, T, D]: the prefill tokens' hidden states, for `prompt_logprobs`."""
+    hidden: jax.Array | None
+    """[1, T, D]: the prefill tokens' hidden states, for `prompt_logprobs`; None without any."""
     activations: dict[str, jax.Array]
     """What a probe takes out, by place: each [steps, B + T, ...], or [steps, R, ...] of logits."""
 
@@ -41,10 +41,11 @@ def engine_step(
     shape: BatchShape,
     block_size: int,
     probe: Probe | None = None,
-) -> tuple[StepOutput, list[KVCache], DeviceState]:
+) -> tuple[StepOutput, list[KVCache], DeviceState, jax.Array | None]:
     """Compute one batch and sample, once or several times over.
 
     buffer: the batch, packed by engine.batch. The caches and the state come back updated; compiled, they are donated.
+    Of a batch of decodes alone the one that follows comes back too.
     """
     batch = shape.views(buffer)
 
@@ -57,11 +58,12 @@ def engine_step(
         one = batch._replace(context_lens=lens, decode_tokens=tokens)
         return _one_step(model, *carry, one, block_size, probe)
 
+    following = None if shape.prefill_tokens else shape.following(buffer, jnp)
     if shape.num_steps == 1:
         (caches, state), output = step((caches, state), 0)
-        return jax.tree.map(lambda array: array[None], output), caches, state
+        return jax.tree.map(lambda array: array[None], output), caches, state, following
     (caches, state), output = jax.lax.scan(step, (caches, state), jnp.arange(shape.num_steps))
-    return output, caches, state
+    return output, caches, state, following
 
 
 def prompt_logprobs(
@@ -108,7 +110,8 @@ def _one_step(model, caches, state: DeviceState, batch: BatchView, block_size: i
     with jax.named_scope("sample"):
         settings = batch.sampling, slots, batch.context_lens
         new_tokens, logprobs, state = draw(logits, *settings, state, fixed=model.deterministic)
-    return (caches, state), StepOutput(new_tokens, logprobs, hidden[rows:], watch.captured if watch else {})
+    hidden = hidden[rows:] if len(last_of_prefill) else None
+    return (caches, state), StepOutput(new_tokens, logprobs, hidden, watch.captured if watch else {})
 
 
 def _token_positions(batch: BatchView, rows: int) -> tuple[jax.Array, jax.Array]:

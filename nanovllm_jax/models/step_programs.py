@@ -82,7 +82,7 @@ class StepPrograms:
         donated = specs_of(self.layout())
         output = StepOutput(tokens=Spec(), logprobs=Spec(), hidden=Spec(None, DATA_AXIS), activations=Spec())
         in_specs = (specs_of(self.weights), *donated, Spec(DATA_AXIS))
-        return per_device(partial(self._step, shape), self.mesh, in_specs, (output, *donated))
+        return per_device(partial(self._step, shape), self.mesh, in_specs, (output, *donated, Spec(DATA_AXIS)))
 
     def lower(self, shape: BatchShape) -> Lowered:
         """The step, ready to be compiled."""
@@ -99,13 +99,13 @@ class StepPrograms:
         return self._jit(export.deserialize(exported).call).lower(*self.arguments(shape))
 
     def _jit(self, step: Callable, donated: tuple[int, ...] = (1, 2)) -> Callable:
-        out_shardings = (None, *jax.tree.map(lambda array: array.sharding, self.layout()))
+        out_shardings = (None, *jax.tree.map(lambda array: array.sharding, self.layout()), self.by_group)
         return jax.jit(step, donate_argnums=donated, out_shardings=out_shardings)
 
     def _step(self, shape: BatchShape, leaves, caches, state, buffer):
         # A module is a pytree; passed flat, it costs no Python at a call.
         model = jax.tree.unflatten(self.treedef, leaves)
         static = dict(shape=shape, block_size=self.settings.config.block_size, probe=self.settings.config.probe)
-        output, caches, state = engine_step(model, caches, state, buffer, **static)
+        output, *updated = engine_step(model, caches, state, buffer, **static)
         tokens, logprobs = (gather_groups(x, axis=1) for x in (output.tokens, output.logprobs))
-        return output._replace(tokens=tokens, logprobs=logprobs), caches, state
+        return output._replace(tokens=tokens, logprobs=logprobs), *updated
