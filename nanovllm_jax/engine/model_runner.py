@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 # The host takes about 1.5 ms to dispatch a step, in which a GPU reads so many bytes. One that reads less (of weights,
 # keys and values) would make it wait: so several steps go in one program.
 DISPATCH_BYTES = 6 * GIB
-GPU_STEPS = 4
+GPU_STEPS = 3  # fewer leave one row waiting on a slow host, more make what streams come in larger pieces
 RUN_AHEAD_ROWS = 128
 PROMPT_CHUNK = 256  # positions whose logits are made at a time where a prompt's log probabilities are asked for
 

@@ -44,8 +44,8 @@ def engine_step(
 ) -> tuple[StepOutput, list[KVCache], DeviceState, jax.Array | None]:
     """Compute one batch and sample, once or several times over.
 
-    buffer: the batch, packed by engine.batch. The caches and the state come back updated; compiled, they are donated.
-    Of a batch of decodes alone the one that follows comes back too.
+    buffer: the batch, packed by engine.batch. The caches and the state come back updated, and of a batch of decodes
+    alone the one that follows it; compiled, they are donated.
     """
     batch = shape.views(buffer)
 

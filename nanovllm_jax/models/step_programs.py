@@ -86,19 +86,23 @@ class StepPrograms:
 
     def lower(self, shape: BatchShape) -> Lowered:
         """The step, ready to be compiled."""
-        return self._jit(self.function(shape)).lower(*self.arguments(shape))
+        return self._jit(self.function(shape), self._donated(shape)).lower(*self.arguments(shape))
 
     def export(self, shape: BatchShape) -> bytearray:
         """The step, for `lower_exported` in another process."""
         checks = [export.DisabledSafetyCheck.custom_call(name) for name in KERNELS]
-        exported = export.export(self._jit(self.function(shape), donated=()), disabled_checks=checks)
+        exported = export.export(self._jit(self.function(shape), ()), disabled_checks=checks)
         return exported(*self.arguments(shape)).serialize()
 
     def lower_exported(self, shape: BatchShape, exported: bytearray) -> Lowered:
         """What `lower` returns, without tracing it."""
-        return self._jit(export.deserialize(exported).call).lower(*self.arguments(shape))
+        return self._jit(export.deserialize(exported).call, self._donated(shape)).lower(*self.arguments(shape))
 
-    def _jit(self, step: Callable, donated: tuple[int, ...] = (1, 2)) -> Callable:
+    def _donated(self, shape: BatchShape) -> tuple[int, ...]:
+        """Which arguments come back in place: caches, state and, of decodes alone, the batch."""
+        return (1, 2) if shape.prefill_tokens else (1, 2, 3)
+
+    def _jit(self, step: Callable, donated: tuple[int, ...]) -> Callable:
         out_shardings = (None, *jax.tree.map(lambda array: array.sharding, self.layout()), self.by_group)
         return jax.jit(step, donate_argnums=donated, out_shardings=out_shardings)
 
