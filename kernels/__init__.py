@@ -6,7 +6,7 @@ signature, but for a `fixed` that it has no need of). Which one is settled when 
 holds one of the two. Each sits in a jit of its own: the layers of a model share one trace and one lowering. Of the
 functions for sampling, but for the draw itself, a row that asks for nothing takes next to no time. With `fixed`, a
 row's result is the same to the last bit whatever else is in the call. `sampling` [R, 12] int32 is how each row
-samples: nanovllm_jax.sampling_rows.
+samples: `reference_sampling.settings` of it, by name.
 
 Shapes: T tokens, B sequences with one new token each, P sequences in prefill, N query heads, K kv heads, H head_dim,
 W blocks in a row of a block table, D hidden, R rows to sample, V vocabulary, S slots of running sequences (in a linear

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.nn import log_softmax
 
-from nanovllm_jax.sampling_rows import FLOAT_COLUMNS, SamplingRows
-
 from .common import LOG2E
 
+# The columns of `sampling`. nanovllm_jax/sampling_rows.py has the same, and says what they are; a test compares them.
 SEED, PENALTIES = ("seed_low", "seed_high"), ("repetition", "frequency", "presence")
 CUTS = ("temperature", "top_k", "top_p", "min_p")
+COLUMNS = (*SEED, *CUTS, *PENALTIES, "min_len", "adjusts", "num_top")
+FLOAT_COLUMNS = ("temperature", "top_p", "min_p", *PENALTIES)  # there as their bits
 MAX_LOGPROBS = 20
 COUNT = (1 << 24) - 1  # the bits of a token's entry in token_counts that count how often it was generated
 PROMPT = 1 << 24  # the bit of a token that is in the prompt
@@ -20,10 +21,10 @@ ENDS = 1 << 25  # and of one that would end the text
 
 
 def settings(sampling, names, row=slice(None)):
-    """Columns of SamplingRows by name, each of its type: of all rows [R], or of one; `sampling` may be a ref."""
+    """Columns by name, each of its type: of all rows [R], or of one; `sampling` may be a ref."""
 
     def column(name):
-        bits = sampling[row, SamplingRows._fields.index(name)]
+        bits = sampling[row, COLUMNS.index(name)]
         return lax.bitcast_convert_type(bits, jnp.float32) if name in FLOAT_COLUMNS else bits
 
     return [column(name) for name in names]

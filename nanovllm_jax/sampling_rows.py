@@ -1,6 +1,7 @@
 """SamplingParams as numbers: a line for each row of a batch, [R, 12] int32, which the sampling kernels read as it is.
 
-One array, because columns cut out of it were a copy each, as long as a small kernel, in every program.
+One array, because columns cut out of it were a copy each, as long as a small kernel, in every program. The kernels have
+the same names for its columns, and a test compares them.
 """
 
 from typing import Any, NamedTuple

@@ -39,6 +39,10 @@ def test_scheduling_needs_no_jax(tmp_path, module):
 
 def test_kernels_need_jax_alone(tmp_path):
     assert imported("from nanovllm_jax.kernels import paged_decode_attention", tmp_path) == ["jax"]
+    new = "import sys, nanovllm_jax; old = {*sys.modules}; import nanovllm_jax.kernels; print(*{*sys.modules} - old)"
+    ours = [name for name in run(new, tmp_path)[0].split() if name.startswith("nanovllm_jax")]
+    assert ours
+    assert all(name.startswith("nanovllm_jax.kernels") for name in ours)
 
 
 def test_the_package_needs_no_torch(tmp_path):

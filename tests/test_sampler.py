@@ -11,10 +11,16 @@ from sampling_array import sampling_array
 
 from nanovllm_jax import SamplingParams
 from nanovllm_jax.layers.sampler import sample
+from nanovllm_jax.sampling_rows import FLOAT_COLUMNS, SamplingRows
 
 DRAWS = 20_000
 LOGITS = np.array([2.0, 1.0, 0.0, -1.0, 0.5, -np.inf, 1.5, -3.0], np.float32)
 compiled = jax.jit(sample)
+
+
+def test_the_kernels_know_the_columns():
+    assert SamplingRows._fields == reference_sampling.COLUMNS
+    assert sorted(reference_sampling.FLOAT_COLUMNS) == sorted(FLOAT_COLUMNS)
 
 
 def draw_scored(logits, temperature, seeds, positions, thresholds=-np.inf):
