@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_model import SMALL, assert_idle, small_llm, whole, write_checkpoint
+from small_model import SMALL, assert_idle, small_llm, write_checkpoint
 
 from nanovllm_jax import SamplingParams
 from nanovllm_jax.engine.memory import MemoryPlan, decide_num_blocks, memory_stats
@@ -69,29 +69,6 @@ def test_nothing_compiles_once_warm(llm):
     assert llm.scheduler.num_preemptions > 10
     assert llm.scheduler.num_prefix_hit_tokens > 100
     assert seen == []
-
-
-@pytest.mark.parametrize("steps", [1, 3])
-def test_a_batch_that_follows_is_not_sent(directory, monkeypatch, steps):
-    """It is on the device, as it is here: while sequences decode without a new block, whatever came before."""
-    llm = small_llm(directory, num_kvcache_blocks=30, num_scheduler_steps=steps)
-    params = SamplingParams(max_tokens=70, ignore_eos=True, seed=1, frequency_penalty=1, logprobs=2)
-    prompts, send, found = [[5, 6, 7], list(range(30))], llm.runner._on_devices, []
-
-    def checked(shape, buffer):
-        array = send(shape, buffer)
-        np.testing.assert_array_equal(np.asarray(array), buffer)
-        found.append(isinstance(array, jax.Array))
-        return array
-
-    monkeypatch.setattr(llm.runner, "_on_devices", checked)
-    outputs = llm.generate(prompts, params, use_tqdm=False)
-    programs, blocks = 70 / steps, sum(-(-(len(prompt) + 70) // llm.runner.config.block_size) for prompt in prompts)
-    assert sum(found) >= programs - blocks - 5
-    monkeypatch.setattr(llm.runner, "_on_devices", lambda shape, buffer: buffer)
-    llm.reset_prefix_cache()
-    assert whole(llm.generate(prompts, params, use_tqdm=False)) == whole(outputs)
-    assert_idle(llm)
 
 
 def test_compiles_are_seen():

@@ -68,16 +68,3 @@ class BatchShape:
     def views(self, buffer: Any) -> BatchView:
         """The fields of a flat array (NumPy or JAX) of this shape."""
         return BatchView(*(buffer[start:end].reshape(shape) for start, end, shape in self.layout))
-
-    def following(self, buffer: Any, xp: Any = np) -> Any:
-        """The flat array of the step after this one of decodes, where its rows stay and none needs another block.
-
-        xp: numpy or jax.numpy, of whose arrays `buffer` is one.
-        """
-        view = self.views(buffer)
-        alive = view.context_lens > 0
-        view = view._replace(
-            context_lens=xp.where(alive, view.context_lens + self.num_steps, 0),
-            decode_tokens=xp.where(alive, xp.int32(-1), view.decode_tokens),
-        )
-        return xp.concatenate([part.reshape(-1) for part in view])

@@ -79,8 +79,6 @@ class ModelRunner:
         if self.num_processes > 1:
             self.check_agreement([_shared(config), model_config, loader.sample()])
         self.weights = ServedWeights(loader)
-        # The batch that follows from the last one, on the host and on the devices: the next may be this one.
-        self.following: tuple[BatchShape, np.ndarray, jax.Array] | None = None
         self.bytes_in_use = self._bytes_in_use()
         self._score_programs: dict[int, Callable] = {}
         workspace = self._estimate_workspace()
@@ -104,11 +102,8 @@ class ModelRunner:
 
     def dispatch(self, shape: BatchShape, buffer: np.ndarray) -> StepOutput:
         """Start one step; returns its output without waiting for the device."""
-        args = self.weights.leaves, self.caches, self.state, self._on_devices(shape, buffer)
-        output, self.caches, self.state, following = self.programs[shape](*args)
-        if following is not None:
-            groups = buffer.reshape(self.num_groups, -1)
-            self.following = shape, np.concatenate([shape.following(own) for own in groups]), following
+        buffer = self._on_devices(buffer)
+        output, self.caches, self.state = self.programs[shape](self.weights.leaves, self.caches, self.state, buffer)
         output.tokens.copy_to_host_async()
         return output
 
@@ -165,7 +160,7 @@ class ModelRunner:
 
     def reset(self) -> None:
         """Drop the device's state, until `restore`: a step that failed, or was interrupted, may have taken it along."""
-        self.caches = self.state = self.following = None
+        self.caches = self.state = None
 
     def restore(self) -> None:
         """Make the device's state anew after `reset`. Raises RuntimeError while the device has no memory for it."""
@@ -175,13 +170,8 @@ class ModelRunner:
             except Exception as error:
                 raise RuntimeError(f"the device failed, and its memory cannot be had back yet: {error}") from error
 
-    def _on_devices(self, shape: BatchShape, buffer: np.ndarray) -> np.ndarray | jax.Array:
-        """Batches of all data groups, one after another, where those groups' devices read them.
-
-        A batch that follows from the one before is there already: sending it costs a tenth of a dispatch.
-        """
-        if self.following is not None and self.following[0] == shape and np.array_equal(self.following[1], buffer):
-            return self.following[2]
+    def _on_devices(self, buffer: np.ndarray) -> np.ndarray | jax.Array:
+        """Numbers of all data groups, one group's after another's, where those groups' devices read them."""
         if self.mesh.size == 1:
             return buffer
         return jax.make_array_from_callback(buffer.shape, self.steps.by_group, buffer.__getitem__)

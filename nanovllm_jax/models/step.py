@@ -41,11 +41,10 @@ def engine_step(
     shape: BatchShape,
     block_size: int,
     probe: Probe | None = None,
-) -> tuple[StepOutput, list[KVCache], DeviceState, jax.Array | None]:
+) -> tuple[StepOutput, list[KVCache], DeviceState]:
     """Compute one batch and sample, once or several times over.
 
-    buffer: the batch, packed by engine.batch. The caches and the state come back updated, and of a batch of decodes
-    alone the one that follows it; compiled, they are donated.
+    buffer: the batch, packed by engine.batch. The caches and the state come back updated; compiled, they are donated.
     """
     batch = shape.views(buffer)
 
@@ -58,12 +57,11 @@ def engine_step(
         one = batch._replace(context_lens=lens, decode_tokens=tokens)
         return _one_step(model, *carry, one, block_size, probe)
 
-    following = None if shape.prefill_tokens else shape.following(buffer, jnp)
     if shape.num_steps == 1:
         (caches, state), output = step((caches, state), 0)
-        return jax.tree.map(lambda array: array[None], output), caches, state, following
+        return jax.tree.map(lambda array: array[None], output), caches, state
     (caches, state), output = jax.lax.scan(step, (caches, state), jnp.arange(shape.num_steps))
-    return output, caches, state, following
+    return output, caches, state
 
 
 def prompt_logprobs(

@@ -82,34 +82,30 @@ class StepPrograms:
         donated = specs_of(self.layout())
         output = StepOutput(tokens=Spec(), logprobs=Spec(), hidden=Spec(None, DATA_AXIS), activations=Spec())
         in_specs = (specs_of(self.weights), *donated, Spec(DATA_AXIS))
-        return per_device(partial(self._step, shape), self.mesh, in_specs, (output, *donated, Spec(DATA_AXIS)))
+        return per_device(partial(self._step, shape), self.mesh, in_specs, (output, *donated))
 
     def lower(self, shape: BatchShape) -> Lowered:
         """The step, ready to be compiled."""
-        return self._jit(self.function(shape), self._donated(shape)).lower(*self.arguments(shape))
+        return self._jit(self.function(shape)).lower(*self.arguments(shape))
 
     def export(self, shape: BatchShape) -> bytearray:
         """The step, for `lower_exported` in another process."""
         checks = [export.DisabledSafetyCheck.custom_call(name) for name in KERNELS]
-        exported = export.export(self._jit(self.function(shape), ()), disabled_checks=checks)
+        exported = export.export(self._jit(self.function(shape), donated=()), disabled_checks=checks)
         return exported(*self.arguments(shape)).serialize()
 
     def lower_exported(self, shape: BatchShape, exported: bytearray) -> Lowered:
         """What `lower` returns, without tracing it."""
-        return self._jit(export.deserialize(exported).call, self._donated(shape)).lower(*self.arguments(shape))
+        return self._jit(export.deserialize(exported).call).lower(*self.arguments(shape))
 
-    def _donated(self, shape: BatchShape) -> tuple[int, ...]:
-        """Which arguments come back in place: caches, state and, of decodes alone, the batch."""
-        return (1, 2) if shape.prefill_tokens else (1, 2, 3)
-
-    def _jit(self, step: Callable, donated: tuple[int, ...]) -> Callable:
-        out_shardings = (None, *jax.tree.map(lambda array: array.sharding, self.layout()), self.by_group)
+    def _jit(self, step: Callable, donated: tuple[int, ...] = (1, 2)) -> Callable:
+        out_shardings = (None, *jax.tree.map(lambda array: array.sharding, self.layout()))
         return jax.jit(step, donate_argnums=donated, out_shardings=out_shardings)
 
     def _step(self, shape: BatchShape, leaves, caches, state, buffer):
         # A module is a pytree; passed flat, it costs no Python at a call.
         model = jax.tree.unflatten(self.treedef, leaves)
         static = dict(shape=shape, block_size=self.settings.config.block_size, probe=self.settings.config.probe)
-        output, *updated = engine_step(model, caches, state, buffer, **static)
+        output, caches, state = engine_step(model, caches, state, buffer, **static)
         tokens, logprobs = (gather_groups(x, axis=1) for x in (output.tokens, output.logprobs))
-        return output._replace(tokens=tokens, logprobs=logprobs), *updated
+        return output._replace(tokens=tokens, logprobs=logprobs), caches, state

@@ -1,8 +1,5 @@
 """Batch shapes: each schedule has one, the smallest, and it is among those that are compiled."""
 
-import jax.numpy as jnp
-import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -40,24 +37,6 @@ def test_several_steps_have_a_program(decodes, max_num_seqs, rows, ratio):
     buckets = Buckets(max_num_seqs, 128, 16, ratio, (max_num_seqs,), RunAhead(4, rows))
     decodes = min(decodes, rows, max_num_seqs)
     assert buckets.shape_for(decodes, 0, 0, num_steps=4) in buckets.all_shapes()
-
-
-@pytest.mark.parametrize(("rows", "padding", "steps"), [(1, 0, 1), (1, 0, 3), (5, 3, 2)])
-def test_the_batch_that_follows(rows, padding, steps):
-    """Contexts are longer, tokens are known to the device alone, and the rest is as it was; so is a padded row."""
-    shape, rng = BatchShape(rows + padding, 0, 0, 7, steps), np.random.default_rng(0)
-    buffer = rng.integers(1, 1000, shape.size, np.int32)
-    before = shape.views(buffer)
-    before.context_lens[rows:], before.decode_tokens[rows:] = 0, 0
-    following = shape.following(buffer)
-    after = shape.views(following)
-    np.testing.assert_array_equal(after.context_lens, before.context_lens + np.repeat([steps, 0], [rows, padding]))
-    np.testing.assert_array_equal(after.decode_tokens, [-1] * rows + [0] * padding)
-    for name in ("slots", "sampling", "prefill_tokens", "query_starts", "tables"):
-        np.testing.assert_array_equal(getattr(after, name), getattr(before, name))
-    on_device = shape.following(jnp.asarray(buffer), jnp)
-    np.testing.assert_array_equal(on_device, following)
-    assert (following.dtype, on_device.dtype) == (np.int32, jnp.int32)
 
 
 def beside_prefills(buckets):
