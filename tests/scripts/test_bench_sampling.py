@@ -35,3 +35,5 @@ def test_what_a_setting_asks_for(name):
     if name == "everything":
         assert (np.asarray(tokens) > 1).all(), "the ends are masked, for the texts are too short"
     assert state.last_tokens[:rows].tolist() == tokens.tolist()
+    differences = "adjusted 0e+00, kept differently 0, drawn differently 0"  # an oracle's from itself
+    assert bench.errors() == differences + ", ranks and ids 0, logprobs 0e+00" * logprobs
