@@ -128,7 +128,8 @@ def check_collectives(report, data, model, layers):
     # Where a row asks for top_p or log probabilities, each row's logits come together on one device; results go to all.
     share = -(-rows // model)
     assert [size for kind, size in branches if kind == "all-to-all"] == [share * vocab] * 2
-    assert all(size <= share * model * 2 * (1 + top) for kind, size in branches if kind == "all-gather")
+    gathered = [size for kind, size in branches if kind == "all-gather"]
+    assert sorted(gathered) == [share * model, share * model * 2 * (1 + top)]
     assert {kind for kind, _ in branches} == {"all-to-all", "all-gather"}
 
 
