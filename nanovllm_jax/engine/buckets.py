@@ -73,9 +73,9 @@ class Buckets:
         ]
         most = next((rows for rows in self.decode_rows if rows >= self.run_ahead.rows), self.max_num_seqs)
         several = [
-            BatchShape(rows, 0, 0, self.table_width, self.run_ahead.num_steps)
+            BatchShape(rows, 0, 0, self.table_width, steps)
             for rows in self.decode_rows
-            if rows <= most and self.run_ahead.num_steps > 1
+            if rows <= most and (steps := self.run_ahead.steps_of(rows)) > 1
         ]
         return sorted(decode + several, key=lambda s: s.decode_rows) + mixed[::-1]
 

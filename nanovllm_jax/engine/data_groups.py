@@ -90,9 +90,9 @@ class DataGroups:
         self.groups[seq.group].finish(seq, reason)
 
     def schedule(self) -> GroupSchedule:
-        """Choose every group's part of the next step; several tokens a row only where every busy group can."""
-        run_ahead = all(group.can_run_ahead() for group in self.groups if group.has_unfinished)
-        parts = [group.schedule(run_ahead) for group in self.groups]
+        """Choose every group's part of the next step; of each sequence as many tokens as every busy group can."""
+        num_steps = min((group.num_steps() for group in self.groups if group.has_unfinished), default=1)
+        parts = [group.schedule(num_steps) for group in self.groups]
         return GroupSchedule(
             decodes=[seq for part in parts for seq in part.decodes],
             prefills=[chunk for part in parts for chunk in part.prefills],

@@ -50,7 +50,8 @@ logger = logging.getLogger(__name__)
 # The host takes about 1.5 ms to dispatch a step, in which a GPU reads so many bytes. One that reads less (of weights,
 # keys and values) would make it wait: so several steps go in one program.
 DISPATCH_BYTES = 6 * GIB
-GPU_STEPS = 3  # fewer leave one row waiting on a slow host, more make what streams come in larger pieces
+GPU_STEPS = 2  # more make what streams come in larger pieces,
+GPU_STEPS_ALONE = 3  # and fewer leave a single row, whose steps are the shortest, waiting for the host
 RUN_AHEAD_ROWS = 128
 PROMPT_CHUNK = 256  # positions whose logits are made at a time where a prompt's log probabilities are asked for
 
@@ -240,9 +241,9 @@ class ModelRunner:
     def _run_ahead(self) -> RunAhead:
         """When one program decodes several steps: as the user says, or where a GPU would wait for the host."""
         if self.config.num_scheduler_steps:
-            return RunAhead(self.config.num_scheduler_steps, RUN_AHEAD_ROWS)
+            return RunAhead(self.config.num_scheduler_steps, rows=RUN_AHEAD_ROWS)
         tokens = self._tokens_in_a_dispatch()
-        return RunAhead(GPU_STEPS, RUN_AHEAD_ROWS, tokens) if self.on_gpu and tokens else ONE_STEP
+        return RunAhead(GPU_STEPS, GPU_STEPS_ALONE, RUN_AHEAD_ROWS, tokens) if self.on_gpu and tokens else ONE_STEP
 
     def _tokens_in_a_dispatch(self) -> int:
         """How much context a GPU reads, with the weights, while the host dispatches a step; 0: a large model."""

@@ -130,20 +130,19 @@ class Scheduler:
         seq.status = FINISHED
         seq.finish_reason = reason
 
-    def can_run_ahead(self) -> bool:
-        """Whether the next step may compute several tokens of each sequence."""
-        return self._can_run_ahead(*self._phases())
+    def num_steps(self) -> int:
+        """How many tokens of each sequence the next step may compute."""
+        return self._num_steps(*self._phases())
 
-    def schedule(self, run_ahead: bool = True) -> Schedule:
+    def schedule(self, most_steps: int | None = None) -> Schedule:
         """Choose the next step, which the caller dispatches before it calls anything else here.
 
         May be empty: nothing is left to do, or nothing can be done before the tokens of dispatched steps are read.
-        `run_ahead`: whether it may compute several tokens of each sequence, where it can.
+        `most_steps`: how many tokens of each sequence it may compute, where that is fewer than `num_steps()`.
         """
         decoding, prefilling = self._phases()
-        schedule = Schedule()
-        if run_ahead and self._can_run_ahead(decoding, prefilling):
-            schedule.num_steps = self.run_ahead.num_steps
+        num_steps = self._num_steps(decoding, prefilling)
+        schedule = Schedule(num_steps=num_steps if most_steps is None else min(num_steps, most_steps))
         self._schedule_decodes(schedule, decoding)
         # The budget is never short here. Whoever decodes had a token in the step before. So had the one sequence, at
         # most, that is in the middle of its prompt: it took what the step before had left.
@@ -206,17 +205,17 @@ class Scheduler:
                 decoding.append(seq)
         return decoding, prefilling
 
-    def _can_run_ahead(self, decoding: list[Sequence], prefilling: list[Sequence]) -> bool:
-        """Whether nobody else has work, and each that decodes can do several steps, without preemption or its end."""
-        (steps, rows, tokens), manager = self.run_ahead, self.block_manager
-        if steps == 1 or prefilling or self.waiting or not 0 < len(decoding) <= rows:
-            return False
-        if sum(seq.num_computed for seq in decoding) > tokens:
-            return False
+    def _num_steps(self, decoding: list[Sequence], prefilling: list[Sequence]) -> int:
+        """Several where nobody else has work, and each that decodes can do them without preemption or its end."""
+        steps, manager = self.run_ahead.steps_of(len(decoding)), self.block_manager
+        if prefilling or self.waiting or not 0 < len(decoding) <= self.run_ahead.rows:
+            return 1
+        if sum(seq.num_computed for seq in decoding) > self.run_ahead.tokens:
+            return 1
         if any(seq.num_computed + steps >= seq.max_len for seq in decoding):
-            return False
+            return 1
         missing = (-(-(seq.num_computed + steps) // manager.block_size) - len(seq.block_table) for seq in decoding)
-        return sum(missing) <= manager.num_free_blocks
+        return steps if sum(missing) <= manager.num_free_blocks else 1
 
     def _schedule_decodes(self, schedule: Schedule, sequences: list[Sequence]) -> None:
         """The next token of each, in arrival order: a victim of preemption is then never one scheduled already."""
