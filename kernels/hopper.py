@@ -20,18 +20,25 @@ SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # how 
 
 
 def hopper_call(
-    body: Callable, *args: jax.Array, out_type: tuple[jax.ShapeDtypeStruct, ...], interpret: object = None
+    body: Callable,
+    *args: jax.Array,
+    out_type: tuple[jax.ShapeDtypeStruct, ...],
+    pair: int = 1,
+    interpret: object = None,
 ) -> tuple[jax.Array, ...]:
     """Run body(*refs) in one program an SM, which finds its work by `program()`, with three warpgroups.
 
+    pair: programs with the same number, told apart by the axis "pair", which can load for one another.
     interpret: jax's InterpretGPUParams, for tests on any machine.
     """
     options = {} if interpret is None else {"interpret": interpret}
+    if pair > 1:
+        options |= {"cluster": (pair,), "cluster_names": ("pair",)}
     params = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup)
     return plgpu.kernel(
         body,
         out_type=out_type,
-        grid=(SMS,),
+        grid=(SMS // pair,),
         grid_names=("sm",),
         num_threads=COMPUTE + 1,
         thread_name="wg",
@@ -41,7 +48,7 @@ def hopper_call(
 
 
 def program() -> jax.Array:
-    """The number of this program, from 0."""
+    """The number of this program, or of its pair, from 0."""
     return jax.lax.axis_index("sm")
 
 

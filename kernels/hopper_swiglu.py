@@ -1,23 +1,28 @@
 """Mosaic GPU kernel: a gated linear layer of many rows on Hopper's tensor cores, with SwiGLU before anything is stored.
 
 A tile is 128 rows and 128 features of each of the two products; each of two warpgroups has 64 of the rows, and a third
-loads what they need ahead of time. Each program goes through its share of the tiles without a stop between them.
+loads what they need ahead of time, for the next tile too. Two programs have the same features at a time, of other rows,
+and share what is loaded of the weights. Each pair goes through its share of the tiles without a stop between them.
 Shapes: T rows, D depth, F features.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .common import gated, rounded
-from .hopper import COMPUTE, MANY, ROWS, SWIZZLED, hopper_call, warpgroup
+from .common import SMS, gated, rounded
+from .hopper import COMPUTE, LOADER, MANY, ROWS, SWIZZLED, hopper_call, program, warpgroup
 
 TILE = COMPUTE * ROWS  # rows
 FEATURES = 128
 DEPTH = 64  # that is loaded at a time
 STAGES = 4  # and how many of these loads there is room for
-ROWS_TOGETHER = 8  # tiles of rows that programs side by side have, so that they find rows and weights in the L2 cache
+PAIR = 2  # programs that share loads
+ROWS_TOGETHER = 8  # tiles of rows that pairs side by side have, so that they find rows and weights in the L2 cache
 
 
 def fits(x: jax.Array, weight: jax.Array) -> bool:
@@ -27,65 +32,108 @@ def fits(x: jax.Array, weight: jax.Array) -> bool:
     return x.shape[0] >= MANY and x.shape[0] % 8 == 0 and x.shape[1] % DEPTH == 0 and weight.shape[1] % FEATURES == 0
 
 
-def swiglu(x: jax.Array, weight: jax.Array) -> jax.Array:
+class Memory(NamedTuple):
+    """Shared memory: loads of rows and of both weights, what goes out, and what warpgroups wait for."""
+
+    x: jax.Array
+    weights: jax.Array
+    out: jax.Array
+    full: jax.Array
+    free: jax.Array
+
+    @classmethod
+    def types(cls, dtype: jnp.dtype) -> "Memory":
+        """What to allocate: 224 KiB."""
+        x, weights, out = (STAGES, TILE, DEPTH), (STAGES, 2 * FEATURES, DEPTH), (COMPUTE, ROWS, FEATURES)
+        arrays = (plgpu.SMEM(shape, dtype, transforms=SWIZZLED) for shape in (x, weights, out))
+        full = plgpu.Barrier(num_arrivals=3, num_barriers=STAGES)
+        free = plgpu.ClusterBarrier(collective_axes=("pair",), num_arrivals=COMPUTE, num_barriers=STAGES)
+        return cls(*arrays, full, free)
+
+
+def swiglu(x: jax.Array, weight: jax.Array, *, interpret: object = None) -> jax.Array:
     """nanovllm_jax.kernels.swiglu for what `fits`."""
     (rows, depth), features, dtype = x.shape, weight.shape[1], x.dtype
-    tiles, steps = (pl.cdiv(rows, TILE), features // FEATURES), depth // DEPTH
+    tiles, steps = (pl.cdiv(rows, PAIR * TILE), features // FEATURES), depth // DEPTH
 
-    def pipeline(step, around):
-        def loaded(lines):
-            options = dict(transforms=SWIZZLED, memory_space=plgpu.SMEM, delay_release=1)
-            return plgpu.BlockSpec((lines, DEPTH), lambda k: (0, k), **options)
+    def for_each_tile(take):
+        """take(n, row, feature) of this program's tiles, one after the other; n: the loads before it."""
+        pairs = SMS // PAIR
 
-        return plgpu.emit_pipeline_warp_specialized(
-            step,
-            grid=(steps,),
-            memory_registers=40,
-            in_specs=[loaded(TILE), loaded(FEATURES), loaded(FEATURES)],
-            wg_axis="wg",
-            num_compute_wgs=COMPUTE,
-            max_concurrent_steps=STAGES,
-            compute_context=around,
-        )
+        @pl.loop(0, lax.div(tiles[0] * tiles[1] - program() + (pairs - 1), jnp.int32(pairs)))
+        def _(turn):
+            row, feature = plgpu.planar_snake(turn * pairs + program(), tiles, 0, ROWS_TOGETHER)
+            take(turn * steps, (row * PAIR + lax.axis_index("pair")) * TILE, feature * FEATURES)
 
-    def hopper_swiglu(x_ref, w_ref, o_ref):
-        own = pl.ds(warpgroup() * ROWS, ROWS)
+    def load(x_ref, w_ref, memory: Memory):
+        """The loading warpgroup: rows and weights into shared memory as soon as there is room."""
 
-        def run(memory, out):
-            @plgpu.nd_loop((tiles[0] * tiles[1],), collective_axes="sm")
-            def _(info):
-                row, feature = plgpu.planar_snake(info.index[0], tiles, 0, ROWS_TOGETHER)
-                lines, columns = pl.ds(row * TILE, TILE), pl.ds(feature * FEATURES, FEATURES)
+        def take(n, row, feature):
+            @pl.loop(0, steps)
+            def _(k):
+                slot, part = slot_of(n + k), pl.ds(k * DEPTH, DEPTH)
+                full = memory.full.at[slot]
+                plgpu.barrier_wait(memory.free.at[slot])
+                plgpu.copy_gmem_to_smem(x_ref.at[pl.ds(row, TILE), part], memory.x.at[slot], full)
+                for i in range(2):
+                    to = memory.weights.at[slot].at[pl.ds(i * FEATURES, FEATURES)]
+                    source = w_ref.at[i].at[pl.ds(feature, FEATURES), part]
+                    plgpu.copy_gmem_to_smem(source, to, full, collective_axes="pair")
 
-                def multiply(_, x, gate_weight, up_weight, sums):
-                    gate, up = sums
-                    plgpu.wgmma(gate, x.at[own], gate_weight.transpose((1, 0)))
-                    plgpu.wgmma(up, x.at[own], up_weight.transpose((1, 0)))
-                    plgpu.wgmma_wait(2)  # for those of the step before, whose memory is free then
-                    return sums
+        for_each_tile(take)
+        for slot in range(STAGES):  # the other program loads into this one's memory, which must not end before that
+            plgpu.barrier_wait(memory.free.at[slot])
 
-                def around(multiply_all):
-                    def both(gate, up):
-                        multiply_all((gate, up))
-                        gate, up = (rounded(total[...], dtype) for total in (gate, up))
-                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                        out[warpgroup()] = gated(gate, up, dtype).astype(dtype)
-                        plgpu.commit_smem()
-                        start = row * TILE + warpgroup() * ROWS
-                        plgpu.copy_smem_to_gmem(out.at[warpgroup()], o_ref.at[pl.ds(start, ROWS), columns])
+    def compute(o_ref, memory: Memory):
+        """A computing warpgroup: its rows of each tile."""
+        own = warpgroup()
 
-                    total = plgpu.ACC((ROWS, FEATURES), jnp.float32)
-                    pl.run_scoped(both, total, total)
+        def take(n, row, feature):
+            def multiply(sums):
+                @pl.loop(0, steps)
+                def _(k):
+                    slot = slot_of(n + k)
+                    plgpu.barrier_wait(memory.full.at[slot])
+                    rows = memory.x.at[slot].at[pl.ds(own * ROWS, ROWS)]
+                    plgpu.wgmma(sums, rows, memory.weights.at[slot].transpose((1, 0)))
+                    plgpu.wgmma_wait(1)  # for those of the load before, whose memory is free then
+                    pl.when(k > 0)(lambda: plgpu.barrier_arrive(memory.free.at[slot_of(n + k - 1)]))
 
-                weights = (w_ref.at[i].at[columns, :] for i in range(2))
-                pipeline(multiply, around)(x_ref.at[lines, :], *weights, allocations=memory)
+                plgpu.wgmma_wait(0)
+                plgpu.barrier_arrive(memory.free.at[slot_of(n + steps - 1)])
+                return sums[...]
 
-        def nothing(*_):
-            pass
+            both = pl.run_scoped(multiply, plgpu.ACC((ROWS, 2 * FEATURES), jnp.float32))
+            gate, up = rounded(both[:, :FEATURES], dtype), rounded(both[:, FEATURES:], dtype)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            memory.out[own] = gated(gate, up, dtype).astype(dtype)
+            plgpu.commit_smem()
+            to = o_ref.at[pl.ds(row + own * ROWS, ROWS), pl.ds(feature, FEATURES)]
+            plgpu.copy_smem_to_gmem(memory.out.at[own], to)
 
-        memory = pipeline(nothing, nothing).get_allocations(x_ref, w_ref.at[0], w_ref.at[1])
-        out = plgpu.SMEM((COMPUTE, ROWS, FEATURES), dtype, transforms=SWIZZLED)
-        pl.run_scoped(run, memory, out, collective_axes="wg")
+        for slot in range(STAGES):
+            plgpu.barrier_arrive(memory.free.at[slot])
+        for_each_tile(take)
         plgpu.wait_smem_to_gmem(0)
 
-    return hopper_call(hopper_swiglu, x, weight, out_type=(jax.ShapeDtypeStruct((rows, features), dtype),))[0]
+    def hopper_swiglu(x_ref, w_ref, o_ref):
+        def run(memory):
+            @pl.when(warpgroup() == LOADER)
+            def _():
+                plgpu.set_max_registers(40, action="decrease")
+                load(x_ref, w_ref, memory)
+
+            @pl.when(warpgroup() < COMPUTE)
+            def _():
+                plgpu.set_max_registers(232, action="increase")
+                compute(o_ref, memory)
+
+        pl.run_scoped(run, Memory.types(dtype), collective_axes="wg")
+
+    out_type = (jax.ShapeDtypeStruct((rows, features), dtype),)
+    return hopper_call(hopper_swiglu, x, weight, out_type=out_type, pair=PAIR, interpret=interpret)[0]
+
+
+def slot_of(n: jax.Array) -> jax.Array:
+    """Where in shared memory the n-th load goes."""
+    return lax.rem(n, jnp.int32(STAGES))

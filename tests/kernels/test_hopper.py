@@ -1,4 +1,4 @@
-"""The kernels of Mosaic GPU on a machine without a GPU: prefill in jax's simulation of one, and what both lower to."""
+"""The kernels of Mosaic GPU on a machine without a GPU: in jax's simulation of one, and what they lower to."""
 
 import faulthandler
 import functools
@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from nanovllm_jax.kernels import (
     common,
@@ -22,6 +23,7 @@ from test_lowering import PALLAS, cache, custom_calls, lowered_for_cuda, prefill
 PROGRAMS = 3  # fewer than tiles, so that each has several
 JAX_0_10 = jax.__version_info__ < (0, 11)
 READS_BEYOND = pytest.mark.skipif(JAX_0_10, reason="jax 0.10 simulates no load that ends beyond an array")
+MULTIPLIES = pytest.mark.skipif(JAX_0_10, reason="jax 0.10 simulates no products of tensor cores")
 WRITES_IN_PLACE = pytest.mark.skipif(JAX_0_10, reason="jax 0.10's kernels take no mutable arrays")
 CASES = [  # contexts, new tokens, kv heads, group, block_size, dtype
     ([128], [128], 1, 1, 128, jnp.bfloat16),
@@ -50,7 +52,7 @@ def prefill(contexts, queries, kv_heads, group, block_size, dtype, decodes=0, pa
 
 
 def use_programs(monkeypatch, number):
-    for module in (hopper, hopper_prefill):
+    for module in (hopper, hopper_prefill, hopper_swiglu):
         monkeypatch.setattr(module, "SMS", number)
 
 
@@ -111,6 +113,22 @@ def test_rows_of_decoding_sequences_before_the_first_stay():
 
 def swiglu_args(rows, depth, features, dtype=jnp.bfloat16):
     return jax.ShapeDtypeStruct((rows, depth), dtype), jax.ShapeDtypeStruct((2, features, depth), dtype)
+
+
+@MULTIPLIES
+@pytest.mark.parametrize("programs", [2, 4, 10])
+@pytest.mark.parametrize(("rows", "depth", "features"), [(8, 64, 128), (264, 128, 256), (600, 448, 384)])
+def test_swiglu_of_any_number_of_tiles_in_any_number_of_programs(rows, depth, features, programs, monkeypatch):
+    """Fewer tiles than pairs of programs and more, fewer loads than there is room for and more."""
+    use_programs(monkeypatch, programs)
+    rng = np.random.default_rng(rows)
+    x, weight = (rng.standard_normal(shape).astype(jnp.bfloat16) for shape in ((rows, depth), (2, features, depth)))
+    got = hopper_swiglu.swiglu(jnp.asarray(x), jnp.asarray(weight), interpret=InterpretGPUParams(detect_races=True))
+    gate, up = np.einsum("td,sfd->stf", x.astype(np.float64), weight.astype(np.float64))
+    with np.errstate(over="ignore"):
+        expected = gate / (1 + np.exp(-gate)) * up
+    np.testing.assert_allclose(np.asarray(got, np.float64), expected, atol=0.01 * np.abs(expected).max())
+    assert not gpu_callbacks.get_races().races_found
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
