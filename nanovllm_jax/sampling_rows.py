@@ -4,9 +4,8 @@ One array, because columns cut out of it were a copy each, as long as a small ke
 the same names for its columns, and a test compares them.
 """
 
+from struct import Struct
 from typing import Any, NamedTuple
-
-import numpy as np
 
 
 class SamplingRows(NamedTuple):
@@ -35,6 +34,8 @@ class SamplingRows(NamedTuple):
 
 
 FLOAT_COLUMNS = ("temperature", "top_p", "min_p", "repetition", "frequency", "presence")
+AS_NUMBERS = Struct("=" + "".join("f" if name in FLOAT_COLUMNS else "i" for name in SamplingRows._fields))
+AS_BITS = Struct(f"={len(SamplingRows._fields)}i")
 ADJUSTS, NUM_TOP = (SamplingRows._fields.index(name) for name in ("adjusts", "num_top"))
 
 
@@ -65,10 +66,7 @@ def sampling_row(seq: Any) -> SamplingRows:
 
 def packed(row: SamplingRows) -> list[int]:
     """The line's 12 numbers as they lie in the array."""
-    return [
-        int(np.float32(value).view(np.int32)) if name in FLOAT_COLUMNS else value
-        for name, value in zip(row._fields, row)
-    ]
+    return list(AS_BITS.unpack(AS_NUMBERS.pack(*row)))
 
 
 def _signed(bits: int) -> int:

@@ -6,10 +6,9 @@ B decode rows, P prefill sequences, R = B + P, T prefill tokens, W table width.
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from nanovllm_jax.sampling_rows import SamplingRows
 
@@ -44,27 +43,28 @@ class BatchShape:
     num_steps: int = 1
     """Tokens that each decode row computes, one after the other."""
 
-    @cached_property
-    def layout(self) -> list[tuple[int, int, tuple[int, ...]]]:
-        """Start, end and shape of each BatchView field in the flat array."""
-        rows = self.decode_rows + self.prefill_rows
-        shapes = BatchView(
-            slots=(rows,),
-            context_lens=(rows,),
-            sampling=(rows, len(SamplingRows._fields)),
-            decode_tokens=(self.decode_rows,),
-            prefill_tokens=(self.prefill_tokens,),
-            query_starts=(self.prefill_rows + 1,),
-            tables=(rows, self.table_width),
-        )
-        ends = np.cumsum([math.prod(shape) for shape in shapes]).tolist()
-        return list(zip([0, *ends], ends, shapes))
-
     @property
     def size(self) -> int:
         """Length of the flat array."""
-        return self.layout[-1][1]
+        return _layout(self)[-1][1]
 
     def views(self, buffer: Any) -> BatchView:
         """The fields of a flat array (NumPy or JAX) of this shape."""
-        return BatchView(*(buffer[start:end].reshape(shape) for start, end, shape in self.layout))
+        return BatchView(*(buffer[start:end].reshape(shape) for start, end, shape in _layout(self)))
+
+
+@cache
+def _layout(shape: BatchShape) -> list[tuple[int, int, tuple[int, ...]]]:
+    """Start, end and shape of each BatchView field in the flat array."""
+    rows = shape.decode_rows + shape.prefill_rows
+    shapes = BatchView(
+        slots=(rows,),
+        context_lens=(rows,),
+        sampling=(rows, len(SamplingRows._fields)),
+        decode_tokens=(shape.decode_rows,),
+        prefill_tokens=(shape.prefill_tokens,),
+        query_starts=(shape.prefill_rows + 1,),
+        tables=(rows, shape.table_width),
+    )
+    ends = accumulate(map(math.prod, shapes), initial=0)
+    return [(start, end, shape) for (start, end), shape in zip(pairwise(ends), shapes)]

@@ -39,7 +39,7 @@ from nanovllm_jax.models.lowering import helpers_for, lower_all
 from nanovllm_jax.models.parameters import ParameterPath, digest_of
 from nanovllm_jax.models.programs import ProgramStore
 from nanovllm_jax.models.step import StepOutput, prompt_logprobs
-from nanovllm_jax.models.step_programs import ProgramSettings, StepPrograms
+from nanovllm_jax.models.step_programs import HOST, ProgramSettings, StepPrograms
 from nanovllm_jax.parallel.backend import compiler_options
 from nanovllm_jax.parallel.processes import largest, same_everywhere
 from nanovllm_jax.parallel.sharding import DATA_AXIS, make_mesh, per_device, specs_of
@@ -105,7 +105,8 @@ class ModelRunner:
         """Start one step; returns its output without waiting for the device."""
         buffer = self._on_devices(buffer)
         output, self.caches, self.state = self.programs[shape](self.weights.leaves, self.caches, self.state, buffer)
-        output.tokens.copy_to_host_async()
+        if output.tokens.sharding.memory_kind != HOST:
+            output.tokens.copy_to_host_async()
         return output
 
     def write_tables(self, group: int, slot: int, token_counts: np.ndarray, logit_bias: np.ndarray) -> None:

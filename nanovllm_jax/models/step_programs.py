@@ -24,6 +24,8 @@ from nanovllm_jax.parallel.sharding import DATA_AXIS, MODEL_AXIS, gather_groups,
 for part in (KVCache, DeviceState, StepOutput):
     export.register_namedtuple_serialization(part, serialized_name=f"nanovllm_jax.{part.__name__}")
 
+HOST = "pinned_host"  # JAX's name for the host's memory that a GPU writes
+
 # Custom calls that jax.export does not vouch for from one release to the next: here both sides are one.
 KERNELS = ("__gpu$xla.gpu.triton", "mosaic_gpu_v2")
 
@@ -47,6 +49,10 @@ class StepPrograms:
         """`weights`, `treedef`: a model's shapes and shardings on `mesh`, flat, and how they make the model."""
         self.settings, self.mesh, self.weights, self.treedef = settings, mesh, weights, treedef
         self.by_group = NamedSharding(mesh, Spec(DATA_AXIS))
+        is_one_gpu = mesh.size == 1 and mesh.devices.flat[0].platform == "gpu"
+        # One GPU writes tokens where the host reads them: else they are asked for when the step has ended.
+        tokens = NamedSharding(mesh, Spec(), memory_kind=HOST) if is_one_gpu else None
+        self.output_shardings = StepOutput(tokens, logprobs=None, hidden=None, activations=None)
 
     @classmethod
     def of(cls, settings: ProgramSettings) -> "StepPrograms":
@@ -86,20 +92,21 @@ class StepPrograms:
 
     def lower(self, shape: BatchShape) -> Lowered:
         """The step, ready to be compiled."""
-        return self._jit(self.function(shape)).lower(*self.arguments(shape))
+        return self._jit(self.function(shape), self.output_shardings, donated=(1, 2)).lower(*self.arguments(shape))
 
     def export(self, shape: BatchShape) -> bytearray:
         """The step, for `lower_exported` in another process."""
         checks = [export.DisabledSafetyCheck.custom_call(name) for name in KERNELS]
-        exported = export.export(self._jit(self.function(shape), donated=()), disabled_checks=checks)
+        exported = export.export(self._jit(self.function(shape)), disabled_checks=checks)
         return exported(*self.arguments(shape)).serialize()
 
     def lower_exported(self, shape: BatchShape, exported: bytearray) -> Lowered:
         """What `lower` returns, without tracing it."""
-        return self._jit(export.deserialize(exported).call).lower(*self.arguments(shape))
+        step = export.deserialize(exported).call
+        return self._jit(step, self.output_shardings, donated=(1, 2)).lower(*self.arguments(shape))
 
-    def _jit(self, step: Callable, donated: tuple[int, ...] = (1, 2)) -> Callable:
-        out_shardings = (None, *jax.tree.map(lambda array: array.sharding, self.layout()))
+    def _jit(self, step: Callable, output: StepOutput | None = None, donated: tuple[int, ...] = ()) -> Callable:
+        out_shardings = (output, *jax.tree.map(lambda array: array.sharding, self.layout()))
         return jax.jit(step, donate_argnums=donated, out_shardings=out_shardings)
 
     def _step(self, shape: BatchShape, leaves, caches, state, buffer):
