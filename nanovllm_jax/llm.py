@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import closing
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -192,42 +191,28 @@ class LLM(LLMEngine):
                     self.abort_request(request.request_id)
 
     def _run(self, requests: list[Request], description: str, use_tqdm: ProgressBar) -> list[RequestOutput]:
+        outputs: dict[str, RequestOutput] = {}
+        make_bar = use_tqdm if callable(use_tqdm) else tqdm
+        use_tqdm = bool(use_tqdm) and self.runner.is_first_process
+        bar = make_bar(total=len(requests), desc=description, dynamic_ncols=True, disable=not use_tqdm)
         try:
+            request_ids = [self.start_request(request) for request in requests]
             rates = _Rates(self.metrics)
-            request_ids = self._start_all(requests)
-            make_bar = use_tqdm if callable(use_tqdm) else tqdm
-            show = bool(use_tqdm) and self.runner.is_first_process
-            with closing(make_bar(total=len(requests), desc=description, dynamic_ncols=True, disable=not show)) as bar:
-                outputs = self._finish_all(bar, rates)
+            while self._requests or self._ready:
+                for output in self.step():
+                    outputs[output.request_id] = output
+                    bar.update(1)
+                if use_tqdm and (recent := rates.recent()):
+                    bar.set_postfix(recent)
+            bar.set_postfix(rates.overall())
         finally:
             for request_id in list(self._requests):  # left by an exception or Ctrl-C
                 self.abort_request(request_id)
+            bar.close()
         for request_id in request_ids:
             if request_id not in outputs:  # by a signal's handler
                 raise RuntimeError(f"request {request_id!r} was aborted while it ran")
         return [outputs[request_id] for request_id in request_ids]
-
-    def _start_all(self, requests: list[Request]) -> list[str]:
-        """Start them, and the device too, as soon as they fill a step."""
-        request_ids, num_tokens = [], 0
-        full = self.runner.max_num_batched_tokens * self.runner.num_groups
-        for request in requests:
-            request_ids.append(self.start_request(request))
-            num_tokens += len(request.prompt_token_ids)
-            if (num_tokens >= full or request is requests[-1]) and not self._in_flight:
-                self._ready += self.step()
-        return request_ids
-
-    def _finish_all(self, bar: tqdm, rates: "_Rates") -> dict[str, RequestOutput]:
-        outputs = {}
-        while self._requests or self._ready:
-            for output in self.step():
-                outputs[output.request_id] = output
-                bar.update(1)
-            if not bar.disable and (recent := rates.recent()):
-                bar.set_postfix(recent)
-        bar.set_postfix(rates.overall())
-        return outputs
 
 
 class _Rates:
