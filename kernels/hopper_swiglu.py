@@ -1,8 +1,8 @@
 """Mosaic GPU kernel: a gated linear layer of many rows on Hopper's tensor cores, with SwiGLU before anything is stored.
 
-A tile is 128 rows and 128 features of each of the two products; each of two warpgroups has 64 of the rows, and a third
-loads what they need ahead of time, for the next tile too. Two programs have the same features at a time, of other rows,
-and share what is loaded of the weights. Each pair goes through its share of the tiles without a stop between them.
+A tile is 256 rows and 128 features of each of the two products. It is for a pair of programs: each has half of the
+rows, 64 to each of two warpgroups, and half of the weights' loads, which both get. A third warpgroup loads ahead of
+time, for the next tile too. Each pair goes through its share of the tiles without a stop between them.
 Shapes: T rows, D depth, F features.
 """
 
@@ -17,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from .common import SMS, gated, rounded
 from .hopper import COMPUTE, LOADER, MANY, ROWS, SWIZZLED, hopper_call, program, warpgroup
 
-TILE = COMPUTE * ROWS  # rows
+HALF = COMPUTE * ROWS  # rows of a tile, which are one program's
 FEATURES = 128
 DEPTH = 64  # that is loaded at a time
 STAGES = 4  # and how many of these loads there is room for
@@ -44,7 +44,7 @@ class Memory(NamedTuple):
     @classmethod
     def types(cls, dtype: jnp.dtype) -> "Memory":
         """What to allocate: 224 KiB."""
-        x, weights, out = (STAGES, TILE, DEPTH), (STAGES, 2 * FEATURES, DEPTH), (COMPUTE, ROWS, FEATURES)
+        x, weights, out = (STAGES, HALF, DEPTH), (STAGES, 2 * FEATURES, DEPTH), (COMPUTE, ROWS, FEATURES)
         arrays = (plgpu.SMEM(shape, dtype, transforms=SWIZZLED) for shape in (x, weights, out))
         full = plgpu.Barrier(num_arrivals=3, num_barriers=STAGES)
         free = plgpu.ClusterBarrier(collective_axes=("pair",), num_arrivals=COMPUTE, num_barriers=STAGES)
@@ -54,54 +54,54 @@ class Memory(NamedTuple):
 def swiglu(x: jax.Array, weight: jax.Array, *, interpret: object = None) -> jax.Array:
     """nanovllm_jax.kernels.swiglu for what `fits`."""
     (rows, depth), features, dtype = x.shape, weight.shape[1], x.dtype
-    tiles, steps = (pl.cdiv(rows, PAIR * TILE), features // FEATURES), depth // DEPTH
+    tiles, steps = (pl.cdiv(rows, PAIR * HALF), features // FEATURES), depth // DEPTH
 
     def for_each_tile(take):
-        """take(n, row, feature) of this program's tiles, one after the other; n: the loads before it."""
+        """take(row, feature) of this program's halves of tiles, one after the other."""
         pairs = SMS // PAIR
 
         @pl.loop(0, lax.div(tiles[0] * tiles[1] - program() + (pairs - 1), jnp.int32(pairs)))
         def _(turn):
             row, feature = plgpu.planar_snake(turn * pairs + program(), tiles, 0, ROWS_TOGETHER)
-            take(turn * steps, (row * PAIR + lax.axis_index("pair")) * TILE, feature * FEATURES)
+            take((row * PAIR + lax.axis_index("pair")) * HALF, feature * FEATURES)
 
     def load(x_ref, w_ref, memory: Memory):
         """The loading warpgroup: rows and weights into shared memory as soon as there is room."""
 
-        def take(n, row, feature):
+        def take(row, feature):
             @pl.loop(0, steps)
             def _(k):
-                slot, part = slot_of(n + k), pl.ds(k * DEPTH, DEPTH)
+                slot, part = slot_of(k), pl.ds(k * DEPTH, DEPTH)
                 full = memory.full.at[slot]
                 plgpu.barrier_wait(memory.free.at[slot])
-                plgpu.copy_gmem_to_smem(x_ref.at[pl.ds(row, TILE), part], memory.x.at[slot], full)
+                plgpu.copy_gmem_to_smem(x_ref.at[pl.ds(row, HALF), part], memory.x.at[slot], full)
                 for i in range(2):
                     to = memory.weights.at[slot].at[pl.ds(i * FEATURES, FEATURES)]
                     source = w_ref.at[i].at[pl.ds(feature, FEATURES), part]
                     plgpu.copy_gmem_to_smem(source, to, full, collective_axes="pair")
 
         for_each_tile(take)
-        for slot in range(STAGES):  # the other program loads into this one's memory, which must not end before that
+        for slot in range(STAGES):  # until the other program has had its loads, and has told this one
             plgpu.barrier_wait(memory.free.at[slot])
 
     def compute(o_ref, memory: Memory):
         """A computing warpgroup: its rows of each tile."""
         own = warpgroup()
 
-        def take(n, row, feature):
+        def take(row, feature):
             def multiply(sums):
                 @pl.loop(0, steps)
                 def _(k):
-                    slot = slot_of(n + k)
+                    slot = slot_of(k)
                     plgpu.barrier_wait(memory.full.at[slot])
-                    rows = memory.x.at[slot].at[pl.ds(own * ROWS, ROWS)]
-                    plgpu.wgmma(sums, rows, memory.weights.at[slot].transpose((1, 0)))
+                    lines = memory.x.at[slot].at[pl.ds(own * ROWS, ROWS)]
+                    plgpu.wgmma(sums, lines, memory.weights.at[slot].transpose((1, 0)))
                     plgpu.wgmma_wait(1)  # for those of the load before, whose memory is free then
-                    pl.when(k > 0)(lambda: plgpu.barrier_arrive(memory.free.at[slot_of(n + k - 1)]))
+                    pl.when(k > 0)(lambda: plgpu.barrier_arrive(memory.free.at[slot_of(k - 1)]))
 
-                plgpu.wgmma_wait(0)
-                plgpu.barrier_arrive(memory.free.at[slot_of(n + steps - 1)])
-                return sums[...]
+                total = sums[...]  # waits for all of them
+                plgpu.barrier_arrive(memory.free.at[slot_of(jnp.int32(steps - 1))])
+                return total
 
             both = pl.run_scoped(multiply, plgpu.ACC((ROWS, 2 * FEATURES), jnp.float32))
             gate, up = rounded(both[:, :FEATURES], dtype), rounded(both[:, FEATURES:], dtype)
@@ -134,6 +134,6 @@ def swiglu(x: jax.Array, weight: jax.Array, *, interpret: object = None) -> jax.
     return hopper_call(hopper_swiglu, x, weight, out_type=out_type, pair=PAIR, interpret=interpret)[0]
 
 
-def slot_of(n: jax.Array) -> jax.Array:
-    """Where in shared memory the n-th load goes."""
-    return lax.rem(n, jnp.int32(STAGES))
+def slot_of(k: jax.Array) -> jax.Array:
+    """Where in shared memory the k-th load of a tile goes."""
+    return lax.rem(k, jnp.int32(STAGES))
