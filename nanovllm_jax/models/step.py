@@ -118,6 +118,7 @@ def _token_positions(batch: BatchView, rows: int) -> tuple[jax.Array, jax.Array]
     starts, index = batch.query_starts, jnp.arange(batch.prefill_tokens.shape[0])
     if not index.size:
         return decode_positions, jnp.arange(rows)
+    # A binary search would be a loop of small kernels, launched one by one while the device waits for the first layer.
     sequence = jnp.clip(jnp.searchsorted(starts, index, side="right", method="compare_all") - 1, 0, starts.shape[0] - 2)
     before_chunk = batch.context_lens[rows:] - (starts[1:] - starts[:-1])  # (P) tokens computed earlier
     positions = jnp.where(index < starts[-1], before_chunk[sequence] + index - starts[sequence], -1)
