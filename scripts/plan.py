@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmark import limits
+from options import count
 
 from nanovllm_jax.config import ModelConfig
 from nanovllm_jax.parallel.sizes import split_config
@@ -141,12 +142,10 @@ def line(name: str, config: ModelConfig, devices: int, sequences: int, context: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help=f"a directory with a config.json, or one of {', '.join(SIZES)}; default: all")
-    parser.add_argument("--devices", type=int, nargs="+", default=[1, 2, 4, 8])
-    parser.add_argument("--sequences", type=int, default=64, help="that decode at a time")
-    parser.add_argument("--context", type=int, default=1000, help="tokens of each in the cache")
+    parser.add_argument("--devices", type=count, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--sequences", type=count, default=64, help="that decode at a time")
+    parser.add_argument("--context", type=count, default=1000, help="tokens of each in the cache")
     args = parser.parse_args()
-    if min(*args.devices, args.sequences, args.context, 1) < 1:
-        parser.error("--devices, --sequences and --context must be at least 1")
     models = {name: published(name) for name in SIZES}
     if args.model:
         known = args.model in SIZES

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from options import above_zero, count
 from tokenizers import Tokenizer
 
 from nanovllm_jax.checkpoints.huggingface import make_target, save_pretrained
@@ -212,21 +213,18 @@ def parse_options() -> argparse.Namespace:
     on_gpu = jax.default_backend() == "gpu"
     parser = argparse.ArgumentParser(description="Train the tiny Qwen3 that the package ships.")
     parser.add_argument("--out", type=Path, required=True, help="directory to write")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="stop training after this time")
-    parser.add_argument("--steps", type=float, default=math.inf, help="stop training after this many steps")
-    parser.add_argument("--rows", type=int, default=128 if on_gpu else 16, help=f"rows of {ROW_LENGTH} tokens a step")
+    parser.add_argument("--minutes", type=above_zero, default=math.inf, help="stop training after this time")
+    parser.add_argument("--steps", type=above_zero, default=math.inf, help="stop training after this many steps")
+    parser.add_argument("--rows", type=count, default=128 if on_gpu else 16, help=f"rows of {ROW_LENGTH} tokens a step")
     parser.add_argument("--workers", type=int, default=8 if on_gpu else 0, help="processes that make batches")
-    parser.add_argument("--problems", type=int, default=100 if on_gpu else 20, help="held-out questions a task")
-    parser.add_argument("--learning-rate", type=float, default=1.5e-3, help="its peak")
-    parser.add_argument("--hidden", type=int, default=256, help="hidden size")
-    parser.add_argument("--layers", type=int, default=6, help="decoder layers")
+    parser.add_argument("--problems", type=count, default=100 if on_gpu else 20, help="held-out questions a task")
+    parser.add_argument("--learning-rate", type=above_zero, default=1.5e-3, help="its peak")
+    parser.add_argument("--hidden", type=count, default=256, help="hidden size")
+    parser.add_argument("--layers", type=count, default=6, help="decoder layers")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     if not (options.minutes < math.inf or options.steps < math.inf):
         parser.error("say how long to train: --minutes or --steps")
-    for name in ("minutes", "steps", "rows", "problems", "hidden", "layers"):
-        if not getattr(options, name) > 0:
-            parser.error(f"--{name} must be above 0, not {getattr(options, name)}")
     if options.workers < 0:
         parser.error(f"--workers must be 0 or more, not {options.workers}")
     try:  # rather now than after the training
