@@ -281,9 +281,9 @@ def test_the_training_script_writes_a_directory_that_the_engine_runs(tmp_path, m
     ("arguments", "message"),
     [
         ("--out out", "--minutes or --steps"),
-        ("--out out --steps nan", "--minutes or --steps"),
-        ("--out out --steps 1 --rows 0", "--rows must be above 0, not 0"),
-        ("--out out --steps 1 --problems -1", "--problems must be above 0, not -1"),
+        ("--out out --steps nan", "--steps: 'nan' is no number above 0"),
+        ("--out out --steps 1 --rows 0", "--rows: '0' is no integer from 1 on"),
+        ("--out out --steps 1 --problems -1", "--problems: '-1' is no integer from 1 on"),
         ("--out out --steps 1 --workers -1", "--workers must be 0 or more, not -1"),
         ("--out file --steps 1", "--out file cannot be a directory"),
         ("--out served --steps 1", "--out served holds Orbax weights"),
