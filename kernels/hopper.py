@@ -6,6 +6,8 @@ their warpgroup does something else.
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .common import SMS
@@ -50,6 +52,25 @@ def hopper_call(
 def program() -> jax.Array:
     """The number of this program, or of its pair, from 0."""
     return jax.lax.axis_index("sm")
+
+
+def in_roles(load: Callable[[], None], compute: Callable[[], None]) -> None:
+    """load() in the warpgroup that loads, compute() in the others, which have the registers that it can spare."""
+
+    @pl.when(warpgroup() == LOADER)
+    def _():
+        plgpu.set_max_registers(40, action="decrease")
+        load()
+
+    @pl.when(warpgroup() < COMPUTE)
+    def _():
+        plgpu.set_max_registers(232, action="increase")
+        compute()
+
+
+def slot_of(n: jax.Array, stages: int) -> jax.Array:
+    """Where in shared memory the n-th load goes, where there is room for so many."""
+    return jax.lax.rem(n, jnp.int32(stages))
 
 
 def warpgroup() -> jax.Array:

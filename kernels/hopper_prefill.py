@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .common import LOG2E, NEG_INF, SMS, prefill_tiles
-from .hopper import COMPUTE, LOADER, MANY, ROWS, SWIZZLED, hopper_call, program, warpgroup
+from .hopper import COMPUTE, MANY, ROWS, SWIZZLED, hopper_call, in_roles, program, slot_of, warpgroup
 
 TILE = COMPUTE * ROWS  # query tokens
 BLOCK_K = 128  # keys that are loaded at a time
@@ -129,7 +129,7 @@ def load_items(q_ref, k_ref, v_ref, table_ref, for_each, memory: Memory, barrier
             plgpu.copy_gmem_to_smem(q_ref.at[rows, item.head], memory.q_raw.at[w], barriers.q_full.at[w])
 
         def step(i, n):
-            slot, start = slot_of(n), i * BLOCK_K
+            slot, start = slot_of(n, STAGES), i * BLOCK_K
             block = table_ref[item.sequence, lax.div(start, jnp.int32(block_size))]
             offset = pl.multiple_of(lax.rem(start, jnp.int32(block_size)), BLOCK_K)
             at = block, lax.div(item.head, jnp.int32(group)), pl.ds(offset, BLOCK_K)
@@ -198,7 +198,7 @@ class Attention:
 
         @pl.when(part.loads > 0)
         def _():
-            plgpu.barrier_wait(self.barriers.k_full.at[slot_of(n)])
+            plgpu.barrier_wait(self.barriers.k_full.at[slot_of(n, STAGES)])
             # One's softmax beside the other's products: once half a step behind, the second one stays there.
             pl.when((self.wg == 1) & (n == 0))(self.take_turn)
 
@@ -232,12 +232,12 @@ class Attention:
 
         @pl.when(i < part.loads)
         def _():
-            plgpu.barrier_wait(self.barriers.k_full.at[slot_of(n + i)])
+            plgpu.barrier_wait(self.barriers.k_full.at[slot_of(n + i, STAGES)])
 
     def step(self, n, part: Part, i, state, *, diagonal: bool):
         """Take in 128 keys and values; diagonal: not all queries see all of them."""
         acc, m, l = state
-        slot, start, barriers = slot_of(n + i), i * BLOCK_K, self.barriers
+        slot, start, barriers = slot_of(n + i, STAGES), i * BLOCK_K, self.barriers
         ragged = start + BLOCK_K > part.end
         v = self.memory.v.at[slot]
         if diagonal:
@@ -266,18 +266,13 @@ class Attention:
 
     def skip(self, n, part: Part, i) -> None:
         """Let keys and values go that the other warpgroup alone has use for."""
-        slot = slot_of(n + i)
+        slot = slot_of(n + i, STAGES)
         plgpu.barrier_arrive(self.barriers.k_free.at[slot])
         self.take_turn()
         plgpu.barrier_wait(self.barriers.v_full.at[slot])
         plgpu.barrier_arrive(self.barriers.v_free.at[slot])
         self.await_keys(n, i + 1, part)
         self.take_turn()
-
-
-def slot_of(n: jax.Array) -> jax.Array:
-    """Where in shared memory the n-th load of keys, and that of their values, goes."""
-    return lax.rem(n, jnp.int32(STAGES))
 
 
 def _spread(column: jax.Array, shape: tuple[int, int]) -> jax.Array:
@@ -374,16 +369,11 @@ def paged_prefill_attention(
         for_each = functools.partial(for_each_item, tile_ref, used_ref, heads)
 
         def run(memory, barriers):
-            @pl.when(warpgroup() == LOADER)
-            def _():
-                plgpu.set_max_registers(40, action="decrease")
-                load_items(q_ref, k_ref, v_ref, table_ref, for_each, memory, barriers)
-
-            @pl.when(warpgroup() < COMPUTE)
-            def _():
-                plgpu.set_max_registers(232, action="increase")
+            def attend():
                 options = dict(scale=scale, dtype=q.dtype, interpret=interpret is not None)
                 Attention(memory, barriers, **options).run(for_each, o_ref)
+
+            in_roles(lambda: load_items(q_ref, k_ref, v_ref, table_ref, for_each, memory, barriers), attend)
 
         pl.run_scoped(run, Memory.types(head_dim, q.dtype), Barriers.types(), collective_axes="wg")
 

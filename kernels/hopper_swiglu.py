@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .common import SMS, gated, rounded
-from .hopper import COMPUTE, LOADER, MANY, ROWS, SWIZZLED, hopper_call, program, warpgroup
+from .hopper import COMPUTE, MANY, ROWS, SWIZZLED, hopper_call, in_roles, program, slot_of, warpgroup
 
 HALF = COMPUTE * ROWS  # rows of a tile, which are one program's
 FEATURES = 128
@@ -71,7 +71,7 @@ def swiglu(x: jax.Array, weight: jax.Array, *, interpret: object = None) -> jax.
         def take(row, feature):
             @pl.loop(0, steps)
             def _(k):
-                slot, part = slot_of(k), pl.ds(k * DEPTH, DEPTH)
+                slot, part = slot_of(k, STAGES), pl.ds(k * DEPTH, DEPTH)
                 full = memory.full.at[slot]
                 plgpu.barrier_wait(memory.free.at[slot])
                 plgpu.copy_gmem_to_smem(x_ref.at[pl.ds(row, HALF), part], memory.x.at[slot], full)
@@ -92,15 +92,15 @@ def swiglu(x: jax.Array, weight: jax.Array, *, interpret: object = None) -> jax.
             def multiply(sums):
                 @pl.loop(0, steps)
                 def _(k):
-                    slot = slot_of(k)
+                    slot = slot_of(k, STAGES)
                     plgpu.barrier_wait(memory.full.at[slot])
                     lines = memory.x.at[slot].at[pl.ds(own * ROWS, ROWS)]
                     plgpu.wgmma(sums, lines, memory.weights.at[slot].transpose((1, 0)))
                     plgpu.wgmma_wait(1)  # for those of the load before, whose memory is free then
-                    pl.when(k > 0)(lambda: plgpu.barrier_arrive(memory.free.at[slot_of(k - 1)]))
+                    pl.when(k > 0)(lambda: plgpu.barrier_arrive(memory.free.at[slot_of(k - 1, STAGES)]))
 
                 total = sums[...]  # waits for all of them
-                plgpu.barrier_arrive(memory.free.at[slot_of(jnp.int32(steps - 1))])
+                plgpu.barrier_arrive(memory.free.at[slot_of(jnp.int32(steps - 1), STAGES)])
                 return total
 
             both = pl.run_scoped(multiply, plgpu.ACC((ROWS, 2 * FEATURES), jnp.float32))
@@ -118,22 +118,9 @@ def swiglu(x: jax.Array, weight: jax.Array, *, interpret: object = None) -> jax.
 
     def hopper_swiglu(x_ref, w_ref, o_ref):
         def run(memory):
-            @pl.when(warpgroup() == LOADER)
-            def _():
-                plgpu.set_max_registers(40, action="decrease")
-                load(x_ref, w_ref, memory)
-
-            @pl.when(warpgroup() < COMPUTE)
-            def _():
-                plgpu.set_max_registers(232, action="increase")
-                compute(o_ref, memory)
+            in_roles(lambda: load(x_ref, w_ref, memory), lambda: compute(o_ref, memory))
 
         pl.run_scoped(run, Memory.types(dtype), collective_axes="wg")
 
     out_type = (jax.ShapeDtypeStruct((rows, features), dtype),)
     return hopper_call(hopper_swiglu, x, weight, out_type=out_type, pair=PAIR, interpret=interpret)[0]
-
-
-def slot_of(k: jax.Array) -> jax.Array:
-    """Where in shared memory the k-th load of a tile goes."""
-    return lax.rem(k, jnp.int32(STAGES))

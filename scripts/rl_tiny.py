@@ -250,7 +250,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=above_zero, default=math.inf, help="stop after this many steps")
     parser.add_argument("--prompts", type=count, default=128 if on_gpu else 16, help="questions a step")
     parser.add_argument("--samples", type=int, default=16 if on_gpu else 8, help="answers to each")
-    parser.add_argument("--learning-rate", type=above_zero, default=5e-5)
+    parser.add_argument("--learning-rate", type=float, default=5e-5)
     parser.add_argument("--kl", type=float, default=0.0, help="weight of the divergence from the first weights")
     parser.add_argument("--plot", type=picture, help="write a plot to this file")
     parser.add_argument("--seed", type=int, default=0)

@@ -92,22 +92,25 @@ class StepPrograms:
 
     def lower(self, shape: BatchShape) -> Lowered:
         """The step, ready to be compiled."""
-        return self._jit(self.function(shape), self.output_shardings, donated=(1, 2)).lower(*self.arguments(shape))
+        return self._lower(self.function(shape), shape)
 
     def export(self, shape: BatchShape) -> bytearray:
         """The step, for `lower_exported` in another process."""
         checks = [export.DisabledSafetyCheck.custom_call(name) for name in KERNELS]
-        exported = export.export(self._jit(self.function(shape)), disabled_checks=checks)
+        step = jax.jit(self.function(shape), out_shardings=(None, *self._kept_shardings()))
+        exported = export.export(step, disabled_checks=checks)
         return exported(*self.arguments(shape)).serialize()
 
     def lower_exported(self, shape: BatchShape, exported: bytearray) -> Lowered:
         """What `lower` returns, without tracing it."""
-        step = export.deserialize(exported).call
-        return self._jit(step, self.output_shardings, donated=(1, 2)).lower(*self.arguments(shape))
+        return self._lower(export.deserialize(exported).call, shape)
 
-    def _jit(self, step: Callable, output: StepOutput | None = None, donated: tuple[int, ...] = ()) -> Callable:
-        out_shardings = (output, *jax.tree.map(lambda array: array.sharding, self.layout()))
-        return jax.jit(step, donate_argnums=donated, out_shardings=out_shardings)
+    def _lower(self, step: Callable, shape: BatchShape) -> Lowered:
+        out_shardings = (self.output_shardings, *self._kept_shardings())
+        return jax.jit(step, donate_argnums=(1, 2), out_shardings=out_shardings).lower(*self.arguments(shape))
+
+    def _kept_shardings(self) -> tuple[Any, ...]:
+        return jax.tree.map(lambda array: array.sharding, self.layout())
 
     def _step(self, shape: BatchShape, leaves, caches, state, buffer):
         # A module is a pytree; passed flat, it costs no Python at a call.
