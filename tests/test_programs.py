@@ -1,9 +1,5 @@
 """Compiled programs kept on disk."""
 
-import os
-import signal
-import threading
-import time
 from typing import NamedTuple
 
 import jax
@@ -87,57 +83,9 @@ def test_a_directory_that_may_not_be_entered(tmp_path, program, caplog, monkeypa
     assert "cannot be used (PermissionError: Permission denied" in caplog.text
 
 
-class Fails:
-    """A lowered program whose compiling fails so many times."""
-
-    def __init__(self, times, program):
-        self.times, self.program = times, program
-
-    def compile(self, options):
-        self.times -= 1
-        if self.times >= 0:
-            raise RuntimeError("Failed to launch ptxas")
-        return self.program
-
-
 def test_only_settings_of_jax_that_make_other_programs_are_in_a_name(tmp_path, program):
     store(tmp_path).save("name", program)
     with jax.log_compiles():
         assert store(tmp_path).load("name") is not None
     with jax.default_matmul_precision("bfloat16"):
         assert store(tmp_path).load("name") is None
-
-
-def test_what_failed_beside_others_is_compiled_once_more(program, caplog):
-    assert store(None).compile_all([("a", Fails(1, program)), ("b", Fails(0, program))], lambda name: {}) == {
-        "a": program,
-        "b": program,
-    }
-    assert "'a' could not be compiled beside others (Failed to launch ptxas)" in caplog.text
-    with pytest.raises(RuntimeError, match="ptxas"):
-        store(None).compile_all([("a", Fails(2, program))], lambda name: {})
-
-
-@pytest.fixture
-def ctrl_c():
-    """Heard as in a terminal: what a shell runs in the background is started deaf to it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.usefixtures("ctrl_c")
-def test_an_interrupt_leaves_what_has_not_begun():
-    """Also where all is lowered, and the first thread waits for the others."""
-    begun, threads = [], os.cpu_count()
-
-    class Slow:
-        def compile(self, options):
-            begun.append(time.sleep(0.5))
-
-    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
-    timer.start()
-    with pytest.raises(KeyboardInterrupt):
-        store(None).compile_all([(number, Slow()) for number in range(10 * threads)], lambda name: {})
-    timer.join()
-    assert len(begun) <= 2 * threads

@@ -29,15 +29,16 @@ class Buckets:
     mixed_decode_rows: tuple[int, ...]
     """Sizes of the decode part beside a prefill: few, as a padded row costs little there. The last takes any number."""
     run_ahead: RunAhead = ONE_STEP
-    alone_from: float = math.inf
-    """From so many prefill tokens on there is a shape without a decode part too, for when nothing runs beside them,"""
+    alone: bool = False
+    """Whether each size of the prefill part has a shape without a decode part too, for when nothing runs beside it."""
     large_from: float = math.inf
-    """and from so many on the decode part else is the largest, which then is little beside them."""
+    """From so many prefill tokens on the decode part else is the largest, which then is little beside them."""
 
     @cached_property
     def decode_rows(self) -> tuple[int, ...]:
-        """Sizes of steps that only decode."""
-        return geometric(1, self.max_num_seqs, self.ratio)
+        """Sizes of steps that only decode: one row has kernels of its own, and two take as long as four."""
+        several = geometric(max(4, self.ratio), self.max_num_seqs, self.ratio)
+        return several if self.max_num_seqs == 1 else (1, *several)
 
     @cached_property
     def prefill_tokens(self) -> tuple[int, ...]:
@@ -52,7 +53,7 @@ class Buckets:
     def beside(self, tokens: int) -> tuple[int, ...]:
         """Sizes of the decode part beside a prefill part of this many tokens."""
         rows = self.mixed_decode_rows[-1:] if tokens >= self.large_from else self.mixed_decode_rows
-        return (0, *rows) if tokens >= self.alone_from else rows
+        return (0, *rows) if self.alone else rows
 
     def shape_for(self, decodes: int, prefills: int, tokens: int, num_steps: int = 1) -> BatchShape:
         """The smallest shape for this many decode rows, and prefill sequences with this many tokens together."""
@@ -80,16 +81,13 @@ class Buckets:
         return sorted(decode + several, key=lambda s: s.decode_rows) + mixed[::-1]
 
 
-def gpu_buckets(
-    max_num_seqs: int, max_num_batched_tokens: int, table_width: int, run_ahead: RunAhead, is_large_model: bool
-) -> Buckets:
-    """Those of a GPU, where little padding is worth many programs: a large model has more, as it feels each row."""
+def gpu_buckets(max_num_seqs: int, max_num_batched_tokens: int, table_width: int, run_ahead: RunAhead) -> Buckets:
+    """Those of a GPU, where little padding is worth many programs."""
     few = min(32, max_num_seqs)
     mixed = (few,) if few == max_num_seqs else (few, max_num_seqs)
     large_from = 16 * max_num_seqs if len(mixed) > 1 else math.inf
-    alone_from = 0 if is_large_model else large_from  # a tenth of a short prompt's time; a small one is to start soon
     sizes = max_num_seqs, max_num_batched_tokens, table_width
-    return Buckets(*sizes, 2, mixed, run_ahead, alone_from=alone_from, large_from=large_from)
+    return Buckets(*sizes, 2, mixed, run_ahead, alone=True, large_from=large_from)
 
 
 def cpu_buckets(max_num_seqs: int, max_num_batched_tokens: int, table_width: int, run_ahead: RunAhead) -> Buckets:

@@ -40,6 +40,13 @@ def estimate_workspace(model: ModelConfig, itemsize: int, tokens: int, rows: int
     return activations + logits
 
 
+def largest_matmul(model: ModelConfig, itemsize: int, tokens: int, rows: int, shards: int) -> int:
+    """Bytes of the arrays of a step's largest matmul: gate and up, or the head's, in float32."""
+    hidden, gated, vocab = model.hidden_size, 2 * model.intermediate_size // shards, model.vocab_size // shards
+    gate_up = (tokens * (hidden + gated) + hidden * gated) * itemsize
+    return max(gate_up, hidden * vocab * itemsize + rows * vocab * 4)
+
+
 def memory_stats(device: Any) -> dict[str, int]:
     """What a GPU's allocator says of the memory it has. Raises RuntimeError for one that says nothing."""
     stats = device.memory_stats()

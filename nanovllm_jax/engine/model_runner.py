@@ -5,7 +5,6 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -28,14 +27,15 @@ from nanovllm_jax.engine.memory import (
     decide_max_model_len,
     decide_num_blocks,
     estimate_workspace,
+    largest_matmul,
     memory_stats,
 )
 from nanovllm_jax.engine.schedule import ONE_STEP, RunAhead
 from nanovllm_jax.engine.weights import ServedWeights
 from nanovllm_jax.engine_config import EngineConfig
 from nanovllm_jax.machine import GIB
+from nanovllm_jax.models.compiling import compile_all, helpers_for
 from nanovllm_jax.models.draw import DeviceState, write_tables
-from nanovllm_jax.models.lowering import helpers_for, lower_all
 from nanovllm_jax.models.parameters import ParameterPath, digest_of
 from nanovllm_jax.models.programs import ProgramStore
 from nanovllm_jax.models.step import StepOutput, prompt_logprobs
@@ -181,9 +181,12 @@ class ModelRunner:
     # ------------------------------------------------------------ cache
 
     def _estimate_workspace(self) -> int:
-        tokens = self.max_num_batched_tokens + self.max_num_seqs
-        rows = 2 * self.max_num_seqs
-        return estimate_workspace(self.model_config, self.dtype.itemsize, tokens, rows, self.num_shards)
+        return estimate_workspace(*self._largest_step())
+
+    def _largest_step(self) -> tuple[ModelConfig, int, int, int, int]:
+        """The arguments of memory.py's estimates."""
+        tokens, rows = self.max_num_batched_tokens + self.max_num_seqs, 2 * self.max_num_seqs
+        return self.model_config, self.dtype.itemsize, tokens, rows, self.num_shards
 
     def _size_cache(self, workspace: int) -> None:
         """Decide the pool's size and, with it, max_model_len."""
@@ -236,8 +239,7 @@ class ModelRunner:
         self.steps = StepPrograms(settings, self.mesh, self.weights.shapes, self.weights.treedef)
         width = -(-self.max_model_len // self.config.block_size)
         sizes = self.max_num_seqs, self.max_num_batched_tokens, width, self._run_ahead()
-        is_large = not self._tokens_in_a_dispatch()
-        self.buckets = gpu_buckets(*sizes, is_large) if self.on_gpu else cpu_buckets(*sizes)
+        self.buckets = gpu_buckets(*sizes) if self.on_gpu else cpu_buckets(*sizes)
 
     def _run_ahead(self) -> RunAhead:
         """When one program decodes several steps: as the user says, or where a GPU would wait for the host."""
@@ -263,8 +265,7 @@ class ModelRunner:
         store = self._program_store()
         self.programs: dict[BatchShape, Callable] = store.load_all(shapes)
         missing = [shape for shape in shapes if shape not in self.programs]
-        with closing(lower_all(self.steps, missing, self._num_helpers(len(missing)))) as lowered:
-            self.programs |= store.compile_all(lowered, self._compiler_options)
+        self.programs |= compile_all(self.steps, missing, store, self._num_helpers(len(missing)))
         workspace = max(program.memory_analysis().temp_size_in_bytes for program in self.programs.values())
         logger.info(
             "compiled %d batch shapes and found %d on disk, in %.1f s; largest workspace %.2f GiB",
@@ -292,10 +293,8 @@ class ModelRunner:
         if not self.on_gpu or self.config.probe or self.num_processes > 1:  # a probe's functions cannot be sent
             return 0
         share = float(os.environ["XLA_CLIENT_MEM_FRACTION"])
-        return helpers_for(num_programs, memory_stats(self.device)["bytes_limit"] * (1 / share - 1))
-
-    def _compiler_options(self, shape: BatchShape) -> dict[str, bool | str]:
-        return compiler_options(self.mesh, shape.decode_rows + shape.prefill_tokens)
+        free = memory_stats(self.device)["bytes_limit"] * (1 / share - 1)
+        return helpers_for(num_programs, free, largest_matmul(*self._largest_step()))
 
     def _score_program(self, size: int) -> Callable:
         """models/step.py's `prompt_logprobs` of `size` tokens, compiled for each step's shape when it is asked for."""

@@ -13,16 +13,15 @@ import os
 import pickle
 import re
 import tempfile
-from collections.abc import Callable, Hashable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Hashable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import jax
 from jax.experimental.serialize_executable import deserialize_and_load, serialize
-from jax.stages import Compiled, Lowered
+from jax.stages import Compiled
 
 from nanovllm_jax.kernels import load_runtime
 
@@ -47,32 +46,9 @@ class ProgramStore:
 
     def load_all(self, names: list[Hashable]) -> dict[Hashable, Compiled]:
         """The programs of these names that are there and can be used."""
-        with _pool() as pool, _no_garbage_collection():
+        with pool_of_threads() as pool, no_garbage_collection():
             programs = dict(zip(names, pool.map(self.load, map(repr, names))))
         return {name: program for name, program in programs.items() if program is not None}
-
-    def compile_all(
-        self, lowered: Iterable[tuple[Hashable, Lowered]], options: Callable[[Any], dict[str, Any]]
-    ) -> dict[Hashable, Compiled]:
-        """Each name's program, compiled with its XLA options and kept."""
-
-        def compile(name: Hashable, program: Lowered) -> Compiled:
-            compiled = program.compile(options(name))
-            self.save(repr(name), compiled)
-            return compiled
-
-        programs, jobs = {}, {}
-        with _pool() as pool, _no_garbage_collection():
-            for name, program in lowered:  # tracing holds the interpreter, compiling does not: they go side by side
-                jobs[name] = program, pool.submit(compile, name, program)
-            wait([job for _, job in jobs.values()])
-        for name, (program, job) in jobs.items():
-            if error := job.exception():  # many at a time may need more processes or memory than there are
-                logger.warning("%r could not be compiled beside others (%s): once more, alone", name, error)
-            programs[name] = compile(name, program) if error else job.result()
-        if programs and gc.isenabled():
-            gc.collect()  # half a second, once: else it comes while requests run, as JAX keeps most of these objects
-        return programs
 
     def load(self, name: str) -> Compiled | None:
         """The program of this name, None where there is none that can be used."""
@@ -80,31 +56,32 @@ class ProgramStore:
         try:
             if path is None or not path.exists():
                 return None
-            load_runtime()
-            binary, *trees = pickle.loads(path.read_bytes())
-            trees = map(jax.tree.structure, trees)
-            client = self.devices[0].client
-            return deserialize_and_load(binary, *trees, backend=client, execution_devices=self.devices)
+            return self.unpacked(path.read_bytes())
         except Exception as error:  # cut short, or of a driver that has changed: the loaders raise what they like
             logger.warning("%s cannot be used (%s: %s): compiling anew", path, type(error).__name__, error)
             return None
 
-    def save(self, name: str, program: Compiled) -> None:
-        """Keep a program, whole or not at all: another engine may read at any time."""
+    def save(self, name: str, program: Compiled | bytes) -> None:
+        """Keep a program, packed or not, whole or not at all: another engine may read at any time."""
         path = self._path(name)
         if path is None:
             return
         try:
-            binary, *trees = serialize(program)
-            # A tree's structure cannot be pickled, a tree of that structure can.
-            trees = [jax.tree.unflatten(tree, range(tree.num_leaves)) for tree in trees]
+            data = program if isinstance(program, bytes) else packed(program)
             self.directory.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=self.directory) as scratch:
                 part = Path(scratch) / path.name
-                part.write_bytes(pickle.dumps((binary, *trees)))
+                part.write_bytes(data)
                 part.replace(path)
         except Exception as error:
             logger.warning("a compiled program cannot be kept in %s: %s", self.directory, error)
+
+    def unpacked(self, data: bytes) -> Compiled:
+        """What `packed` made bytes of, loaded on this store's devices."""
+        load_runtime()
+        binary, *trees = pickle.loads(data)
+        trees, client = map(jax.tree.structure, trees), self.devices[0].client
+        return deserialize_and_load(binary, *trees, backend=client, execution_devices=self.devices)
 
     def _path(self, name: str) -> Path | None:
         if self.directory is None:
@@ -114,8 +91,15 @@ class ProgramStore:
         return self.directory / f"{digest.hexdigest()}.program"
 
 
+def packed(program: Compiled) -> bytes:
+    """A program for other processes."""
+    binary, *trees = serialize(program)
+    # A tree's structure cannot be pickled, a tree of that structure can.
+    return pickle.dumps((binary, *(jax.tree.unflatten(tree, range(tree.num_leaves)) for tree in trees)))
+
+
 @contextmanager
-def _pool() -> Iterator[ThreadPoolExecutor]:
+def pool_of_threads() -> Iterator[ThreadPoolExecutor]:
     """A thread for each core. On Ctrl-C what has not begun is left."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         try:
@@ -126,7 +110,7 @@ def _pool() -> Iterator[ThreadPoolExecutor]:
 
 
 @contextmanager
-def _no_garbage_collection() -> Iterator[None]:
+def no_garbage_collection() -> Iterator[None]:
     """Tracing makes many objects and hardly a cycle of them, yet the collector looks through all, again and again."""
     was_enabled = gc.isenabled()
     gc.disable()

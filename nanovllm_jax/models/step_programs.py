@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import export
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 from jax.stages import Lowered
@@ -19,15 +18,10 @@ from nanovllm_jax.layers.attention import KVCache
 from nanovllm_jax.models.draw import DeviceState
 from nanovllm_jax.models.parameters import abstract_model
 from nanovllm_jax.models.step import StepOutput, engine_step
+from nanovllm_jax.parallel.backend import compiler_options
 from nanovllm_jax.parallel.sharding import DATA_AXIS, MODEL_AXIS, gather_groups, make_mesh, per_device, specs_of
 
-for part in (KVCache, DeviceState, StepOutput):
-    export.register_namedtuple_serialization(part, serialized_name=f"nanovllm_jax.{part.__name__}")
-
 HOST = "pinned_host"  # JAX's name for the host's memory that a GPU writes
-
-# Custom calls that jax.export does not vouch for from one release to the next: here both sides are one.
-KERNELS = ("__gpu$xla.gpu.triton", "mosaic_gpu_v2")
 
 
 class ProgramSettings(NamedTuple):
@@ -92,25 +86,13 @@ class StepPrograms:
 
     def lower(self, shape: BatchShape) -> Lowered:
         """The step, ready to be compiled."""
-        return self._lower(self.function(shape), shape)
+        out_shardings = (self.output_shardings, *jax.tree.map(lambda array: array.sharding, self.layout()))
+        step = jax.jit(self.function(shape), donate_argnums=(1, 2), out_shardings=out_shardings)
+        return step.lower(*self.arguments(shape))
 
-    def export(self, shape: BatchShape) -> bytearray:
-        """The step, for `lower_exported` in another process."""
-        checks = [export.DisabledSafetyCheck.custom_call(name) for name in KERNELS]
-        step = jax.jit(self.function(shape), out_shardings=(None, *self._kept_shardings()))
-        exported = export.export(step, disabled_checks=checks)
-        return exported(*self.arguments(shape)).serialize()
-
-    def lower_exported(self, shape: BatchShape, exported: bytearray) -> Lowered:
-        """What `lower` returns, without tracing it."""
-        return self._lower(export.deserialize(exported).call, shape)
-
-    def _lower(self, step: Callable, shape: BatchShape) -> Lowered:
-        out_shardings = (self.output_shardings, *self._kept_shardings())
-        return jax.jit(step, donate_argnums=(1, 2), out_shardings=out_shardings).lower(*self.arguments(shape))
-
-    def _kept_shardings(self) -> tuple[Any, ...]:
-        return jax.tree.map(lambda array: array.sharding, self.layout())
+    def compiler_options(self, shape: BatchShape) -> dict[str, bool | str]:
+        """XLA's flags for a shape's step."""
+        return compiler_options(self.mesh, shape.decode_rows + shape.prefill_tokens)
 
     def _step(self, shape: BatchShape, leaves, caches, state, buffer):
         # A module is a pytree; passed flat, it costs no Python at a call.

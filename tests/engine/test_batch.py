@@ -11,7 +11,7 @@ from nanovllm_jax.engine.schedule import ONE_STEP, RunAhead
 @given(data=st.data(), max_num_seqs=st.integers(1, 600), max_num_batched_tokens=st.integers(1, 20_000))
 def test_a_schedule_fits_the_smallest_shape_that_is_compiled(data, max_num_seqs, max_num_batched_tokens):
     sizes = max_num_seqs, max_num_batched_tokens, 16, ONE_STEP
-    buckets = data.draw(st.sampled_from([cpu_buckets(*sizes), gpu_buckets(*sizes, False), gpu_buckets(*sizes, True)]))
+    buckets = data.draw(st.sampled_from([cpu_buckets(*sizes), gpu_buckets(*sizes)]))
     decodes = data.draw(st.integers(0, max_num_seqs))
     prefills = data.draw(st.integers(0 if decodes else 1, min(max_num_seqs, max_num_batched_tokens)))
     tokens = data.draw(st.integers(prefills, max_num_batched_tokens)) if prefills else 0
@@ -47,13 +47,15 @@ def beside_prefills(buckets):
 
 
 def test_shapes_beside_a_prefill():
-    assert beside_prefills(gpu_buckets(512, 16384, 16, ONE_STEP, is_large_model=False)) == [
-        *((tokens, rows) for tokens in (16384, 8192) for rows in (512, 0)),
-        *((tokens, rows) for tokens in (4096, 2048, 1024, 512, 256, 128) for rows in (512, 32)),
-    ]
-    assert beside_prefills(gpu_buckets(512, 16384, 16, ONE_STEP, is_large_model=True)) == [
+    assert beside_prefills(gpu_buckets(512, 16384, 16, ONE_STEP)) == [
         *((tokens, rows) for tokens in (16384, 8192) for rows in (512, 0)),
         *((tokens, rows) for tokens in (4096, 2048, 1024, 512, 256, 128) for rows in (512, 32, 0)),
     ]
-    assert beside_prefills(gpu_buckets(8, 256, 16, ONE_STEP, is_large_model=False)) == [(256, 8), (128, 8)]
+    assert beside_prefills(gpu_buckets(8, 256, 16, ONE_STEP)) == [(256, 8), (256, 0), (128, 8), (128, 0)]
     assert beside_prefills(cpu_buckets(32, 1024, 16, ONE_STEP)) == [(1024, 32), (128, 32)]
+
+
+def test_sizes_of_steps_that_only_decode():
+    sizes = {most: gpu_buckets(most, 256, 16, ONE_STEP).decode_rows for most in (1, 2, 3, 4, 5, 512)}
+    assert sizes == {1: (1,), 2: (1, 2), 3: (1, 3), 4: (1, 4), 5: (1, 4, 5), 512: (1, 4, 8, 16, 32, 64, 128, 256, 512)}
+    assert cpu_buckets(32, 1024, 16, ONE_STEP).decode_rows == (1, 16, 32)

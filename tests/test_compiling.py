@@ -1,0 +1,363 @@
+"""Programs that several processes compile: the same, and no worse off where a process fails."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from queue import SimpleQueue
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
+
+from nanovllm_jax.checkpoints.load import TINY_MODEL
+from nanovllm_jax.config import ModelConfig
+from nanovllm_jax.engine.batch import BatchShape
+from nanovllm_jax.engine_config import EngineConfig
+from nanovllm_jax.models import compiling
+from nanovllm_jax.models.compiling import Helper, Todo, compile_all, helpers_for
+from nanovllm_jax.models.programs import ProgramStore
+from nanovllm_jax.models.step_programs import ProgramSettings, StepPrograms
+from nanovllm_jax.parallel.sizes import split_config
+
+SHAPES = [BatchShape(2, 0, 0, 4, num_steps=2), BatchShape(2, 2, 16, 4), BatchShape(1, 0, 0, 4)]
+
+
+def make_programs(**options):
+    config = EngineConfig(**options)
+    model = replace(ModelConfig.from_pretrained(TINY_MODEL), num_hidden_layers=2)
+    model = split_config(model, config.tensor_parallel_size)
+    return StepPrograms.of(ProgramSettings(config, model, jnp.dtype("float32"), max_num_seqs=4, num_blocks=8))
+
+
+@pytest.fixture(scope="module")
+def programs():
+    return make_programs()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_compilation_cache():
+    """A CPU's program from there cannot be packed."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    reset_cache()  # else the setting has no effect, where another test has compiled before
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    reset_cache()
+
+
+@pytest.fixture
+def store():
+    return ProgramStore(None, jax.devices()[:1], "settings")
+
+
+@pytest.fixture
+def helped(monkeypatch):
+    """What came from helpers."""
+    received, unpacked = [], ProgramStore.unpacked
+
+    def note(store, data):
+        received.append(data)
+        return unpacked(store, data)
+
+    monkeypatch.setattr(ProgramStore, "unpacked", note)
+    return received
+
+
+@pytest.fixture
+def by_helpers(helped, monkeypatch):
+    """`helped`, where this process begins nothing by itself."""
+    monkeypatch.setattr(compiling, "_next", lambda todo, done, missing: done.get(timeout=200))
+    return helped
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The processes that were started."""
+    processes, start = [], subprocess.Popen
+
+    def note(*args, **options):
+        processes.append(start(*args, **options))
+        return processes[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", note)
+    return processes
+
+
+def end(helper):
+    helper.join(timeout=200)
+    helper.process.kill()
+    helper.end()
+
+
+def numbers(like):
+    if like.dtype == jnp.int32:
+        return jnp.ones(like.shape, jnp.int32)
+    return jnp.asarray(np.random.default_rng(0).standard_normal(like.shape), like.dtype)
+
+
+def test_a_helper_makes_the_same_programs(programs, store, by_helpers, caplog):
+    """To the last bit of each output, and no less in place."""
+    with caplog.at_level(logging.INFO, compiling.__name__):
+        helped = compile_all(programs, SHAPES, store, 2)
+    assert sorted(map(str, helped)) == sorted(map(str, SHAPES))
+    assert len(by_helpers) == 3
+    assert "2 processes have compiled 3 of 3 programs" in caplog.text
+    for shape, other in helped.items():
+        own, results = programs.lower(shape).compile(), []
+        assert (other.in_tree, other.out_tree) == (own.in_tree, own.out_tree)
+        for program in (own, other):
+            args = jax.tree.map(numbers, programs.arguments(shape))
+            results.append(jax.tree.map(np.asarray, program(*args)))
+            assert all(array.is_deleted() for array in jax.tree.leaves(args[1:3]))
+        jax.tree.map(np.testing.assert_array_equal, *results)
+
+
+@pytest.mark.parametrize("num_helpers", [0, 1])
+def test_what_is_compiled_is_kept(programs, tmp_path, num_helpers):
+    """Whichever process has compiled it."""
+    store = ProgramStore(tmp_path, jax.devices()[:1], "settings")
+    assert not store.load_all(SHAPES)
+    compile_all(programs, SHAPES, store, num_helpers)
+    assert list(store.load_all(SHAPES)) == SHAPES
+
+
+SEVERAL_DEVICES = """
+import jax
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 4)
+from nanovllm_jax import LLM, SamplingParams
+from nanovllm_jax.checkpoints.load import TINY_MODEL
+from nanovllm_jax.engine.model_runner import ModelRunner
+from nanovllm_jax.models import compiling
+from nanovllm_jax.models.programs import ProgramStore
+
+jax.config.update("jax_enable_compilation_cache", False)
+helped, unpacked = [], ProgramStore.unpacked
+ProgramStore.unpacked = lambda *args: helped.append(args) or unpacked(*args)
+
+def tokens(num_helpers):
+    ModelRunner._num_helpers = lambda *_: num_helpers
+    options = dict(tensor_parallel_size=2, data_parallel_size=2, max_num_seqs=2, max_num_batched_tokens=32)
+    llm = LLM(TINY_MODEL, compilation_cache_dir=None, **options)
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    return [output.outputs[0].token_ids for output in llm.generate([[5, 6, 7], [8, 9]], params, use_tqdm=False)]
+
+alone = tokens(0)
+assert not helped
+compiling._next = lambda todo, done, missing: done.get(timeout=200)
+assert tokens(1) == alone
+assert helped
+"""
+
+
+def test_programs_of_several_devices():
+    """A helper makes the same mesh."""
+    subprocess.run([sys.executable, "-c", SEVERAL_DEVICES], check=True)
+
+
+def test_a_helper_has_the_settings_of_jax(programs, caplog):
+    """As this process has them when it lowers, whoever set them: with this one no step can be traced."""
+    done = SimpleQueue()
+    with jax.enable_x64(True), caplog.at_level(logging.DEBUG, compiling.__name__):
+        end(Helper(programs, Todo(SHAPES[:1]), done))
+    assert done.get_nowait() == (SHAPES[0], None)
+    assert "int64" in caplog.text
+
+
+def test_how_many_helpers(monkeypatch):
+    """Three where there is room, and none where it would be in the way."""
+    monkeypatch.setattr("os.cpu_count", lambda: 16)
+    gib = 1 << 30
+    assert helpers_for(34, 8 * gib, gib) == 3
+    assert [helpers_for(34, 5 * gib, gib), helpers_for(34, 2 * gib, 0), helpers_for(34, 2 * gib, 2 * gib)] == [2, 2, 0]
+    assert [helpers_for(34, 0, 0), helpers_for(3, 8 * gib, gib)] == [0, 0]
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    assert helpers_for(34, 8 * gib, gib) == 0
+    monkeypatch.undo()
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    assert helpers_for(34, 8 * gib, gib) == 0
+
+
+def test_what_is_to_do():
+    """This process takes them in their order, a helper those with most prefill tokens, and none is taken twice."""
+    todo = Todo(SHAPES)
+    assert [todo.largest(), todo.first(), todo.largest()] == [SHAPES[1], SHAPES[0], SHAPES[2]]
+    assert (todo.first(), todo.largest()) == (None, None)
+    todo.put_back(SHAPES[:1])
+    assert todo.first() == SHAPES[0]
+
+
+def test_no_helpers(programs, store, helped):
+    assert list(compile_all(programs, SHAPES, store)) == SHAPES
+    assert not helped
+
+
+@pytest.mark.parametrize("python", ["/bin/false", "/nowhere/python", "", None])
+def test_a_helper_that_does_not_start(programs, store, helped, monkeypatch, python):
+    monkeypatch.setattr(sys, "executable", python)
+    assert list(compile_all(programs, SHAPES, store, 2)) == SHAPES
+    assert not helped
+
+
+@pytest.mark.parametrize("path", [Path("/tmp"), "relative", ""], ids=repr)
+def test_any_path_of_modules(programs, store, by_helpers, monkeypatch, path):
+    """What imports ignore, and what goes by the working directory, which a helper must not look into by itself."""
+    monkeypatch.setattr(sys, "path", [*sys.path, path])
+    assert len(compile_all(programs, SHAPES[2:], store, 1)) == len(by_helpers) == 1
+
+
+def test_a_helper_runs_nothing_of_the_working_directory(programs, store, by_helpers, monkeypatch, tmp_path):
+    (tmp_path / "queue.py").write_text("open('was_run', 'w')")
+    monkeypatch.chdir(tmp_path)
+    assert len(compile_all(programs, SHAPES[:1], store, 1)) == len(by_helpers) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["queue.py"]
+
+
+def test_a_helper_with_other_modules_is_of_no_use(programs, monkeypatch, caplog):
+    monkeypatch.setattr(compiling, "source_digest", lambda: "another")
+    todo = Todo(SHAPES)
+    with caplog.at_level(logging.DEBUG, compiling.__name__):
+        end(Helper(programs, todo, SimpleQueue()))
+    assert "not another" in caplog.text
+    assert todo.first() == SHAPES[0]
+
+
+def test_what_cannot_be_read_is_compiled_here(programs, store, by_helpers, monkeypatch, caplog):
+    monkeypatch.setattr(Helper, "_receive", lambda helper: next(answers))
+    answers = iter([(None, None), (SHAPES[0], b"nonsense"), (None, None)])
+    assert len(compile_all(programs, SHAPES[:1], store, 1)) == len(by_helpers) == 1
+    assert "could not be compiled beside others" in caplog.text
+
+
+def test_what_a_helper_cannot_compile_is_compiled_here(programs, store, helped, monkeypatch, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import nanovllm_jax.models.step_programs as module\nmodule.compiler_options = lambda *_: {'no_such_option': 1}"
+    )
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    answers, receive = [], Helper._receive
+
+    def note(helper):
+        answers.append(receive(helper))
+        return answers[-1]
+
+    monkeypatch.setattr(Helper, "_receive", note)
+    monkeypatch.setattr(compiling, "_next", lambda todo, done, missing: done.get(timeout=200))
+    assert len(compile_all(programs, SHAPES[:1], store, 1)) == 1
+    assert (SHAPES[0], None) in answers
+    assert not helped
+
+
+def test_a_helper_without_a_thread(programs, store, started, monkeypatch):
+    monkeypatch.setattr(Helper, "start", no_thread)
+    assert list(compile_all(programs, SHAPES, store, 1)) == SHAPES
+    assert started[0].wait(timeout=60) < 0
+
+
+def no_thread(helper):
+    raise RuntimeError("can't start new thread")
+
+
+def test_a_helper_that_says_what_is_wrong(programs, caplog):
+    """It cannot make the model; the exception is in the log of this process."""
+    settings = programs.settings._replace(model_config="no config")
+    broken = StepPrograms(settings, programs.mesh, programs.weights, programs.treedef)
+    with caplog.at_level(logging.DEBUG, compiling.__name__):
+        end(Helper(broken, Todo([]), SimpleQueue()))
+    assert "AttributeError" in caplog.text
+
+
+@pytest.mark.parametrize("fate", ["dies", "sleeps"])
+def test_a_helper_that_does_not_answer(programs, store, helped, monkeypatch, fate):
+    """Its program is compiled here: at once if it is known to be dead, else when it has had its time."""
+
+    def receive(helper):
+        if not asked:
+            asked.append(helper)
+            return None, None
+        if fate == "sleeps":
+            helper.process.wait()  # for its end
+        raise EOFError
+
+    def next_after_the_helper(todo, done, missing):
+        while not begun and len(todo._shapes) == len(SHAPES):
+            time.sleep(0.01)  # so that the helper has taken one
+        begun.append(True)
+        return _next(todo, done, missing)
+
+    asked, begun, _next = [], [], compiling._next
+    monkeypatch.setattr(Helper, "_receive", receive)
+    monkeypatch.setattr(compiling, "PATIENCE", 0.1)
+    monkeypatch.setattr(compiling, "_next", next_after_the_helper)
+    assert sorted(map(str, compile_all(programs, SHAPES, store, 1))) == sorted(map(str, SHAPES))
+    assert not helped
+
+
+def test_no_process_is_left(programs, store, started, monkeypatch):
+    """Neither when all is compiled, nor when this process is stopped half way."""
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    compile_all(programs, SHAPES, store, 1)
+    monkeypatch.setattr(compiling, "_next", stop)
+    with pytest.raises(KeyboardInterrupt):
+        compile_all(programs, SHAPES, store, 1)
+    assert len(started) == 2
+    assert all(process.poll() is not None for process in started)
+    assert all(pipe.closed for process in started for pipe in (process.stdin, process.stdout))
+
+
+class Fake:
+    """Programs, each of which `compile` is to make, called with its shape."""
+
+    def __init__(self, compile):
+        self.compile = compile
+
+    def lower(self, shape):
+        return SimpleNamespace(compile=lambda options: self.compile(shape))
+
+    def compiler_options(self, shape):
+        return {}
+
+
+def test_what_failed_beside_others_is_compiled_once_more(store, caplog):
+    def compile(name):
+        failures[name] -= 1
+        if failures[name] >= 0:
+            raise RuntimeError("Failed to launch ptxas")
+        return name
+
+    failures = {"a": 1, "b": 0}
+    assert compile_all(Fake(compile), ["a", "b"], store) == {"a": "a", "b": "b"}
+    assert "'a' could not be compiled beside others (Failed to launch ptxas)" in caplog.text
+    failures = {"a": 2}
+    with pytest.raises(RuntimeError, match="ptxas"):
+        compile_all(Fake(compile), ["a"], store)
+
+
+@pytest.fixture
+def ctrl_c():
+    """Heard as in a terminal: what a shell runs in the background is started deaf to it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
+def test_an_interrupt_leaves_what_has_not_begun(store):
+    """Also where all is lowered, and the first thread waits for the others."""
+    begun, threads = [], os.cpu_count()
+    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        compile_all(Fake(lambda shape: begun.append(time.sleep(0.5))), list(range(10 * threads)), store)
+    timer.join()
+    assert len(begun) <= 2 * threads
