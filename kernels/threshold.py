@@ -98,6 +98,12 @@ def _threshold_kernel(*refs, width: int, block: int, bits: int, compiled: bool):
         top = maxima.max()
         slope, end = inverse_temperature(temperature), _key(top) + 1
 
+        def weight(x):
+            return exp2_of_line(x - top, slope, jnp.float32(0), fused=compiled)
+
+        def one(x):
+            return jnp.ones_like(x)
+
         def above(x, values, weight):
             """[P, N]: the weights of the entries x from each value on."""
             return jnp.where(x[None] >= values[:, None], weight(x)[None], 0)
@@ -138,26 +144,21 @@ def _threshold_kernel(*refs, width: int, block: int, bits: int, compiled: bool):
             start = jnp.zeros((values.size, block), jnp.float32), load(0)
             return lax.fori_loop(0, pl.cdiv(count * GROUP, block), take_in, start)[0].sum(axis=1)
 
-        def cut(by_mass, low):
-            """The largest key from low on that leaves top_p of the mass, or top_k entries."""
-
-            def weight(x):
-                return jnp.where(by_mass, exp2_of_line(x - top, slope, jnp.float32(0), fused=compiled), 1)
-
-            def mass():
-                return top_p * measure(_value(low + jnp.zeros(1, jnp.int32)), weight, choose(low)).sum()
-
-            goal = lax.cond(by_mass, mass, lambda: top_k.astype(jnp.float32))
+        def by_count(low):
             # The k-th largest maximum is an entry that has k - 1 before it at least.
+            goal = top_k.astype(jnp.float32)
+            low = search(partial(measure_maxima, weight=one), goal, low, end)
+            return search(partial(measure, weight=one, count=choose(low)), goal, low, end)
+
+        def by_mass(low):
+            goal = top_p * measure(_value(low + jnp.zeros(1, jnp.int32)), weight, choose(low)).sum()
             low = search(partial(measure_maxima, weight=weight), goal, low, end)
             return search(partial(measure, weight=weight, count=choose(low)), goal, low, end)
 
-        def cut_if_asked(i, low):
-            by_mass = i == 1  # one code for both, as each program of an engine compiles it
-            asked = jnp.where(by_mass, top_p < 1, (top_k > 0) & (top_k < vocab))
-            return lax.cond(asked, partial(cut, by_mass), lambda low: low, low)
-
-        return _value(lax.fori_loop(0, 2, cut_if_asked, _key(top + temperature * jnp.log(min_p))))
+        low = _key(top + temperature * jnp.log(min_p))
+        low = lax.cond((top_k > 0) & (top_k < vocab), by_count, lambda low: low, low)
+        low = lax.cond(top_p < 1, by_mass, lambda low: low, low)
+        return _value(low)
 
     asks = asks_threshold(temperature, top_k, top_p, min_p, vocab)
     threshold_ref[row] = lax.cond(asks, find, lambda: jnp.minimum(temperature, -jnp.inf))  # a literal is not lowered
