@@ -53,9 +53,13 @@ def no_compilation_cache():
     reset_cache()
 
 
+def make_store(directory=None):
+    return ProgramStore(directory, jax.devices()[:1], "settings")
+
+
 @pytest.fixture
 def store():
-    return ProgramStore(None, jax.devices()[:1], "settings")
+    return make_store()
 
 
 @pytest.fixture
@@ -74,7 +78,7 @@ def helped(monkeypatch):
 @pytest.fixture
 def by_helpers(helped, monkeypatch):
     """`helped`, where this process begins nothing by itself."""
-    monkeypatch.setattr(compiling, "_next", lambda todo, done, missing: done.get(timeout=200))
+    monkeypatch.setattr(compiling, "_next", lambda todo, done, missing: done.get(timeout=60))
     return helped
 
 
@@ -123,7 +127,7 @@ def test_a_helper_makes_the_same_programs(programs, store, by_helpers, caplog):
 @pytest.mark.parametrize("num_helpers", [0, 1])
 def test_what_is_compiled_is_kept(programs, tmp_path, num_helpers):
     """Whichever process has compiled it."""
-    store = ProgramStore(tmp_path, jax.devices()[:1], "settings")
+    store = make_store(tmp_path)
     assert not store.load_all(SHAPES)
     compile_all(programs, SHAPES, store, num_helpers)
     assert list(store.load_all(SHAPES)) == SHAPES
@@ -164,10 +168,10 @@ def test_programs_of_several_devices():
 
 
 def test_a_helper_has_the_settings_of_jax(programs, caplog):
-    """As this process has them when it lowers, whoever set them: with this one no step can be traced."""
+    """As this process has them when it compiles, whoever set them: with this one no step can be traced."""
     done = SimpleQueue()
     with jax.enable_x64(True), caplog.at_level(logging.DEBUG, compiling.__name__):
-        end(Helper(programs, Todo(SHAPES[:1]), done))
+        end(Helper(programs, Todo(SHAPES[:1]), done, make_store()))
     assert done.get_nowait() == (SHAPES[0], None)
     assert "int64" in caplog.text
 
@@ -221,20 +225,38 @@ def test_a_helper_runs_nothing_of_the_working_directory(programs, store, by_help
     assert [path.name for path in tmp_path.iterdir()] == ["queue.py"]
 
 
-def test_a_helper_with_other_modules_is_of_no_use(programs, monkeypatch, caplog):
-    monkeypatch.setattr(compiling, "source_digest", lambda: "another")
-    todo = Todo(SHAPES)
+@pytest.mark.parametrize("which", [0, 2, -1], ids=["modules", "flags", "devices"])
+def test_a_helper_that_would_make_other_programs_is_of_no_use(programs, store, which, caplog):
+    store.about[which], todo = "another", Todo(SHAPES)
     with caplog.at_level(logging.DEBUG, compiling.__name__):
-        end(Helper(programs, todo, SimpleQueue()))
-    assert "not another" in caplog.text
+        end(Helper(programs, todo, SimpleQueue(), store))
+    assert "another" in caplog.text
     assert todo.first() == SHAPES[0]
 
 
-def test_what_cannot_be_read_is_compiled_here(programs, store, by_helpers, monkeypatch, caplog):
+def test_what_cannot_be_read_is_compiled_here(programs, store, helped, monkeypatch, caplog):
+    """And nothing else is left to such a helper."""
+    answers = iter([(None, None), (SHAPES[1], b"nonsense"), (None, None)])
     monkeypatch.setattr(Helper, "_receive", lambda helper: next(answers))
-    answers = iter([(None, None), (SHAPES[0], b"nonsense"), (None, None)])
-    assert len(compile_all(programs, SHAPES[:1], store, 1)) == len(by_helpers) == 1
-    assert "could not be compiled beside others" in caplog.text
+    monkeypatch.setattr(compiling, "_next", after_the_helper(compiling._next))
+    with caplog.at_level(logging.DEBUG, compiling.__name__):
+        assert len(compile_all(programs, SHAPES, store, 1)) == len(SHAPES)
+    assert helped == [b"nonsense"]
+    assert next(answers) == (None, None)
+    assert "a helper process is of no use: UnpicklingError" in caplog.text
+
+
+def after_the_helper(following):
+    """`_next`, called when a helper has taken a shape."""
+
+    def wait_first(todo, done, missing):
+        while not begun and len(todo._shapes) == len(SHAPES):
+            time.sleep(0.01)
+        begun.append(True)
+        return following(todo, done, missing)
+
+    begun = []
+    return wait_first
 
 
 def test_what_a_helper_cannot_compile_is_compiled_here(programs, store, helped, monkeypatch, tmp_path):
@@ -249,7 +271,7 @@ def test_what_a_helper_cannot_compile_is_compiled_here(programs, store, helped, 
         return answers[-1]
 
     monkeypatch.setattr(Helper, "_receive", note)
-    monkeypatch.setattr(compiling, "_next", lambda todo, done, missing: done.get(timeout=200))
+    monkeypatch.setattr(compiling, "_next", lambda todo, done, missing: done.get(timeout=60))
     assert len(compile_all(programs, SHAPES[:1], store, 1)) == 1
     assert (SHAPES[0], None) in answers
     assert not helped
@@ -265,39 +287,54 @@ def no_thread(helper):
     raise RuntimeError("can't start new thread")
 
 
-def test_a_helper_that_says_what_is_wrong(programs, caplog):
+def test_a_helper_that_says_what_is_wrong(programs, store, caplog):
     """It cannot make the model; the exception is in the log of this process."""
     settings = programs.settings._replace(model_config="no config")
     broken = StepPrograms(settings, programs.mesh, programs.weights, programs.treedef)
     with caplog.at_level(logging.DEBUG, compiling.__name__):
-        end(Helper(broken, Todo([]), SimpleQueue()))
+        end(Helper(broken, Todo([]), SimpleQueue(), store))
     assert "AttributeError" in caplog.text
 
 
 @pytest.mark.parametrize("fate", ["dies", "sleeps"])
 def test_a_helper_that_does_not_answer(programs, store, helped, monkeypatch, fate):
-    """Its program is compiled here: at once if it is known to be dead, else when it has had its time."""
+    """Its programs are compiled here: at once if it is known to be dead, else when they have all had their time."""
 
     def receive(helper):
-        if not asked:
+        if len(asked) < 3:
             asked.append(helper)
             return None, None
         if fate == "sleeps":
             helper.process.wait()  # for its end
         raise EOFError
 
-    def next_after_the_helper(todo, done, missing):
-        while not begun and len(todo._shapes) == len(SHAPES):
-            time.sleep(0.01)  # so that the helper has taken one
-        begun.append(True)
+    def next_after_three(todo, done, missing):
+        while len(asked) < 3:
+            time.sleep(0.01)  # so that the helper has taken all
         return _next(todo, done, missing)
 
-    asked, begun, _next = [], [], compiling._next
+    def note(todo, shapes):
+        late.append(len(shapes))
+        return put_back(todo, shapes)
+
+    asked, late, _next, put_back = [], [], compiling._next, Todo.put_back
     monkeypatch.setattr(Helper, "_receive", receive)
+    monkeypatch.setattr(Todo, "put_back", note)
     monkeypatch.setattr(compiling, "PATIENCE", 0.1)
-    monkeypatch.setattr(compiling, "_next", next_after_the_helper)
+    monkeypatch.setattr(compiling, "_next", next_after_three)
     assert sorted(map(str, compile_all(programs, SHAPES, store, 1))) == sorted(map(str, SHAPES))
+    assert late == ([2] if fate == "sleeps" else [])
     assert not helped
+
+
+def test_a_program_that_comes_twice_is_compiled_once(store, monkeypatch):
+    """Late ones do, when they were not waited for."""
+    came = iter([(0, None), (0, None), (1, "one"), (1, None), (0, None), (2, None)])
+    monkeypatch.setattr(compiling, "_next", lambda *_: next(came))
+    compiled = []
+    programs = Fake(lambda shape: compiled.append(shape) or shape)
+    assert compile_all(programs, [0, 1, 2], store) == {0: 0, 1: "one", 2: 2}
+    assert compiled == [0, 2]
 
 
 def test_no_process_is_left(programs, store, started, monkeypatch):

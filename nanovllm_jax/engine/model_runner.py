@@ -254,7 +254,7 @@ class ModelRunner:
         return max(0, room * self.num_shards // self.model_config.kv_bytes_per_token(self.dtype.itemsize))
 
     def _compile(self) -> int:
-        """Compile every batch shape, in threads; returns the largest temporary memory in bytes."""
+        """Load or compile every batch shape; returns the largest temporary memory in bytes."""
         self._plan_programs()
         shapes = self.buckets.all_shapes()
         if self.config.enforce_eager:

@@ -13,7 +13,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from queue import Empty, SimpleQueue
 from threading import Lock, Thread
@@ -22,14 +22,8 @@ import jax
 from jax.stages import Compiled, Lowered
 
 from nanovllm_jax.engine.batch import BatchShape
-from nanovllm_jax.models.programs import (
-    ProgramStore,
-    no_garbage_collection,
-    packed,
-    pool_of_threads,
-    source_digest,
-)
-from nanovllm_jax.models.step_programs import StepPrograms
+from nanovllm_jax.models.programs import ProgramStore, no_garbage_collection, packed, pool_of_threads
+from nanovllm_jax.models.step_programs import ProgramSettings, StepPrograms
 
 logger = logging.getLogger(__name__)
 PATIENCE = 60  # seconds to wait for helpers where nothing else is left to do
@@ -77,43 +71,39 @@ def compile_all(
     programs: StepPrograms, shapes: list[BatchShape], store: ProgramStore, num_helpers: int = 0
 ) -> dict[BatchShape, Compiled]:
     """Each shape's step, compiled and kept. A helper that fails, or is late, costs time and nothing else."""
-    todo, done, num_helped = Todo(shapes), SimpleQueue(), 0
+    todo, done, compiled = Todo(shapes), SimpleQueue(), {}
 
     def compile(shape: BatchShape, lowered: Lowered) -> Compiled:
         program = lowered.compile(programs.compiler_options(shape))
         store.save(repr(shape), program)
         return program
 
-    def receive(shape: BatchShape, data: bytes) -> Compiled:
-        program = store.unpacked(data)
-        store.save(repr(shape), data)
-        return program
-
     jobs: dict[BatchShape, Future] = {}
-    with no_garbage_collection(), pool_of_threads() as pool, _helpers(programs, todo, done, num_helpers) as helpers:
-        while len(jobs) < len(shapes):
-            shape, data = _next(todo, done, [shape for shape in shapes if shape not in jobs])
-            if shape in jobs:  # it was late, and is done already
-                continue
-            if data is None:  # tracing holds the interpreter, compiling does not: they go side by side
+    with (
+        no_garbage_collection(),
+        pool_of_threads() as pool,
+        _helpers(num_helpers, programs, todo, done, store) as helpers,
+    ):
+        while missing := [shape for shape in shapes if shape not in compiled and shape not in jobs]:
+            shape, program = _next(todo, done, missing)
+            if program is not None:
+                compiled[shape] = program
+            elif shape in missing:  # else it was late, and is done already
+                # Tracing holds the interpreter, compiling does not: they go side by side.
                 jobs[shape] = pool.submit(compile, shape, programs.lower(shape))
-            else:
-                num_helped += 1
-                jobs[shape] = pool.submit(receive, shape, data)
         wait(jobs.values())
-    compiled = {}
+    if helpers:
+        logger.info("%d processes have compiled %d of %d programs", len(helpers), len(compiled), len(shapes))
     for shape, job in jobs.items():
         if error := job.exception():  # many at a time may need more processes or memory than there are
             logger.warning("%r could not be compiled beside others (%s): once more, alone", shape, error)
         compiled[shape] = compile(shape, programs.lower(shape)) if error else job.result()
-    if helpers:
-        logger.info("%d processes have compiled %d of %d programs", len(helpers), num_helped, len(shapes))
     if compiled and gc.isenabled():
         gc.collect()  # half a second, once: else it comes while requests run, as JAX keeps most of these objects
     return compiled
 
 
-def _next(todo: Todo, done: SimpleQueue, missing: list[BatchShape]) -> tuple[BatchShape, bytes | None]:
+def _next(todo: Todo, done: SimpleQueue, missing: list[BatchShape]) -> tuple[BatchShape, Compiled | None]:
     """What a helper has ready; else what nobody has begun; else what a helper comes up with, if it does."""
     with suppress(Empty):
         return done.get_nowait()
@@ -126,13 +116,15 @@ def _next(todo: Todo, done: SimpleQueue, missing: list[BatchShape]) -> tuple[Bat
 
 
 @contextmanager
-def _helpers(programs: StepPrograms, todo: Todo, done: SimpleQueue, number: int) -> Iterator[list["Helper"]]:
+def _helpers(
+    number: int, programs: StepPrograms, todo: Todo, done: SimpleQueue, store: ProgramStore
+) -> Iterator[list["Helper"]]:
     """As many helpers as there are room and rights for, ended at the end."""
     helpers = []
     try:
         for _ in range(number):
             with suppress(Exception):
-                helpers.append(Helper(programs, todo, done))
+                helpers.append(Helper(programs, todo, done, store))
         yield helpers
     finally:
         for helper in helpers:
@@ -142,12 +134,15 @@ def _helpers(programs: StepPrograms, todo: Todo, done: SimpleQueue, number: int)
 
 
 class Helper(Thread):
-    """A process that compiles, and the thread that talks to it: it takes from `todo` and puts into `done`."""
+    """A process that compiles, and the thread that talks to it.
 
-    def __init__(self, programs: StepPrograms, todo: Todo, done: SimpleQueue):
+    From `todo` it takes shapes, into `done` it puts (shape, program), or (shape, None) for another process to compile.
+    """
+
+    def __init__(self, programs: StepPrograms, todo: Todo, done: SimpleQueue, store: ProgramStore):
         super().__init__(daemon=True)
-        self.job = source_digest(), jax.__version__, jax.config.values, programs.settings
-        self.todo, self.done = todo, done
+        self.job = jax.config.values, programs.settings, store.settings, store.about
+        self.todo, self.done, self.store = todo, done, store
         # It finds the same modules (-P: and none in the working directory), and takes no share of a GPU's memory.
         paths = os.pathsep.join(os.path.abspath(path) for path in sys.path if isinstance(path, str))
         self.process = subprocess.Popen(
@@ -164,7 +159,7 @@ class Helper(Thread):
             raise
 
     def run(self) -> None:
-        """Hand out one shape after another, each when the one before is lowered, and take in what is compiled."""
+        """Hand out one shape after another, each when the one before is lowered, and load and keep what is compiled."""
         begun = []
         try:
             self._send(self.job)
@@ -177,8 +172,11 @@ class Helper(Thread):
                         self._send(shape)
                     asks = shape is not None
                 else:
+                    program = data and self.store.unpacked(data)
                     begun.remove(shape)
-                    self.done.put((shape, data))
+                    self.done.put((shape, program))
+                    if data:
+                        self.store.save(repr(shape), data)
         except Exception as error:  # it has died, it has been ended, or it says so
             logger.debug("a helper process is of no use: %r", error)
             for shape in begun:
@@ -220,7 +218,7 @@ def be_a_helper() -> None:
 
     try:
         programs = _programs_of(*pickle.load(questions))
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with pool_of_threads() as pool:
             while True:
                 answer((None, None))
                 shape = pickle.load(questions)
@@ -231,11 +229,13 @@ def be_a_helper() -> None:
         answer(repr(error))
 
 
-def _programs_of(source: str, version: str, values: dict, settings: tuple) -> StepPrograms:
-    """What the asking process has, in this one. Raises RuntimeError where that has other modules than this one."""
-    if (source, version) != (source_digest(), jax.__version__):
-        raise RuntimeError(f"this is nanovllm_jax {source_digest()} and jax {jax.__version__}, not {source}, {version}")
-    for name, value in values.items():
-        if value != jax.config.values[name]:
-            jax.config.update(name, value)
-    return StepPrograms.of(settings)
+def _programs_of(of_jax: dict, settings: ProgramSettings, of_store: str, about: list[str]) -> StepPrograms:
+    """What the asking process has, in this one. Raises RuntimeError where these would be other programs than there."""
+    for setting, value in of_jax.items():
+        if value != jax.config.values[setting]:
+            jax.config.update(setting, value)
+    programs = StepPrograms.of(settings)
+    here = ProgramStore(None, list(programs.mesh.devices.flat), of_store).about
+    if here != about:
+        raise RuntimeError(f"this process has {set(here) - set(about)}, not {set(about) - set(here)}")
+    return programs

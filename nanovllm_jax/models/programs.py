@@ -38,10 +38,11 @@ class ProgramStore:
         """`directory`: None keeps nothing. `settings`: all that decides what a name's program is, beside the source,
         the versions and the devices.
         """
-        self.directory, self.devices = directory, devices
+        self.directory, self.devices, self.settings = directory, devices, settings
         of_jax = sorted(item for item in jax.config.values.items() if not OF_NO_EFFECT.search(item[0]))
         about = [source_digest(), jax.__version__, os.environ.get("XLA_FLAGS", ""), repr(of_jax), settings]
         about += [devices[0].client.platform_version, *(f"{device.device_kind} {device.id}" for device in devices)]
+        self.about = about  # who has the same makes the same programs
         self._digest = hashlib.sha256("\n".join(about).encode())
 
     def load_all(self, names: list[Hashable]) -> dict[Hashable, Compiled]:
