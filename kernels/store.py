@@ -24,7 +24,9 @@ class Tiles(NamedTuple):
 
 def default_tiles(tokens: int) -> Tiles:
     """Settings for an H200: one token to a program until there are programs enough, then several."""
-    return Tiles(tokens=1, num_warps=1) if tokens <= 512 else Tiles(tokens=8, num_warps=4)
+    if tokens <= 128:
+        return Tiles(tokens=1, num_warps=1)
+    return Tiles(tokens=4 if tokens <= 1024 else 8, num_warps=4)
 
 
 def _norm_rope_store_kernel(*refs, tile: int, rows: int, eps: float, block_size: int):

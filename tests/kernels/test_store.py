@@ -85,7 +85,7 @@ def test_kernel_equals_numpy(slots, tile, shape):
     assert_same(got, expected_of(*args), slots)
 
 
-@pytest.mark.parametrize("tokens", [1, 3, 1024, 1025, 16385])
+@pytest.mark.parametrize("tokens", [1, 3, 128, 129, 1024, 1025, 16385])
 def test_default_tiles_fit_in_the_tokens(tokens):
     assert store.default_tiles(tokens).tokens <= tokens
 
