@@ -170,7 +170,7 @@ def test_special_tokens_in_the_text(llm):
     biased = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True, stop_token_ids=[special])
     request_id = llm.add_request(prompt, replace(biased, include_stop_str_in_output=True, skip_special_tokens=False))
     (seq,) = (completion.seq for completion in llm._requests[request_id].completions)
-    seq.token_ids += [70, special]  # as if the model had generated them
+    seq.token_ids.extend([70, special])  # as if the model had generated them
     llm.scheduler.finish(seq, "stop")
     (completion,) = llm._requests[request_id].completions
     assert completion.take_output().text == llm.tokenizer.decode([70]) + "<|im_start|>"
@@ -302,9 +302,11 @@ def test_logprobs_of_a_sequence_become_dicts(llm):
     request = llm._requests[request_id]
     seq = request.completions[0].seq
     request.scored.logprobs += [TokenLogprobs(66, -3.0, 9, [70, 71, 72], [-0.5, -1.5, -2.5])]
-    seq.token_ids, seq.logprobs = [65, 66, 67], [TokenLogprobs(67, -4.0, 11, [70, 71, 72], [-0.5, -1.5, -2.5])]
+    seq.token_ids.append(67)
+    seq.logprobs.append(TokenLogprobs(67, -4.0, 11, [70, 71, 72], [-0.5, -1.5, -2.5]))
     first = request.take_output()
-    seq.token_ids, seq.logprobs = [65, 66, 67, 71], [*seq.logprobs, TokenLogprobs(71, -1.5, 1, [70, 71], [-1.5, -1.5])]
+    seq.token_ids.append(71)
+    seq.logprobs.append(TokenLogprobs(71, -1.5, 1, [70, 71], [-1.5, -1.5]))
     second = request.take_output()
     text = {token: llm.tokenizer.decode([token]) for token in (66, 67, 70, 71)}
     assert first.prompt_logprobs == [None, {66: Logprob(-3.0, 9, text[66])}]

@@ -193,9 +193,9 @@ def test_recompute(llm, models, expected, steps):
     assert max(kept) > 40 or steps < 3
     assert len(outputs) == len(PROMPTS)
     for prompt, seq, count in zip(PROMPTS, sequences, kept):
-        tokens = seq.token_ids[:count]
+        tokens = seq.token_ids[:count].tolist()
         assert tokens[len(prompt) :] == expected(0, prompt)[: count - len(prompt)]
-        assert seq.token_ids[count:] == expected(1, tokens, 20 - (count - len(prompt)))
+        assert seq.token_ids[count:].tolist() == expected(1, tokens, 20 - (count - len(prompt)))
         assert len(seq.completion_token_ids) == 20
 
 

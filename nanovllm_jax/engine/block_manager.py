@@ -5,7 +5,6 @@ tokens are all known is *published* under a hash of these tokens and of everythi
 its hash, and can be found by it, until the block is taken for new content.
 """
 
-from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
 
@@ -159,7 +158,7 @@ class BlockManager:
         hashes, size = seq.block_hashes, self.block_size
         for i in range(len(hashes), count):
             parent = hashes[-1] if hashes else seq.prefix_salt
-            hashes.append(xxh3_128_digest(parent + array("i", seq.token_ids[i * size : (i + 1) * size]).tobytes()))
+            hashes.append(xxh3_128_digest(parent + seq.token_ids[i * size : (i + 1) * size].tobytes()))
         return hashes[:count]
 
     def _take(self) -> int:

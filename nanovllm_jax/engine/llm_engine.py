@@ -154,7 +154,7 @@ class LLMEngine(OneThread):
         seed = drawn if request.params.seed is None else request.params.seed
         self._requests[request.request_id] = request
         if self.runner.num_processes > 1:
-            self._calls.append((request.request_id, seed, request.prompt_token_ids, request.params, request.scored))
+            self._calls.append((request.request_id, seed, request.token_ids, request.params, request.scored))
         for i in range(request.params.n):
             own = next(self._seq_ids), (seed + i) % 2**63
             seq = request.new_sequence(*own, self.eos_token_ids, self.max_model_len)

@@ -1,6 +1,10 @@
 """Prompts and settings at the door: read, and refused where the model cannot run them."""
 
+from array import array
+from contextlib import suppress
 from typing import Any
+
+import numpy as np
 
 from nanovllm_jax.sampling_params import SamplingParams
 from nanovllm_jax.values import is_integer, plain
@@ -46,17 +50,23 @@ def encode(tokenizer: Any | None, text: str, what: str = "prompt", **options: An
         raise ValueError(f"the tokenizer fails on the {what}: {error}") from error
 
 
-def check_token_ids(tokens: list, vocab_size: int, what: str = "prompt") -> list[int]:
-    """Python integers, all in the vocabulary. A prompt may have 100,000: the good ones never meet a Python loop."""
+def check_token_ids(tokens: list, vocab_size: int, what: str = "prompt") -> tuple[list[int], array]:
+    """Ids that are all in the vocabulary, one or more, as Python integers and as an array of them.
+
+    A prompt may have 100,000: the good ones never meet a Python loop.
+    """
     if set(map(type, tokens)) != {int}:
         for token in tokens:
             if not is_integer(plain(token)):
                 raise TypeError(f"{what} token ids must be integers, not {token!r}; one {what} is wanted here")
         tokens = list(map(int, tokens))  # NumPy's and JAX'
-    if min(tokens) < 0 or max(tokens) >= vocab_size:
-        wrong = next(token for token in tokens if not 0 <= token < vocab_size)
-        raise ValueError(f"{what} token id {wrong} is not in the vocabulary: 0 to {vocab_size - 1}")
-    return tokens
+    with suppress(OverflowError):
+        ids = array("i", tokens)
+        numbers = np.frombuffer(ids, np.intc)
+        if numbers.min() >= 0 and numbers.max() < vocab_size:
+            return tokens, ids
+    wrong = next(token for token in tokens if not 0 <= token < vocab_size)
+    raise ValueError(f"{what} token id {wrong} is not in the vocabulary: 0 to {vocab_size - 1}")
 
 
 def check_params(params: SamplingParams, vocab_size: int, tokenizer: Any | None, eos_token_ids: frozenset[int]) -> None:

@@ -1,5 +1,6 @@
 """A request while it runs: its sequences, their texts, and what its outputs have told."""
 
+from array import array
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -53,7 +54,7 @@ class Completion:
     def read(self) -> bool:
         """Detokenize the tokens that have come; True where a stop string ends the text with them."""
         seq, params, detokenizer = self.seq, self.seq.params, self.detokenizer
-        tokens = seq.token_ids[seq.num_prompt_tokens + self.num_read :]
+        tokens = seq.token_ids[seq.num_prompt_tokens + self.num_read :].tolist()
         if not tokens:
             if detokenizer is not None and seq.finish_reason == "error":  # the one end that comes without a token
                 detokenizer.finish()
@@ -78,7 +79,7 @@ class Completion:
         """What has come since the last call."""
         self.read()
         seq, params = self.seq, self.seq.params
-        tokens = seq.token_ids[seq.num_prompt_tokens + self.num_given :]
+        tokens = seq.token_ids[seq.num_prompt_tokens + self.num_given :].tolist()
         output = CompletionOutput(
             index=self.index,
             text=self.detokenizer.take(seq.is_finished) if self.detokenizer else "",
@@ -104,6 +105,8 @@ class Request:
     request_id: str | None
     prompt: str | None
     prompt_token_ids: list[int]
+    token_ids: array
+    """What is to be computed: the prompt, and of a completion that is scored all but the last."""
     params: SamplingParams
     tokenizer: Any | None
     """What gives the outputs their text; None with detokenize=False."""
@@ -119,12 +122,12 @@ class Request:
 
     def new_sequence(self, seq_id: int, seed: int, eos_token_ids: frozenset[int], max_model_len: int) -> Sequence:
         """One of the n sequences, with a seed of its own."""
-        params, length = self.params, len(self.prompt_token_ids)
+        params, length = self.params, len(self.token_ids)
         max_len = max_model_len if params.max_tokens is None else min(length + params.max_tokens, max_model_len)
         seq = Sequence(
             seq_id,
             self.request_id,
-            self.prompt_token_ids,
+            self.token_ids,
             params,
             seed=seed,
             stop_token_ids=frozenset(params.stop_token_ids).union(() if params.ignore_eos else eos_token_ids),

@@ -1,5 +1,7 @@
 """One sequence: its tokens, its phase, and where its keys and values lie."""
 
+from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -75,7 +77,7 @@ class Sequence:
         self,
         seq_id: int,
         request_id: str,
-        prompt_token_ids: list[int],
+        prompt_token_ids: Iterable[int],
         params: Any,
         *,
         seed: int = 0,
@@ -86,8 +88,8 @@ class Sequence:
         """`min_len` and `max_len` count prompt and output tokens; the scheduler never looks inside `params`."""
         self.seq_id = seq_id  # arrival order
         self.request_id = request_id
-        self.token_ids = list(prompt_token_ids)  # the prompt, then every output token that was read
-        self.num_prompt_tokens = len(prompt_token_ids)
+        self.token_ids = array("i", prompt_token_ids)  # and then every output token that was read
+        self.num_prompt_tokens = len(self.token_ids)
         self.params = params
         self.seed = seed  # of its own draws, where `params` may have another or none
         self.stop_token_ids = stop_token_ids  # a generated token among these ends the sequence,
@@ -129,12 +131,12 @@ class Sequence:
     @property
     def prompt_token_ids(self) -> list[int]:
         """A copy of the prompt."""
-        return self.token_ids[: self.num_prompt_tokens]
+        return self.token_ids[: self.num_prompt_tokens].tolist()
 
     @property
     def completion_token_ids(self) -> list[int]:
         """A copy of the output tokens read so far, a final stop token included."""
-        return self.token_ids[self.num_prompt_tokens :]
+        return self.token_ids[self.num_prompt_tokens :].tolist()
 
     @property
     def is_finished(self) -> bool:

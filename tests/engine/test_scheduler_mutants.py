@@ -30,7 +30,7 @@ POOL_FAULTS = {
     "a prompt is found whole": ("_lookup", "seq.first_needed //", "len(seq.token_ids) //"),
     "a prompt that is scored is found": ("_lookup", "seq.first_needed", "(len(seq.token_ids) - 1)"),
     "a gap in the prefix is skipped": ("_lookup", "break", "continue"),
-    "a block's hash ignores what is before it": ("_hash_blocks", "parent + array", "array"),
+    "a block's hash ignores what is before it": ("_hash_blocks", "parent + seq", "seq"),
     "a block's hash ignores its last token": ("_hash_blocks", "(i + 1) * size]", "(i + 1) * size - 1]"),
 }
 POLICY_FAULTS = {

@@ -133,7 +133,7 @@ def random_prompt(rng: random.Random, simulation: Simulation, longest: int) -> l
     """New, or the start of another request's tokens, or all of them: a chat goes on."""
     prompt = []
     if simulation.sequences and rng.random() < 0.6:
-        tokens = rng.choice(simulation.sequences[-20:]).token_ids
+        tokens = rng.choice(simulation.sequences[-20:]).token_ids.tolist()
         prompt = tokens[: rng.choice((len(tokens), rng.randint(0, len(tokens))))]
     if not prompt or rng.random() < 0.5:
         prompt = prompt + [rng.randrange(VOCAB) for _ in range(rng.randint(1, 1 + longest // rng.choice((1, 4))))]
