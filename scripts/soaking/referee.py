@@ -39,7 +39,7 @@ class Referee:
         stops = {*params.stop_token_ids, *(() if params.ignore_eos else llm.eos_token_ids)}
         lengths = dict(min_len=len(prompt) + params.min_tokens, max_len=llm.max_model_len)
         seq = Sequence(0, "", prompt, params, seed=seed, stop_token_ids=frozenset(stops), **lengths)
-        seq.token_ids += tokens
+        seq.token_ids.extend(tokens)
         exact, rounded = self._logits(seq.token_ids)
         error = np.abs(exact - rounded).max()
         return all(self._may_draw(seq, exact, token, error) for token in pair)
