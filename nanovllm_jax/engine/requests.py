@@ -105,6 +105,7 @@ class Request:
     request_id: str | None
     prompt: str | None
     prompt_token_ids: list[int]
+    """What outputs tell of the prompt."""
     token_ids: array
     """What is to be computed: the prompt, and of a completion that is scored all but the last."""
     params: SamplingParams
