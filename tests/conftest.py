@@ -4,9 +4,11 @@ import os
 
 import jax
 import pytest
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from random_checkpoint import SHAPES, write_random_checkpoint
 
 from nanovllm_jax.engine import model_runner
+from nanovllm_jax.models import step_programs
 
 QUICK_TO_COMPILE = dict(xla_backend_optimization_level=1, xla_llvm_disable_expensive_passes=True)
 AS_USUAL = dict(xla_backend_optimization_level=3, xla_llvm_disable_expensive_passes=False)
@@ -56,5 +58,16 @@ def pytest_configure(config):
 def compiled_as_usual():
     """Engines whose programs XLA optimizes as it does for users."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model_runner, "compiler_options", lambda *_: AS_USUAL)
+        for module in (model_runner, step_programs):
+            patch.setattr(module, "compiler_options", lambda *_: AS_USUAL)
         yield
+
+
+@pytest.fixture(scope="module")
+def no_compilation_cache():
+    """A CPU's program from there cannot be kept once more."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    reset_cache()  # else the setting has no effect, where another test has compiled before
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    reset_cache()

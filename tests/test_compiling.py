@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from nanovllm_jax.checkpoints.load import TINY_MODEL
 from nanovllm_jax.config import ModelConfig
@@ -28,6 +27,7 @@ from nanovllm_jax.models.programs import ProgramStore
 from nanovllm_jax.models.step_programs import ProgramSettings, StepPrograms
 from nanovllm_jax.parallel.sizes import split_config
 
+pytestmark = pytest.mark.usefixtures("no_compilation_cache")
 SHAPES = [BatchShape(2, 0, 0, 4, num_steps=2), BatchShape(2, 2, 16, 4), BatchShape(1, 0, 0, 4)]
 
 
@@ -41,16 +41,6 @@ def make_programs(**options):
 @pytest.fixture(scope="module")
 def programs():
     return make_programs()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_compilation_cache():
-    """A CPU's program from there cannot be packed."""
-    jax.config.update("jax_enable_compilation_cache", False)
-    reset_cache()  # else the setting has no effect, where another test has compiled before
-    yield
-    jax.config.update("jax_enable_compilation_cache", True)
-    reset_cache()
 
 
 def make_store(directory=None):
@@ -238,7 +228,7 @@ def test_what_cannot_be_read_is_compiled_here(programs, store, helped, monkeypat
     """And nothing else is left to such a helper."""
     answers = iter([(None, None), (SHAPES[1], b"nonsense"), (None, None)])
     monkeypatch.setattr(Helper, "_receive", lambda helper: next(answers))
-    monkeypatch.setattr(compiling, "_next", after_the_helper(compiling._next))
+    monkeypatch.setattr(compiling, "_next", after_the_helper(1))
     with caplog.at_level(logging.DEBUG, compiling.__name__):
         assert len(compile_all(programs, SHAPES, store, 1)) == len(SHAPES)
     assert helped == [b"nonsense"]
@@ -246,20 +236,20 @@ def test_what_cannot_be_read_is_compiled_here(programs, store, helped, monkeypat
     assert "a helper process is of no use: UnpicklingError" in caplog.text
 
 
-def after_the_helper(following):
-    """`_next`, called when a helper has taken a shape."""
+def after_the_helper(number):
+    """`_next`, called when a helper has taken so many of SHAPES."""
 
     def wait_first(todo, done, missing):
-        while not begun and len(todo._shapes) == len(SHAPES):
+        while not begun and len(todo._shapes) > len(SHAPES) - number:
             time.sleep(0.01)
         begun.append(True)
         return following(todo, done, missing)
 
-    begun = []
+    begun, following = [], compiling._next
     return wait_first
 
 
-def test_what_a_helper_cannot_compile_is_compiled_here(programs, store, helped, monkeypatch, tmp_path):
+def test_what_a_helper_cannot_compile_is_compiled_here(programs, store, by_helpers, monkeypatch, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
         "import nanovllm_jax.models.step_programs as module\nmodule.compiler_options = lambda *_: {'no_such_option': 1}"
     )
@@ -271,10 +261,9 @@ def test_what_a_helper_cannot_compile_is_compiled_here(programs, store, helped, 
         return answers[-1]
 
     monkeypatch.setattr(Helper, "_receive", note)
-    monkeypatch.setattr(compiling, "_next", lambda todo, done, missing: done.get(timeout=60))
     assert len(compile_all(programs, SHAPES[:1], store, 1)) == 1
     assert (SHAPES[0], None) in answers
-    assert not helped
+    assert not by_helpers
 
 
 def test_a_helper_without_a_thread(programs, store, started, monkeypatch):
@@ -308,20 +297,15 @@ def test_a_helper_that_does_not_answer(programs, store, helped, monkeypatch, fat
             helper.process.wait()  # for its end
         raise EOFError
 
-    def next_after_three(todo, done, missing):
-        while len(asked) < 3:
-            time.sleep(0.01)  # so that the helper has taken all
-        return _next(todo, done, missing)
-
     def note(todo, shapes):
         late.append(len(shapes))
         return put_back(todo, shapes)
 
-    asked, late, _next, put_back = [], [], compiling._next, Todo.put_back
+    asked, late, put_back = [], [], Todo.put_back
     monkeypatch.setattr(Helper, "_receive", receive)
     monkeypatch.setattr(Todo, "put_back", note)
     monkeypatch.setattr(compiling, "PATIENCE", 0.1)
-    monkeypatch.setattr(compiling, "_next", next_after_three)
+    monkeypatch.setattr(compiling, "_next", after_the_helper(3))
     assert sorted(map(str, compile_all(programs, SHAPES, store, 1))) == sorted(map(str, SHAPES))
     assert late == ([2] if fate == "sleeps" else [])
     assert not helped

@@ -5,7 +5,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from nanovllm_jax.models.programs import ProgramStore
 
@@ -19,18 +18,11 @@ def store(directory, settings="settings"):
     return ProgramStore(directory, jax.devices()[:1], settings)
 
 
-def use_compilation_cache(use):
-    jax.config.update("jax_enable_compilation_cache", use)
-    reset_cache()  # else the setting has no effect, where another test has compiled before
-
-
 @pytest.fixture(scope="module")
-def program():
+def program(no_compilation_cache):
     x = jax.ShapeDtypeStruct((4, 4), jnp.float32)
     lowered = jax.jit(lambda xs, pair: (Pair(xs[0] + pair.second, pair.first), xs)).lower([x, x], Pair(x, x))
-    use_compilation_cache(False)  # a CPU's program from there cannot be kept once more
-    yield lowered.compile()
-    use_compilation_cache(True)
+    return lowered.compile()
 
 
 def test_what_is_saved_is_loaded(tmp_path, program):

@@ -82,7 +82,7 @@ class ModelRunner:
         self.weights = ServedWeights(loader)
         self.bytes_in_use = self._bytes_in_use()
         self._score_programs: dict[int, Callable] = {}
-        workspace = self._estimate_workspace()
+        workspace = estimate_workspace(*self._largest_step())
         self._size_cache(workspace)
         with ThreadPoolExecutor(1) as thread:  # while programs compile
             loading = thread.submit(self.weights.load, directory, loader)
@@ -179,9 +179,6 @@ class ModelRunner:
         return jax.make_array_from_callback(buffer.shape, self.steps.by_group, buffer.__getitem__)
 
     # ------------------------------------------------------------ cache
-
-    def _estimate_workspace(self) -> int:
-        return estimate_workspace(*self._largest_step())
 
     def _largest_step(self) -> tuple[ModelConfig, int, int, int, int]:
         """The arguments of memory.py's estimates."""
