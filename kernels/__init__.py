@@ -224,8 +224,8 @@ def add_norm(
 ) -> tuple[jax.Array, jax.Array]:
     """The residual sum, and its RMS norm as transformers rounds it: to x's dtype before the gain and after.
 
-    x [T, D]; delta [S, T, D], parts of what is added, whose sum is rounded to x's dtype; gain [D]. Returns (x + that
-    sum, its norm times gain), both [T, D]. Differentiable.
+    x [T, D]; delta [S, T, D], parts of what is added, whose sum is rounded to x's dtype, or none of them; gain [D].
+    Returns (x + that sum, its norm times gain), both [T, D]. Differentiable.
     """
     oracle = functools.partial(reference.add_norm, fixed=fixed)  # the kernel goes row by row anyway
     return _differentiable(norm.add_norm, oracle, eps=eps)(x, delta, gain)

@@ -226,6 +226,15 @@ def softmax_end(state) -> jax.Array:
     return acc / jnp.maximum(l, 1e-30)[:, None]
 
 
+def search(ends: jax.Array, numbers: jax.Array) -> jax.Array:
+    """How many of ends [E], which do not fall, are not above each of numbers [N]: [N] int32.
+
+    All are compared with all, as one kernel: a binary search would be a loop of small ones, launched one by one while
+    the device waits.
+    """
+    return (numbers[:, None] >= ends[None]).sum(axis=1, dtype=jnp.int32)
+
+
 def prefill_tiles(query_starts: jax.Array, context_lens: jax.Array, tokens: int, block_q: int):
     """Cut T tokens into tiles of at most block_q, each of one sequence.
 
@@ -240,7 +249,7 @@ def prefill_tiles(query_starts: jax.Array, context_lens: jax.Array, tokens: int,
     first_position = jnp.append(context_lens, 0).astype(jnp.int32) - lengths
     ends = jnp.cumsum((lengths + block_q - 1) // block_q)  # tile count up to and with each sequence
     tile = jnp.arange((tokens + len(lengths) * (block_q - 1)) // block_q, dtype=jnp.int32)
-    sequence = (tile[:, None] >= ends[None]).sum(axis=1, dtype=jnp.int32)  # a search, as one fused comparison
+    sequence = search(ends, tile)
     used = sequence < len(lengths)
     owner = jnp.minimum(sequence, len(lengths) - 1)
     in_sequence = (tile - jnp.append(0, ends)[owner]) * block_q

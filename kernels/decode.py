@@ -27,6 +27,7 @@ from .common import (
     named_pallas_call,
     norm_rope,
     pallas_call,
+    search,
     softmax_end,
     softmax_start,
     softmax_step,
@@ -74,14 +75,14 @@ def cut_contexts(context_lens: jax.Array, block_k: int, extra: int) -> Work:
     parts = jnp.maximum((tiles + share - 1) // share, 1)
     size = jnp.maximum((tiles + parts - 1) // parts, 1)  # a context's parts are equal, but for the last
     parts = jnp.maximum((tiles + size - 1) // size, 1)
-    ends = jnp.cumsum(parts)
+    ends, cuts = jnp.cumsum(parts), jnp.cumsum(parts > 1)
     item = jnp.arange(batch + extra)
-    owner = (item[:, None] >= ends[None]).sum(axis=1)  # a search, as one fused comparison
+    owner = search(ends, item)
     used, owner = owner < batch, jnp.minimum(owner, batch - 1)
     first = (item - (ends - parts)[owner]) * size[owner]
     last = jnp.minimum(first + size[owner], tiles[owner])
     kind = jnp.where(used, jnp.where(parts[owner] > 1, PART, WHOLE), UNUSED)
-    [cut] = jnp.nonzero(parts > 1, size=min(batch, extra), fill_value=batch)
+    cut = search(cuts, jnp.arange(min(batch, extra)))
     at = jnp.minimum(cut, batch - 1)
     return Work(
         jnp.stack((owner, first, last, kind), axis=1).astype(jnp.int32),

@@ -3,8 +3,6 @@
 Shapes: T tokens, B sequences, N query heads, K kv heads, G = N / K, H head_dim, S tokens of a block.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -43,7 +41,7 @@ def add_norm(x, delta, gain, *, eps, fixed=False):
 
 def whole(parts, dtype):
     """Parts [S, ...], float32 where there are several -> [...]: their sum, rounded to dtype."""
-    return _rounded(functools.reduce(jnp.add, parts), dtype).astype(dtype)
+    return _rounded(sum(parts, jnp.zeros(parts.shape[1:], parts.dtype)), dtype).astype(dtype)
 
 
 def row_linear(x, weight):

@@ -11,6 +11,7 @@ from nanovllm_jax.checkpoints.load import load_model
 from nanovllm_jax.config import ModelConfig
 from nanovllm_jax.engine.scheduler import Scheduler
 from nanovllm_jax.layers.attention import KVCache, PagedAttention, causal_attention
+from nanovllm_jax.models import qwen3
 from nanovllm_jax.parallel.sharding import make_mesh
 
 torch = pytest.importorskip("torch")
@@ -55,9 +56,10 @@ def test_logits_of_the_training_forward(case):
     np.testing.assert_allclose(model.logits(hidden)[0], reference_logits(reference, tokens), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 100])
-def test_logits_of_the_paged_forward(case, chunk):
-    """The serving path, `chunk` tokens at a time, through a shuffled block table."""
+@pytest.mark.parametrize(("chunk", "added_rows"), [(1, 8192), (7, 8192), (100, 8192), (7, 7), (100, 1)])
+def test_logits_of_the_paged_forward(case, chunk, added_rows, monkeypatch):
+    """The serving path, `chunk` tokens at a time, through a shuffled block table; matmuls may add to the residual."""
+    monkeypatch.setattr(qwen3, "ADDED_ROWS", added_rows)
     directory, reference = case
     tokens = random_prompts(7, seed=1)[-1]
     tokens = tokens[: len(tokens) // chunk * chunk or None]  # whole chunks: another length is another program

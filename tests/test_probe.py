@@ -139,6 +139,25 @@ def test_layers_that_hand_on_parts_of_sums():
         np.testing.assert_allclose(got, want, atol=0.02 * np.abs(want).max(), err_msg=place)
 
 
+def test_layers_that_hand_on_nothing_to_add(monkeypatch):
+    """As they do for many rows, where nobody looks: what is taken out of one layer, and edited, is the same."""
+    model = Qwen3ForCausalLM(replace(SMALL, num_hidden_layers=4), rngs=nnx.Rngs(0))
+    places = ["attention.1", "residual.1", "logits"]
+    probe = Probe(capture=places, edit={"residual.2": lambda x, steering: 2 * x + steering}, steering_size=48)
+
+    def captured():
+        watch, tokens = Watch(probe, model, jnp.linspace(-1, 1, 48)[None]), jnp.arange(30)
+        hidden, _ = model(tokens, tokens, None, causal_attention, watch.run_layer)
+        watch.take("logits", model.logits(hidden))
+        return watch.captured
+
+    expected = captured()
+    monkeypatch.setattr(qwen3, "ADDED_ROWS", 30)
+    got = captured()
+    for place in places:
+        np.testing.assert_allclose(got[place], expected[place], rtol=1e-5, atol=1e-6, err_msg=place)
+
+
 def test_each_request_is_steered_by_its_own_vector(llm, expected):
     """In one batch, with prompts that share their prefix: the cache tells them apart."""
     prompt = prompts(3)[2][:40]

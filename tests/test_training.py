@@ -18,6 +18,7 @@ from nanovllm_jax.layers.attention import causal_attention
 from nanovllm_jax.layers.embedding import Embedding
 from nanovllm_jax.layers.norm import RMSNorm
 from nanovllm_jax.layers.rope import RopeConfig, rope_angles
+from nanovllm_jax.models import qwen3
 from nanovllm_jax.models.qwen3 import Qwen3ForCausalLM
 from nanovllm_jax.parallel.sharding import make_mesh
 from nanovllm_jax.training import cast, token_logprobs
@@ -65,7 +66,10 @@ def torch_loss_and_gradients(reference, tokens, learned):
 
 
 @pytest.mark.parametrize("options", [dict(), dict(remat=True, chunk=7)], ids=["plain", "remat_in_chunks"])
-def test_loss_and_gradients_are_those_of_transformers(case, options):
+@pytest.mark.parametrize("added_rows", [8192, 1])
+def test_loss_and_gradients_are_those_of_transformers(case, options, added_rows, monkeypatch):
+    """Also where matmuls add to the residual stream."""
+    monkeypatch.setattr(qwen3, "ADDED_ROWS", added_rows)
     model, reference = case
     tokens, learned = padded_batch()
     expected_loss, expected = torch_loss_and_gradients(reference, tokens, learned)

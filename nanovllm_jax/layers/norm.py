@@ -22,6 +22,6 @@ class RMSNorm(nnx.Module):
 
     def add(self, x: jax.Array, delta: jax.Array, *, fixed: bool = False) -> tuple[jax.Array, jax.Array]:
         """x [..., features], delta [S, ..., features] in parts -> their sum, and its norm, in one pass over memory."""
-        rows, parts = x.reshape(-1, x.shape[-1]), delta.reshape(len(delta), -1, x.shape[-1])
-        total, normed = add_norm(rows, parts, self.weight[...], self.eps, fixed=fixed)
+        rows = x.reshape(-1, x.shape[-1])
+        total, normed = add_norm(rows, delta.reshape(-1, *rows.shape), self.weight[...], self.eps, fixed=fixed)
         return total.reshape(x.shape), normed.reshape(x.shape)

@@ -5,6 +5,7 @@ D hidden, F mlp, V vocab; on a device of several, its parts of N, K, F and V. Wh
 Modules carry logical axis names only; `parallel.sharding` maps them to a mesh.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -16,7 +17,9 @@ from nanovllm_jax.layers.embedding import Embedding
 from nanovllm_jax.layers.linear import GatedLinear, Linear, MatMul, fixed_matmul, matmul
 from nanovllm_jax.layers.norm import RMSNorm
 from nanovllm_jax.layers.rope import rope_angles
+from nanovllm_jax.parallel.sharding import is_split
 
+ADDED_ROWS = 8192  # from so many on the residual stream is added to by matmuls, and not by norms
 Attend = Callable  # attend(qkv, q_norm, k_norm, cos, sin, cache) -> (output, cache); see layers.attention
 
 
@@ -71,10 +74,17 @@ class DecoderLayer(nnx.Module):
     def __call__(self, residual: jax.Array, delta: jax.Array, cos: jax.Array, sin: jax.Array, cache, attend: Attend):
         """The residual stream as [T, D] and what is still to be added -> the same after this layer, and the cache.
 
-        delta [S, T, D] comes in parts, for the next norm to add up.
+        delta [S, T, D] comes in parts, for the next norm to add up, of many rows none.
         """
         residual, delta, cache = self.attention_half(residual, delta, cos, sin, cache, attend)
-        return *self.mlp_half(residual, delta), cache
+        residual, delta = self.mlp_half(*self.added(residual, delta))
+        return *self.added(residual, delta), cache
+
+    def added(self, residual: jax.Array, delta: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The same stream, of many rows with nothing to be added: cuBLAS adds while it multiplies, and the norm reads
+        one array."""
+        many = math.prod(residual.shape[:-1]) >= ADDED_ROWS and self.mlp.down_proj.is_plain and not is_split()
+        return (residual + delta[0], delta[:0]) if many else (residual, delta)
 
     @jax.named_scope("attention")
     def attention_half(self, residual: jax.Array, delta: jax.Array, cos, sin, cache, attend: Attend):
@@ -124,7 +134,8 @@ class Qwen3ForCausalLM(nnx.Module):
         `caches` holds one cache a layer, or is None where `attend` needs none (`causal_attention`). `run_layer` is for
         those who want to do more at each layer: look inside, or forget activations and compute them again.
         """
-        residual, delta = self.embed_tokens(tokens), self.layers[0].mlp.down_proj.no_parts(tokens.shape)
+        first = self.layers[0]
+        residual, delta = first.added(self.embed_tokens(tokens), first.mlp.down_proj.no_parts(tokens.shape))
         cos, sin = rope_angles(positions, self.config.rope, self.config.head_dim)
         new_caches = []
         for number, (layer, cache) in enumerate(zip(self.layers, caches or [None] * len(self.layers), strict=True)):

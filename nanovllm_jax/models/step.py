@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from nanovllm_jax.engine.batch import BatchShape, BatchView
+from nanovllm_jax.kernels.common import search
 from nanovllm_jax.layers.attention import KVCache, PagedAttention
 from nanovllm_jax.models.draw import DeviceState, draw
 from nanovllm_jax.models.qwen3 import Qwen3ForCausalLM, run_layer
@@ -118,8 +119,7 @@ def _token_positions(batch: BatchView, rows: int) -> tuple[jax.Array, jax.Array]
     starts, index = batch.query_starts, jnp.arange(batch.prefill_tokens.shape[0])
     if not index.size:
         return decode_positions, jnp.arange(rows)
-    # A binary search would be a loop of small kernels, launched one by one while the device waits for the first layer.
-    sequence = jnp.clip(jnp.searchsorted(starts, index, side="right", method="compare_all") - 1, 0, starts.shape[0] - 2)
+    sequence = jnp.clip(search(starts, index) - 1, 0, starts.shape[0] - 2)
     before_chunk = batch.context_lens[rows:] - (starts[1:] - starts[:-1])  # (P) tokens computed earlier
     positions = jnp.where(index < starts[-1], before_chunk[sequence] + index - starts[sequence], -1)
     return jnp.concatenate((decode_positions, positions)), jnp.concatenate((jnp.arange(rows), rows + sequence))

@@ -126,6 +126,29 @@ def test_a_second_start_compiles_nothing(tmp_path):
     assert first.stdout == second.stdout
 
 
+def test_a_large_prefill_agrees_with_small_ones(tmp_path):
+    """Prompts that fill one step of 16,384 tokens, which has kernels and sums of its own, and the same one by one."""
+    config = COMMON | SIZES["0.6B"] | dict(model_type="qwen3", architectures=["Qwen3ForCausalLM"], dtype="bfloat16")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    llm = small_engine(tmp_path, load_format="dummy", max_num_seqs=32, max_num_batched_tokens=16384)
+    prompts = prompts_of_lengths(1, 17, 256, 300, 512, 700, 1023, 1024, 1500, 2000, *[1000] * 9)
+    params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, logprobs=20)
+
+    def logprobs(*prompts):
+        llm.reset_prefix_cache()
+        outputs = llm.generate(list(prompts), params, use_tqdm=False)
+        return [{token: entry.logprob for token, entry in out.outputs[0].logprobs[0].items()} for out in outputs]
+
+    together, alone = logprobs(*prompts), [logprobs(prompt)[0] for prompt in prompts]
+    shared = [
+        [(one[token], other[token]) for token in one.keys() & other.keys()] for one, other in zip(together, alone)
+    ]
+    furthest = [np.abs(np.diff(np.array(pairs))).max() for pairs in shared]
+    print("furthest log probabilities:", np.round(furthest, 4), "of", [len(pairs) for pairs in shared])
+    assert all(len(pairs) >= 15 for pairs in shared)
+    assert max(furthest) < 0.1
+
+
 def test_full_load(tmp_path):
     """256 requests of 100 to 1024 tokens in and out, default options: no out-of-memory, nothing compiled on the way."""
     config = COMMON | SIZES["0.6B"] | dict(model_type="qwen3", architectures=["Qwen3ForCausalLM"])

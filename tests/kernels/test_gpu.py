@@ -250,11 +250,11 @@ def test_store_tiles(tiles):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 @pytest.mark.parametrize(("tokens", "features"), [(1, 1024), (257, 2560), (5001, 4096), (33, 5120), (3, 48)])
-@pytest.mark.parametrize("parts", [1, 4])
+@pytest.mark.parametrize("parts", [0, 1, 4])
 def test_add_norm(tokens, features, dtype, parts):
     rng = np.random.default_rng(tokens)
     x, delta, gain = (rng.standard_normal(size) for size in ((tokens, features), (parts, tokens, features), features))
-    args = [jnp.asarray(x, dtype), jnp.asarray(delta, dtype if parts == 1 else jnp.float32), jnp.asarray(gain, dtype)]
+    args = [jnp.asarray(x, dtype), jnp.asarray(delta, dtype if parts <= 1 else jnp.float32), jnp.asarray(gain, dtype)]
     expected = jax.jit(functools.partial(reference.add_norm, eps=1e-6))(*args)
     assert_rounded_alike(add_norm(*args, 1e-6), expected, dtype)
     tiled = functools.partial(norm.add_norm, eps=1e-6, tiles=norm.Tiles(1 if tokens == 1 else 2, 4))

@@ -58,8 +58,8 @@ def store_case(tokens, group, pool):
     return functools.partial(norm_rope_store, eps=1e-6), (qkv, gain, gain, angle, angle, ints(tokens), pool, pool)
 
 
-def norm_case(tokens, features, dtype=jnp.bfloat16):
-    x, delta = (jax.ShapeDtypeStruct((*parts, tokens, features), dtype) for parts in ((), (1,)))
+def norm_case(tokens, features, dtype=jnp.bfloat16, parts=1):
+    x, delta = (jax.ShapeDtypeStruct((*leading, tokens, features), dtype) for leading in ((), (parts,)))
     return functools.partial(add_norm, eps=1e-6), (x, delta, jax.ShapeDtypeStruct((features,), dtype))
 
 
@@ -105,8 +105,8 @@ def test_store_lowers_to_one_kernel_that_aliases_the_caches(group, pool):
 
 @pytest.mark.parametrize("features", [1024, 2048, 2560, 4096, 5120, 48])  # of 0.6B, 1.7B, 4B, 8B, 14B and 32B
 def test_norm_lowers_to_one_kernel(features):
-    for tokens, dtype in ((1, jnp.bfloat16), (256, jnp.float32), (16384, jnp.float16)):
-        f, args = norm_case(tokens, features, dtype)
+    for tokens, dtype, parts in ((1, jnp.bfloat16, 4), (256, jnp.float32, 1), (16384, jnp.float16, 0)):
+        f, args = norm_case(tokens, features, dtype, parts)
         assert custom_calls(lowered_for_cuda(f, *args)) == [PALLAS]
 
 

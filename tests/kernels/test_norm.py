@@ -17,13 +17,13 @@ def inputs(tokens, features, dtype, parts=1):
     """Parts of 16-bit numbers are float32: what adds them up rounds once."""
     rng = np.random.default_rng(features)
     x, *delta = rng.standard_normal((1 + parts, tokens, features)) * 3
-    delta = jnp.asarray(delta, dtype if parts == 1 else jnp.float32)
+    delta = jnp.asarray(delta, dtype if parts <= 1 else jnp.float32)
     return jnp.asarray(x, dtype), delta, jnp.asarray(rng.uniform(0.5, 2, features), dtype)
 
 
 def expected_of(x, delta, gain):
     """float32, rounded to the dtype after each step that transformers rounds."""
-    delta = functools.reduce(np.add, np.asarray(delta, np.float32)).astype(x.dtype).astype(np.float32)
+    delta = np.asarray(delta, np.float32).sum(axis=0).astype(x.dtype).astype(np.float32)
     total = (np.asarray(x, np.float32) + delta).astype(x.dtype)
     wide = total.astype(np.float32)
     normed = (wide / np.sqrt((wide * wide).mean(axis=-1, keepdims=True) + EPS)).astype(x.dtype)
@@ -42,18 +42,19 @@ def assert_rounded_alike(got, want):
         assert np.mean(a != b) < 0.002
 
 
-@pytest.mark.parametrize("parts", [1, 2, 4])
+@pytest.mark.parametrize("parts", [0, 1, 2, 4])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_oracle_equals_numpy(dtype, parts):
     args = inputs(5, 2560, dtype, parts)
     assert_rounded_alike(add_norm(*args, EPS), expected_of(*args))
 
 
+TILED = [(5, 1, jnp.bfloat16, 4), (7, 4, jnp.float16, 1), (1, 1, jnp.float32, 1), (3, 2, jnp.float32, 3)]
+TILED += [(5, 2, jnp.bfloat16, 0), (1, 1, jnp.float32, 0)]
+
+
 @pytest.mark.parametrize("features", FEATURES)
-@pytest.mark.parametrize(
-    ("tokens", "tile", "dtype", "parts"),
-    [(5, 1, jnp.bfloat16, 4), (7, 4, jnp.float16, 1), (1, 1, jnp.float32, 1), (3, 2, jnp.float32, 3)],
-)
+@pytest.mark.parametrize(("tokens", "tile", "dtype", "parts"), TILED)
 def test_kernel_equals_numpy(tokens, tile, dtype, parts, features):
     args = inputs(tokens, features, dtype, parts)
     got = norm.add_norm(*args, eps=EPS, tiles=norm.Tiles(tile, num_warps=4), interpret=True)
