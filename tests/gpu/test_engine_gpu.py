@@ -140,9 +140,7 @@ def test_a_large_prefill_agrees_with_small_ones(tmp_path):
         return [{token: entry.logprob for token, entry in out.outputs[0].logprobs[0].items()} for out in outputs]
 
     together, alone = logprobs(*prompts), [logprobs(prompt)[0] for prompt in prompts]
-    shared = [
-        [(one[token], other[token]) for token in one.keys() & other.keys()] for one, other in zip(together, alone)
-    ]
+    shared = [[(a[token], b[token]) for token in a.keys() & b.keys()] for a, b in zip(together, alone)]
     furthest = [np.abs(np.diff(np.array(pairs))).max() for pairs in shared]
     print("furthest log probabilities:", np.round(furthest, 4), "of", [len(pairs) for pairs in shared])
     assert all(len(pairs) >= 15 for pairs in shared)
