@@ -81,10 +81,13 @@ class DecoderLayer(nnx.Module):
         return *self.added(residual, delta), cache
 
     def added(self, residual: jax.Array, delta: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The same stream, of many rows with nothing to be added: cuBLAS adds while it multiplies, and the norm reads
-        one array."""
-        many = math.prod(residual.shape[:-1]) >= ADDED_ROWS and self.mlp.down_proj.is_plain and not is_split()
-        return (residual + delta[0], delta[:0]) if many else (residual, delta)
+        """The same stream, of many rows with nothing to be added.
+
+        There cuBLAS adds while it multiplies, and the norm reads one array; it multiplies where a layer is plain, and
+        adds where no other device has a part of the sum.
+        """
+        many, by_cublas = math.prod(residual.shape[:-1]) >= ADDED_ROWS, self.mlp.down_proj.is_plain and not is_split()
+        return (residual + delta[0], delta[:0]) if many and by_cublas and len(delta) == 1 else (residual, delta)
 
     @jax.named_scope("attention")
     def attention_half(self, residual: jax.Array, delta: jax.Array, cos, sin, cache, attend: Attend):
