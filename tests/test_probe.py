@@ -153,6 +153,7 @@ def test_layers_that_hand_on_nothing_to_add(monkeypatch):
 
     expected = captured()
     monkeypatch.setattr(qwen3, "ADDED_ROWS", 30)
+    jax.clear_caches()  # a layer that is handed one part would be the one traced before
     got = captured()
     for place in places:
         np.testing.assert_allclose(got[place], expected[place], rtol=1e-5, atol=1e-6, err_msg=place)

@@ -23,5 +23,5 @@ class RMSNorm(nnx.Module):
     def add(self, x: jax.Array, delta: jax.Array, *, fixed: bool = False) -> tuple[jax.Array, jax.Array]:
         """x [..., features], delta [S, ..., features] in parts -> their sum, and its norm, in one pass over memory."""
         rows = x.reshape(-1, x.shape[-1])
-        total, normed = add_norm(rows, delta.reshape(-1, *rows.shape), self.weight[...], self.eps, fixed=fixed)
+        total, normed = add_norm(rows, delta.reshape(len(delta), *rows.shape), self.weight[...], self.eps, fixed=fixed)
         return total.reshape(x.shape), normed.reshape(x.shape)

@@ -83,8 +83,8 @@ class DecoderLayer(nnx.Module):
     def added(self, residual: jax.Array, delta: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The same stream, of many rows with nothing to be added.
 
-        There cuBLAS adds while it multiplies, and the norm reads one array; it multiplies where a layer is plain, and
-        adds where no other device has a part of the sum.
+        There cuBLAS adds while it multiplies, and the norm reads one array: but not for deterministic layers, which
+        have a kernel of their own, and not where other devices have parts of the sum.
         """
         many, by_cublas = math.prod(residual.shape[:-1]) >= ADDED_ROWS, self.mlp.down_proj.is_plain and not is_split()
         return (residual + delta[0], delta[:0]) if many and by_cublas and len(delta) == 1 else (residual, delta)
