@@ -195,10 +195,12 @@ def test_no_helpers(programs, store, helped):
 
 
 @pytest.mark.parametrize("python", ["/bin/false", "/nowhere/python", "", None])
-def test_a_helper_that_does_not_start(programs, store, helped, monkeypatch, python):
+def test_a_helper_that_does_not_start(programs, store, helped, monkeypatch, caplog, python):
     monkeypatch.setattr(sys, "executable", python)
-    assert list(compile_all(programs, SHAPES, store, 2)) == SHAPES
+    with caplog.at_level(logging.DEBUG, compiling.__name__):
+        assert list(compile_all(programs, SHAPES, store, 2)) == SHAPES
     assert not helped
+    assert caplog.text.count("a helper process") == 2
 
 
 @pytest.mark.parametrize("path", [Path("/tmp"), "relative", ""], ids=repr)
@@ -266,10 +268,12 @@ def test_what_a_helper_cannot_compile_is_compiled_here(programs, store, by_helpe
     assert not by_helpers
 
 
-def test_a_helper_without_a_thread(programs, store, started, monkeypatch):
+def test_a_helper_without_a_thread(programs, store, started, monkeypatch, caplog):
     monkeypatch.setattr(Helper, "start", no_thread)
-    assert list(compile_all(programs, SHAPES, store, 1)) == SHAPES
+    with caplog.at_level(logging.DEBUG, compiling.__name__):
+        assert list(compile_all(programs, SHAPES, store, 1)) == SHAPES
     assert started[0].wait(timeout=60) < 0
+    assert "can't start new thread" in caplog.text
 
 
 def no_thread(helper):

@@ -123,8 +123,10 @@ def _helpers(
     helpers = []
     try:
         for _ in range(number):
-            with suppress(Exception):
+            try:
                 helpers.append(Helper(programs, todo, done, store))
+            except Exception as error:
+                logger.debug("a helper process does not start: %r", error)
         yield helpers
     finally:
         for helper in helpers:
