@@ -27,7 +27,7 @@ from typing import Any
 from benchmark import machine, report
 from benchmark.engines import ENGINES
 from benchmark.workloads import SWEEP_STEPS, WORKLOADS, Sizes
-from options import above_zero, checkpoint, count, json_object, new_file, picture
+from options import above_zero, checkpoint, count, json_object, new_file, picture, writing
 
 from nanovllm_jax.checkpoints.load import TINY_MODEL
 from nanovllm_jax.checkpoints.orbax import FOLDER
@@ -82,10 +82,12 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--report", type=recorded, metavar="FILE", help="a record: show it, run nothing")
     parser.add_argument("--verbose", action="store_true", help="show what the engines print")
     args = parser.parse_args(arguments)
+    if args.report and args.json:
+        parser.error("--report runs nothing that --json could write")
     try:
         if not args.report:
             args.model = prepare_model(args)
-    except (argparse.ArgumentTypeError, ValueError, OSError) as error:
+    except (argparse.ArgumentTypeError, ValueError, OSError, RuntimeError) as error:
         parser.error(str(error))
     return args
 
@@ -124,7 +126,8 @@ def main(arguments: list[str] | None = None) -> int:
         except ImportError as error:
             print(f'no picture: {error}; pip install matplotlib, or ".[bench]" of this repository')
         else:
-            plot(record, args.plot)
+            with writing(args.plot):
+                plot(record, args.plot)
     return int(bool(record["failed"]) or not record["engines"])
 
 
@@ -167,14 +170,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             run_engine(record, own_job, pythons[engine], args.verbose)
             record["summary"] = [row.summary() for row in report.rows(record)]
             if args.json:
-                args.json.write_text(json.dumps(record, indent=1))
+                with writing(args.json):
+                    args.json.write_text(json.dumps(record, indent=1))
     return record
 
 
 def prepare_model(args: argparse.Namespace) -> Path:
     """The checkpoint's directory, written first where that is asked for.
 
-    Raises ValueError where another model is there already.
+    Raises ValueError where another model is there already, OSError and RuntimeError where it cannot be written.
     """
     if not args.random_weights:
         return checkpoint(args.model or TINY_MODEL)
@@ -186,6 +190,7 @@ def prepare_model(args: argparse.Namespace) -> Path:
         raise ValueError(f"{directory} holds another model than {path}: give another --model")
     if not (directory / FOLDER).is_dir() and not list(directory.glob("*.safetensors")):
         print(f"writing random weights to {directory}", flush=True)
+        directory.mkdir(parents=True, exist_ok=True)
         run_module(sys.executable, "benchmark.checkpoint", [path, directory], verbose=True)
     return directory
 

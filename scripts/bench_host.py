@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from options import checkpoint, count
+from options import checkpoint, count, refusals
 
 from nanovllm_jax.engine.buckets import Buckets
 from nanovllm_jax.engine.packing import BatchPacker
@@ -39,6 +39,9 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
+    if {"dispatch", "collect"} & set(args.only):
+        with refusals():
+            runner_of(args)
     print(f"{'sequences':>9}  {'phase':<10}  {'us/step':>8}  {'us/sequence':>11}")
     for num_seqs in args.sequences:
         total = 0.0
@@ -120,7 +123,7 @@ def collect_micros(num_seqs: int, args: argparse.Namespace) -> float:
 
 def device_micros(num_seqs: int, args: argparse.Namespace) -> tuple[float, float]:
     """Of dispatch and of collect. Every row is padding: that costs the host the same, and the device little."""
-    runner = make_runner(args.model, args.load_format, longest(args), args.block_size, max(args.sequences))
+    runner = runner_of(args)
     shape = runner.buckets.shape_for(num_seqs, 0, 0)
     buffer = np.zeros(shape.size, np.int32)
     shape.views(buffer).slots[:] = runner.max_num_seqs
@@ -134,6 +137,11 @@ def device_micros(num_seqs: int, args: argparse.Namespace) -> tuple[float, float
         runner.collect(output)
         spent += dispatched - start, time.perf_counter() - ready
     return tuple(spent / args.steps * 1e6)
+
+
+def runner_of(args: argparse.Namespace):
+    """What dispatch and collect are timed with."""
+    return make_runner(args.model, args.load_format, longest(args), args.block_size, max(args.sequences))
 
 
 @cache

@@ -9,6 +9,7 @@ fast it came, and how much of the conversation so far was found in the prefix ca
 
 import argparse
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -101,6 +102,8 @@ def main() -> None:
     # Only full blocks are found again, and turns are short.
     parser.add_argument("--block-size", type=int, default=16, help="tokens in a block of the prefix cache")
     args = parser.parse_args()
+    if sys.stdin is None:
+        parser.error("standard input is closed: there is nobody to chat with")
 
     asked = {"max_tokens": args.max_tokens}
     if args.temperature is not None:

@@ -23,11 +23,9 @@ PATIENCE = 240  # seconds for one check: then it hangs, and its processes are ki
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--devices", type=int, default=2)
+    parser.add_argument("--devices", type=int, choices=(2, 4, 8, 16), default=2)
     parser.add_argument("--only", nargs="+", choices=device_checks.CHECKS, default=list(device_checks.CHECKS))
     args = parser.parse_args()
-    if args.devices < 2 or args.devices & (args.devices - 1):
-        parser.error("--devices must be 2, 4, 8 or 16")
     names = [name for name in device_checks.CHECKS if name in args.only or name == "alone"]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # as Ctrl-C: so that no process is left
     start = time.monotonic()

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import jax
+from options import new_directory
 
 from nanovllm_jax.checkpoints.huggingface import save_pretrained
 from nanovllm_jax.checkpoints.load import ModelLoader, find_checkpoint, open_weights
@@ -53,7 +54,7 @@ def convert(source: Path, target: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="a directory or Hub id")
-    parser.add_argument("target", nargs="?", type=Path, help="the directory to write")
+    parser.add_argument("target", nargs="?", type=new_directory, help="the directory to write")
     parser.add_argument("--time", action="store_true", help="load source to the devices, and say how long it takes")
     args = parser.parse_args()
     if args.time == (args.target is not None):
@@ -70,7 +71,7 @@ def main() -> None:
             size, read, seconds = loader.device_bytes / 1e9, time.perf_counter() - opened, time.perf_counter() - start
             print(
                 f"{source} ({loader.source}): {size:.2f} GB read in {read:.2f} s, {size / read:.2f} GB/s; "
-                f"{seconds:.2f} s with imports and checks"
+                f"{seconds:.2f} s with checks"
             )
         else:
             convert(source, args.target)

@@ -5,6 +5,7 @@ seeded and filtered texts with chunked prompts, prefix hits and preemption, log 
 once more with other weights.
 """
 
+import argparse
 import gc
 import json
 import math
@@ -23,6 +24,7 @@ import numpy as np
 import plan
 from jax import lax
 from jax.sharding import PartitionSpec as Spec
+from options import count
 
 from nanovllm_jax import LLM, SamplingParams
 from nanovllm_jax.checkpoints.huggingface import config_json
@@ -221,14 +223,14 @@ def links(folder: Path, devices: int) -> str:
 def speed(folder: Path, devices: int) -> str:
     """Of decode steps in bfloat16 (on a CPU float32), on one device and on all, beside scripts/plan.py's for H200s."""
     config = ModelConfig.from_pretrained(folder / "speed")
-    for count in (1, devices):
-        llm = make_llm(folder, 1, count, "speed", enable_prefix_caching=False, **SPEED)
+    for number in (1, devices):
+        llm = make_llm(folder, 1, number, "speed", enable_prefix_caching=False, **SPEED)
         many, prompt, steps = (SEQUENCES, PROMPT, STEPS) if llm.runner.on_gpu else ON_A_CPU
         for sequences in (1, many):
             seconds, context = step_seconds(llm, sequences, prompt, steps)
-            predicted = plan.decode_step(config, count, sequences, context).seconds
+            predicted = plan.decode_step(config, number, sequences, context).seconds
             print(
-                f"           {count} devices, {sequences} sequences of {context} tokens: "
+                f"           {number} devices, {sequences} sequences of {context} tokens: "
                 f"{1e3 * seconds:.2f} ms a step, {1e3 * predicted:.2f} predicted",
                 flush=True,
             )
@@ -269,7 +271,12 @@ CHECKS = {check.__name__: check for check in (links, alone, tensor, data, mixed,
 
 
 def main() -> None:
-    folder, devices, *names = Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="for the models that the checks are made with")
+    parser.add_argument("devices", type=count)
+    parser.add_argument("names", nargs="+", choices=[*CHECKS, "member"])
+    args = parser.parse_args()
+    folder, devices, names = args.folder, args.devices, args.names
     if names == ["member"]:
         member(folder, devices)
         return

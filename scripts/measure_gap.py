@@ -8,7 +8,7 @@ import argparse
 import jax
 import jax.numpy as jnp
 import numpy as np
-from options import checkpoint, count, json_object
+from options import checkpoint, count, json_object, refusals
 
 from nanovllm_jax import LLM, SamplingParams
 from nanovllm_jax.checkpoints.load import TINY_MODEL
@@ -91,8 +91,9 @@ def main() -> None:
     parser.add_argument("--prompts", type=count, default=32)
     parser.add_argument("--options", type=json_object, default={}, help="more options of LLM, as JSON")
     args = parser.parse_args()
-    options = dict(gpu_memory_utilization=0.7, max_model_len=2048) | args.options  # room for the trainer
-    llm = LLM(args.model, load_format=args.load_format, **options)
+    options = dict(load_format=args.load_format, max_model_len=2048, gpu_memory_utilization=0.7)  # room for the trainer
+    with refusals():
+        llm = LLM(**dict(model=args.model) | options | args.options)
     print(jnp.dtype(llm.runner.dtype).name, jax.devices()[0].device_kind, f"jax {jax.__version__}")
     print(table(measure(llm, args.prompts)))
 

@@ -1,8 +1,13 @@
-"""What the scripts' options may be: types for argparse, which says in one line what is wrong with the rest."""
+"""What the scripts' options may be: types for argparse, which says in one line what is wrong with the rest.
+
+And what is wrong where only the engine or the disk can tell.
+"""
 
 import json
 import math
 from argparse import ArgumentTypeError
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +42,13 @@ def checkpoint(text: str) -> Path:
         raise ArgumentTypeError(str(error)) from error
 
 
+def new_directory(text: str) -> Path:
+    """A directory to be written."""
+    if not text:  # a variable of the shell that is not set: Path() would be the working directory
+        raise ArgumentTypeError("the name is empty")
+    return Path(text)
+
+
 def new_file(text: str) -> Path:
     """A file to be written."""
     path = Path(text)
@@ -61,3 +73,21 @@ def json_object(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ArgumentTypeError(f"{text!r} is no JSON object")
     return value
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """What the engine refuses ends the script in one line."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A file that cannot be written must not cost what was measured."""
+    try:
+        yield
+    except OSError as error:
+        print(f"{path} cannot be written: {error}", flush=True)

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from benchmark.limits import Card, Cost, decode_phases, prefill_phases
-from options import above_zero, checkpoint, count, picture
+from options import above_zero, checkpoint, count, picture, writing
 
 from nanovllm_jax import LLM, SamplingParams
 from nanovllm_jax.checkpoints.load import TINY_MODEL
@@ -264,7 +264,8 @@ def draw_timeline(kernels: list[Kernel], steps: int, path: Path) -> None:
     axes.set_yticks(range(len(PHASES)), PHASES)
     axes.invert_yaxis()
     axes.set_xlabel("us")
-    figure.savefig(path, dpi=150)
+    with writing(path):
+        figure.savefig(path, dpi=150)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
-from options import above_zero, count, picture
+from options import above_zero, count, picture, writing
 
 from nanovllm_jax import LLM, RequestOutput, SamplingParams
 from nanovllm_jax.checkpoints.load import TINY_MODEL, load_model
@@ -238,13 +238,14 @@ def plot(steps: list[Step], path: Path, title: str) -> None:
         axes.legend()
     top.set_title(title)
     bottom.set_xlabel("step")
-    figure.savefig(path, dpi=120)
+    with writing(path):
+        figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     on_gpu = jax.default_backend() == "gpu"
-    parser = argparse.ArgumentParser(description="Teach the embedded tiny model by reinforcement (GRPO).")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=[*UNSEEN, *ROOM_TO_GROW], default="unspaced", help="what to learn")
     parser.add_argument("--minutes", type=above_zero, default=math.inf, help="stop after this time")
     parser.add_argument("--steps", type=above_zero, default=math.inf, help="stop after this many steps")

@@ -23,7 +23,7 @@ from pathlib import Path
 from textwrap import shorten
 
 import jax.numpy as jnp
-from options import checkpoint, count
+from options import above_zero, checkpoint, count, refusals
 from soaking.company import Company
 from soaking.compare import Result, largest_difference, other_differences, token_differences
 from soaking.referee import Referee
@@ -45,8 +45,8 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=checkpoint, default=TINY_MODEL, help="a checkpoint's directory, or a Hub id")
     parser.add_argument("--load-format", choices=["auto", "dummy"], default="auto", help="dummy: random weights")
-    parser.add_argument("--requests", type=int, default=2000)
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing after so many")
+    parser.add_argument("--requests", type=count, default=2000)
+    parser.add_argument("--seconds", type=above_zero, default=float("inf"), help="begin nothing after so many")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--max-model-len", type=count, default=256)
@@ -55,7 +55,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--block-size", type=count, default=16)
     parser.add_argument("--blocks", type=count, help="of the pool (default: two of the longest requests)")
     parser.add_argument("--num-scheduler-steps", type=count)
-    parser.add_argument("--gpu-memory-utilization", type=float, default=0.3)
+    parser.add_argument("--gpu-memory-utilization", type=above_zero, default=0.3)
     return parser.parse_args(arguments)
 
 
@@ -63,7 +63,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status."""
     args = parse_args(arguments)
     with tempfile.TemporaryDirectory() as scratch:
-        soak = Soak(start_engine(args, Path(scratch)), args.seed)
+        with refusals():
+            llm = start_engine(args, Path(scratch))
+        soak = Soak(llm, args.seed)
         soak.warm_up()
         with suppress(KeyboardInterrupt):  # Ctrl-C ends a long run early
             soak.run(args.requests, time.monotonic() + args.seconds)

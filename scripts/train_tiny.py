@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from options import above_zero, count
+from options import above_zero, count, new_directory
 from tokenizers import Tokenizer
 
 from nanovllm_jax.checkpoints.huggingface import make_target, save_pretrained
@@ -211,10 +211,15 @@ def write_checkpoint(model: Qwen3ForCausalLM, tokenizer: Tokenizer, directory: P
 
 def parse_options() -> argparse.Namespace:
     on_gpu = jax.default_backend() == "gpu"
-    parser = argparse.ArgumentParser(description="Train the tiny Qwen3 that the package ships.")
-    parser.add_argument("--out", type=Path, required=True, help="directory to write")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=new_directory, required=True, help="directory to write")
     parser.add_argument("--minutes", type=above_zero, default=math.inf, help="stop training after this time")
-    parser.add_argument("--steps", type=above_zero, default=math.inf, help="stop training after this many steps")
+    parser.add_argument(
+        "--steps",
+        type=above_zero,
+        default=math.inf,
+        help=f"stop after so many, a multiple of {STEPS_PER_DISPATCH}",
+    )
     parser.add_argument("--rows", type=count, default=128 if on_gpu else 16, help=f"rows of {ROW_LENGTH} tokens a step")
     parser.add_argument("--workers", type=int, default=8 if on_gpu else 0, help="processes that make batches")
     parser.add_argument("--problems", type=count, default=100 if on_gpu else 20, help="held-out questions a task")

@@ -6,6 +6,7 @@ than one parameter's shard beside the mapping.
 """
 
 import json
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -231,7 +232,7 @@ def make_target(directory: str | Path) -> Path:
 def save_pretrained(model: Qwen3ForCausalLM, directory: str | Path, dtype: np.dtype | None = None) -> None:
     """Write config.json and model.safetensors that transformers opens; the tokenizer's files are the caller's.
 
-    Raises as `make_target` does.
+    Raises as `make_target` does, and OSError where the disk is full.
     """
     directory = make_target(directory)
     sources, tensors = parameter_sources(model.config), {}
@@ -239,9 +240,14 @@ def save_pretrained(model: Qwen3ForCausalLM, directory: str | Path, dtype: np.dt
         array = np.asarray(jax.device_get(param[...]))
         parts = sources[path].split(array if dtype is None else array.astype(dtype))
         tensors |= dict(zip(sources[path].shapes, parts))
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    weights, config = directory / "model.safetensors", directory / "config.json"
+    try:
+        save_file(tensors, weights, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{weights} cannot be written: {error}") from error
     written = str(next(iter(tensors.values())).dtype)
-    (directory / "config.json").write_text(json.dumps(config_json(model.config, written), indent=2) + "\n")
+    config.write_text(json.dumps(config_json(model.config, written), indent=2) + "\n")
+    shutil.copymode(config, weights)  # safetensors lets nobody but the owner read them
 
 
 def config_json(config: ModelConfig, dtype: str) -> dict:

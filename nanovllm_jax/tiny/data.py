@@ -5,6 +5,7 @@ Legend: R rows, T tokens of a row.
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -80,6 +81,7 @@ def make_batches(tokenizer: Tokenizer, seed: int, rows: int, length: int) -> Ite
 
 
 def _work(queue, tokenizer_json: str, seed: int, rows: int, length: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that trains, which ends this one
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
     for batch in make_batches(Tokenizer.from_str(tokenizer_json), seed, rows, length):
         queue.put(batch)

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from flax import nnx
 from random_checkpoint import SHAPES, write_random_checkpoint
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from small_model import SMALL, random_tensors, write_checkpoint
 
+from nanovllm_jax.checkpoints import huggingface
 from nanovllm_jax.checkpoints.huggingface import CheckpointFiles, save_pretrained
 from nanovllm_jax.checkpoints.load import load_model
 from nanovllm_jax.config import ModelConfig
@@ -244,6 +246,21 @@ def test_saving_in_another_dtype(tmp_path):
     assert (tmp_path / "bfloat16" / MODEL).stat().st_size < 0.6 * (tmp_path / "float32" / MODEL).stat().st_size
     for path, array in arrays_of(load(tmp_path / "bfloat16")).items():
         np.testing.assert_array_equal(array, arrays_of(model)[path].astype(jnp.bfloat16).astype(np.float32))
+
+
+def test_who_may_read_what_is_saved(tmp_path):
+    save_pretrained(load(write_checkpoint(tmp_path / "model")), tmp_path / "saved")
+    assert (tmp_path / "saved" / MODEL).stat().st_mode == (tmp_path / "saved" / "config.json").stat().st_mode
+
+
+def test_a_full_disk(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise SafetensorError("No space left on device")
+
+    model = load(write_checkpoint(tmp_path / "model"))
+    monkeypatch.setattr(huggingface, "save_file", fail)
+    with pytest.raises(OSError, match=f"saved/{MODEL} cannot be written: No space left on device"):
+        save_pretrained(model, tmp_path / "saved")
 
 
 def test_orbax_weights_would_be_loaded_in_place_of_what_is_saved(tmp_path):

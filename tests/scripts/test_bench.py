@@ -382,6 +382,8 @@ BAD_OPTIONS = [
     ("--options ours=[1]", "'[1]' is no JSON object"),
     ("--options theirs={}", "is not ENGINE=VALUE with one of ours, nanovllm, vllm"),
     ("--report /nowhere.json", "'/nowhere.json' is no record of this script"),
+    (f"--report {RECORDED} --json /tmp/run.json", "--report runs nothing that --json could write"),
+    (f"--random-weights {TINY_MODEL} --model {RECORDED}", "recorded_run.json"),
 ]
 
 

@@ -55,7 +55,7 @@ def test_2000_requests(directory, capsys):
 def test_the_command_line(directory, monkeypatch, capsys, llm):
     """No request is begun after the last second; the exit status tells of problems."""
     monkeypatch.setattr(soak, "start_engine", lambda args, scratch: llm)
-    assert soak.main(["--requests", "9", "--seconds", "0"]) == 1
+    assert soak.main(["--requests", "9", "--seconds", "1e-9"]) == 1
     assert "PROBLEM nothing was compared" in capsys.readouterr().out
     monkeypatch.setattr(soak, "ROUND", 8)
     assert soak.main(["--requests", "8", "--seed", "3"]) == 0
