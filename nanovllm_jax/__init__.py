@@ -1,5 +1,6 @@
 """nanovllm-jax: a small, fast LLM inference engine in JAX."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from nanovllm_jax.logs import set_up_logging
@@ -25,18 +26,11 @@ __all__ = [
 set_up_logging()
 
 
+# Imported on first use: the scheduler and the kernels are of use without them.
+LATE = {"LLM": "llm", "AsyncLLM": "async_llm", "Probe": "probe"}
+
+
 def __getattr__(name: str):
-    # On first use: the scheduler and the kernels are of use without the rest.
-    if name == "LLM":
-        from nanovllm_jax.llm import LLM
-
-        return LLM
-    if name == "AsyncLLM":
-        from nanovllm_jax.async_llm import AsyncLLM
-
-        return AsyncLLM
-    if name == "Probe":
-        from nanovllm_jax.probe import Probe
-
-        return Probe
+    if name in LATE:
+        return getattr(import_module(f"nanovllm_jax.{LATE[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -114,11 +114,8 @@ class AsyncLLM:
         """
         check = partial(self._engine.check_request, prompt, sampling_params, request_id, stream)
         async with self._started(check) as (_, mailbox):
-            finished = False
-            while not finished:
-                output = await mailbox.take()
-                finished = output.finished
-                yield output
+            while not mailbox.is_over:
+                yield await mailbox.take()
 
     async def score(self, prompt: Prompt, completion: str | Sequence[int]) -> list[float]:
         """Natural log probabilities of a completion's tokens, each given the prompt and the tokens before it.

@@ -17,7 +17,6 @@ import argparse
 import functools
 import itertools
 import os
-import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -25,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from benchmark.kernel_cases import KERNELS, Case, Shape, make_cases
+from benchmark.timing import seconds_per_run
 from nanovllm_jax.kernels import decode
 from options import above_zero, count
 
@@ -69,20 +69,7 @@ def rounds(case: Case) -> int:
 
 
 def seconds_per_call(case: Case, program, samples: int = 7) -> float:
-    """The median over samples of about 10 ms each."""
-    state = [jnp.copy(array) for array in case.state]  # as a program reuses its memory
-
-    def run(times):
-        nonlocal state
-        start = time.perf_counter()
-        for _ in range(times):
-            out, state = program(state, case.sets)
-        jax.block_until_ready(out)
-        return time.perf_counter() - start
-
-    run(2)
-    times = max(2, int(0.01 / (run(3) / 3)))
-    return statistics.median(run(times) for _ in range(samples)) / times / (rounds(case) * len(case.sets))
+    return seconds_per_run(program, case.state, case.sets, samples) / (rounds(case) * len(case.sets))
 
 
 def relative_error(case: Case) -> float:

@@ -10,12 +10,11 @@ the median of several runs is printed. On a GPU the results are compared with th
 """
 
 import argparse
-import statistics
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from benchmark.timing import seconds_per_run
 from jax import lax
 from nanovllm_jax.kernels import adjust_logits, noisy_argmax, reference_sampling, sampling_threshold, token_logprobs
 from options import above_zero, count
@@ -79,8 +78,8 @@ def make_rows(settings: dict, rows: int) -> jax.Array:
     return jnp.array(lines, jnp.int32)
 
 
-def seconds_per_call(call, inputs: list[tuple], state: tuple = (), samples: int = 7) -> float:
-    """The median over samples of about 10 ms each; call(*inputs[i], *state) returns an output, and the next state."""
+def seconds_per_call(call, inputs: list[tuple], state: tuple = ()) -> float:
+    """call(*inputs[i], *state) returns an output, and the next state."""
 
     def chain(state, inputs):
         outputs = []
@@ -90,19 +89,7 @@ def seconds_per_call(call, inputs: list[tuple], state: tuple = (), samples: int 
         return outputs, state
 
     program = jax.jit(chain, donate_argnums=0).lower(list(state), inputs).compile()
-    state = jax.tree.map(jnp.copy, list(state))
-
-    def run(times):
-        nonlocal state
-        start = time.perf_counter()
-        for _ in range(times):
-            outputs, state = program(state, inputs)
-        jax.block_until_ready((outputs, state))
-        return time.perf_counter() - start
-
-    run(2)
-    times = max(1, int(0.01 / (run(3) / 3)))
-    return statistics.median(run(times) for _ in range(samples)) / times / len(inputs)
+    return seconds_per_run(program, state, inputs) / len(inputs)
 
 
 def make_and_draw(scale, logits, sampling, slots, context_lens, *state):

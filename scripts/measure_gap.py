@@ -64,10 +64,10 @@ def measure(llm: LLM, count: int = 32) -> dict[str, np.ndarray]:
     for prompt in prompts[:4]:
         sample("sampled alone", [prompt])
     completions = sample(f"sampled in a batch of {count}", prompts)
-    llm.scheduler.preempt_all()  # nothing is cached
+    llm.reset_prefix_cache()
     score("scored together", prompts, completions)
     score("scored, prefixes cached", prompts, completions)
-    llm.scheduler.preempt_all()
+    llm.reset_prefix_cache()
     for prompt, completion in zip(prompts[:8], completions):
         score("scored one by one", [prompt], [completion])
     return {name: np.concatenate(parts) for name, parts in gaps.items()}

@@ -219,13 +219,11 @@ def _print(s: Step) -> None:
 
 def plot(steps: list[Step], path: Path, title: str) -> None:
     """Reward and accuracy, tokens per second, and the gap, by step."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     lines = Step(*map(np.array, zip(*steps)))
-    figure, (top, middle, bottom) = pyplot.subplots(3, sharex=True, figsize=(8, 9), layout="constrained")
+    figure = Figure(figsize=(8, 9), layout="constrained")
+    top, middle, bottom = figure.subplots(3, sharex=True)
     top.plot(lines.step, 100 * lines.reward, lw=0.8, label="right samples, %")
     top.plot(lines.step, lines.held_out, lw=2, label="right held-out answers (greedy), %")
     middle.plot(lines.step, lines.rollout_rate, label="sampled tokens per second of sampling")
@@ -240,7 +238,6 @@ def plot(steps: list[Step], path: Path, title: str) -> None:
     bottom.set_xlabel("step")
     with writing(path):
         figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:

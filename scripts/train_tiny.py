@@ -42,7 +42,7 @@ WARM_UP_STEPS = 200
 EVALUATIONS = 10
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["conversations"], meta_fields=[])
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class PackedAttention:
     """Causal attention within each conversation of a packed row."""

@@ -66,10 +66,6 @@ class DataGroups:
         ]
         return costs.index(min(costs))
 
-    def abort(self, seq: Sequence) -> None:
-        """End a sequence in any state; its blocks and slot are free at once."""
-        self.groups[seq.group].abort(seq)
-
     def abort_all(self) -> None:
         """End every sequence and forget cached prefixes."""
         for group in self.groups:

@@ -182,7 +182,7 @@ class LLMEngine(OneThread):
             self._calls.append(("abort", request_id))
         try:
             for completion in request.completions:
-                self.scheduler.abort(completion.seq)
+                self.scheduler.finish(completion.seq, "abort")
             request.num_unfinished = 0
             self.metrics.aborted(request)
             del self._requests[request_id]

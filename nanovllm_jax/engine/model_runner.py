@@ -64,7 +64,7 @@ class ModelRunner:
         self.config = config
         self.model_config = model_config = split_config(model_config, config.tensor_parallel_size)
         self.mesh = make_mesh(config.tensor_parallel_size, config.data_parallel_size)
-        self.num_groups, self.num_shards = self.mesh.devices.shape
+        self.num_shards = config.tensor_parallel_size
         self.device = self.mesh.local_devices[0]
         self.num_processes, self.is_first_process = jax.process_count(), jax.process_index() == 0
         self.on_gpu = self.device.platform == "gpu"

@@ -90,10 +90,6 @@ class Scheduler:
         self.num_unfinished_prompt_tokens += seq.num_prompt_tokens
         self.waiting[seq.seq_id] = seq
 
-    def abort(self, seq: Sequence) -> None:
-        """End a sequence in any state; its blocks and slot are free at once."""
-        self.finish(seq, "abort")
-
     def abort_all(self) -> None:
         """End every sequence and begin anew: a failure or Ctrl-C may have come half way through anything here.
 

@@ -111,11 +111,6 @@ class Sequence:
         self.activations: Any = None  # engine.activations.Activations, where its request captures
 
     @property
-    def num_tokens(self) -> int:
-        """Known tokens: prompt and read outputs, without pending ones."""
-        return len(self.token_ids)
-
-    @property
     def first_needed(self) -> int:
         """The first position that is computed, cached or not: for logits, log probabilities or activations."""
         first = len(self.token_ids) - 1

@@ -6,8 +6,7 @@ storing them is one kernel when serving. N query heads, K kv heads, G = N / K, H
 tokens, P prefill sequences, W table width.
 """
 
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import jax
@@ -25,18 +24,7 @@ class KVCache(NamedTuple):
     v: jax.Array
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=[
-        "slot_mapping",
-        "decode_tables",
-        "decode_context_lens",
-        "prefill_tables",
-        "prefill_context_lens",
-        "query_starts",
-    ],
-    meta_fields=["deterministic"],
-)
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class PagedAttention:
     """Attention of one step against the paged cache; tokens are B decode rows, then T prefill tokens."""
@@ -53,7 +41,7 @@ class PagedAttention:
     """[P] int32 tokens in the cache with the new ones, 0 for padding."""
     query_starts: jax.Array
     """[P + 1] int32: sequence p's new tokens are query_starts[p] to query_starts[p + 1] of the T."""
-    deterministic: bool = False
+    deterministic: bool = field(default=False, metadata={"static": True})
     """A token's output is then the same to the last bit in whatever batch and chunk: all go through one kernel."""
 
     def __call__(self, qkv, q_norm: RMSNorm, k_norm: RMSNorm, cos, sin, cache: KVCache) -> tuple[jax.Array, KVCache]:

@@ -23,12 +23,12 @@ import jax
 from jax.experimental.serialize_executable import deserialize_and_load, serialize
 from jax.stages import Compiled
 
-from nanovllm_jax.kernels import load_runtime
+from nanovllm_jax import kernels
 
 logger = logging.getLogger(__name__)
 # Settings of JAX that say where it keeps things and what it tells, but make no other program.
 OF_NO_EFFECT = re.compile("cache|logging|_log_|explain|traceback|dump|platforms")
-SOURCES = (Path(__file__).parents[1], Path(__file__).parents[2] / "kernels")
+SOURCES = (Path(__file__).parents[1], Path(kernels.__file__).parent)
 
 
 class ProgramStore:
@@ -79,7 +79,7 @@ class ProgramStore:
 
     def unpacked(self, data: bytes) -> Compiled:
         """What `packed` made bytes of, loaded on this store's devices."""
-        load_runtime()
+        kernels.load_runtime()
         binary, *trees = pickle.loads(data)
         trees, client = map(jax.tree.structure, trees), self.devices[0].client
         return deserialize_and_load(binary, *trees, backend=client, execution_devices=self.devices)
@@ -126,6 +126,6 @@ def no_garbage_collection() -> Iterator[None]:
 def source_digest() -> str:
     """Of all the source that programs are made from: this package's."""
     digest = hashlib.sha256()
-    for path in sorted(path for folder in SOURCES for path in folder.rglob("*.py")):
+    for path in sorted({path for folder in SOURCES for path in folder.rglob("*.py")}):
         digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -99,5 +99,5 @@ class StepPrograms:
         model = jax.tree.unflatten(self.treedef, leaves)
         static = dict(shape=shape, block_size=self.settings.config.block_size, probe=self.settings.config.probe)
         output, caches, state = engine_step(model, caches, state, buffer, **static)
-        tokens, logprobs = (gather_groups(x, axis=1) for x in (output.tokens, output.logprobs))
+        tokens, logprobs = map(gather_groups, (output.tokens, output.logprobs))
         return output._replace(tokens=tokens, logprobs=logprobs), caches, state

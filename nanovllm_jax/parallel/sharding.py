@@ -114,6 +114,6 @@ def from_group(mine: jax.Array, x: jax.Array) -> jax.Array:
     return lax.psum(jnp.where(mine.reshape(-1, *[1] * (x.ndim - 1)), x, 0), DATA_AXIS)
 
 
-def gather_groups(x: jax.Array, axis: int) -> jax.Array:
-    """What every data group has, along an axis of x, on every device."""
-    return lax.all_gather(x, DATA_AXIS, axis=axis, tiled=True) if is_split(DATA_AXIS) else x
+def gather_groups(x: jax.Array) -> jax.Array:
+    """x [steps, R, ...] with the rows of every data group, on every device."""
+    return lax.all_gather(x, DATA_AXIS, axis=1, tiled=True) if is_split(DATA_AXIS) else x

@@ -36,9 +36,8 @@ class Referee:
         if not self.applies or None in pair:
             return False
         llm, seed = self.llm, ((params.seed or 0) + index) % 2**63
-        stops = {*params.stop_token_ids, *(() if params.ignore_eos else llm.eos_token_ids)}
-        lengths = dict(min_len=len(prompt) + params.min_tokens, max_len=llm.max_model_len)
-        seq = Sequence(0, "", prompt, params, seed=seed, stop_token_ids=frozenset(stops), **lengths)
+        request = llm.check_request(prompt, params)
+        seq = request.new_sequence(0, seed, llm.eos_token_ids, llm.max_model_len)
         seq.token_ids.extend(tokens)
         exact, rounded = self._logits(seq.token_ids)
         error = np.abs(exact - rounded).max()
@@ -87,7 +86,7 @@ class Referee:
         row = sampling_row(seq)._replace(**changes)
         counts, bias = token_tables(seq, self.llm.eos_token_ids, len(logits))
         state = DeviceState(jnp.zeros(1, jnp.int32), jnp.asarray(counts[None]), jnp.asarray(bias[None]))
-        at = jnp.full(1, seq.num_tokens, jnp.int32)
+        at = jnp.full(1, len(seq.token_ids), jnp.int32)
         args = jnp.asarray(logits)[None], jnp.array([packed(row)]), jnp.zeros(1, jnp.int32), at, state
         return int(self._draw_one(*args)[0][0])
 

@@ -141,7 +141,7 @@ class Simulation:
 
     def abort(self, seq: Sequence) -> None:
         self._note_unread(seq)
-        self.scheduler.abort(seq)
+        self.scheduler.finish(seq, "abort")
         assert (seq.is_finished, seq.slot, seq.block_table) == (True, -1, [])
         self.check()
 
@@ -263,7 +263,11 @@ class Simulation:
 
         (That none preempts it is checked elsewhere: here a preemption is one of all, asked for from outside.)
         """
-        progress = (oldest.seq_id, oldest.num_preemptions, oldest.num_tokens + oldest.num_pending + oldest.num_computed)
+        progress = (
+            oldest.seq_id,
+            oldest.num_preemptions,
+            len(oldest.token_ids) + oldest.num_pending + oldest.num_computed,
+        )
         self.stall = (progress, self.stall[1] + 1 if self.stall[0] == progress else 0)
         assert self.stall[1] <= len(self.in_flight) + 1, f"starved: {oldest}"
 

@@ -95,8 +95,8 @@ def test_a_request_under_an_ended_ones_id_is_another():
     run = Run(2)
     first, second, third = run.add(prompt(1, 20)), run.add(prompt(2, 16)), run.add(prompt(3, 4), request_id="n")
     assert (first.group, second.group, third.group) == (0, 1, 1)
-    run.front.abort(third)
-    run.front.abort(first)
+    run.front.finish(third, "abort")
+    run.front.finish(first, "abort")
     assert run.add(prompt(4, 4), request_id="n").group == 0
 
 
@@ -111,7 +111,7 @@ def test_random_work_gives_every_sequence_its_own_tokens(seed):
         if run.front.has_unfinished:
             run.step()
         if rng.random() < 0.1:
-            run.front.abort(rng.choice(run.sequences or [run.add([1])]))
+            run.front.finish(rng.choice(run.sequences or [run.add([1])]), "abort")
     run.sequences = [seq for seq in run.sequences if seq.finish_reason != "abort"]
     run.drain()
 

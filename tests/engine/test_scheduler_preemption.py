@@ -23,7 +23,7 @@ def test_the_latest_arrival_is_preempted_and_prefills_again():
     assert (new.block_table, new.slot, new.num_computed) == ([], -1, 0)
     assert new.num_completion_tokens > 0
     simulation.run_until(lambda: old.is_finished)
-    known = new.num_tokens
+    known = len(new.token_ids)
     schedule = simulation.dispatch()
     assert schedule.admitted == [new]
     start = new.num_computed - schedule.num_tokens

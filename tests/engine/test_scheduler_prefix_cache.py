@@ -58,7 +58,7 @@ def test_generated_tokens_are_cached_for_the_next_turn():
     simulation = simulate()
     first = simulation.add(prompt(1, 5), max_tokens=12)
     simulation.drain()
-    assert first.num_tokens == 17  # the last token is not computed: four full blocks
+    assert len(first.token_ids) == 17  # the last token is not computed: four full blocks
     second = simulation.add([*first.token_ids, 7, 7, 7], max_tokens=2)
     simulation.drain()
     assert second.num_cached_tokens == 16

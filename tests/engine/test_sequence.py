@@ -11,9 +11,9 @@ def test_a_new_sequence_waits_and_holds_nothing():
 
 def test_prompt_and_completion_are_told_apart():
     seq = Sequence(0, "r0", [1, 2, 3], None, max_len=10)
-    assert (seq.num_tokens, seq.num_prompt_tokens, seq.num_completion_tokens) == (3, 3, 0)
+    assert (len(seq.token_ids), seq.num_prompt_tokens, seq.num_completion_tokens) == (3, 3, 0)
     seq.token_ids.extend([4, 5])
-    assert (seq.num_tokens, seq.num_prompt_tokens, seq.num_completion_tokens) == (5, 3, 2)
+    assert (len(seq.token_ids), seq.num_prompt_tokens, seq.num_completion_tokens) == (5, 3, 2)
     assert (seq.prompt_token_ids, seq.completion_token_ids) == ([1, 2, 3], [4, 5])
 
 
