@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_model import write_checkpoint
 
 from nanovllm_jax.checkpoints.load import TINY_MODEL
 from nanovllm_jax.config import ModelConfig
@@ -125,11 +126,11 @@ def test_what_is_compiled_is_kept(programs, tmp_path, num_helpers):
 
 
 SEVERAL_DEVICES = """
+import sys
 import jax
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
 from nanovllm_jax import LLM, SamplingParams
-from nanovllm_jax.checkpoints.load import TINY_MODEL
 from nanovllm_jax.engine.model_runner import ModelRunner
 from nanovllm_jax.models import compiling
 from nanovllm_jax.models.programs import ProgramStore
@@ -141,7 +142,7 @@ ProgramStore.unpacked = lambda *args: helped.append(args) or unpacked(*args)
 def tokens(num_helpers):
     ModelRunner._num_helpers = lambda *_: num_helpers
     options = dict(tensor_parallel_size=2, data_parallel_size=2, max_num_seqs=2, max_num_batched_tokens=32)
-    llm = LLM(TINY_MODEL, compilation_cache_dir=None, **options)
+    llm = LLM(sys.argv[1], compilation_cache_dir=None, **options)
     params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
     return [output.outputs[0].token_ids for output in llm.generate([[5, 6, 7], [8, 9]], params, use_tqdm=False)]
 
@@ -153,9 +154,10 @@ assert helped
 """
 
 
-def test_programs_of_several_devices():
+def test_programs_of_several_devices(tmp_path):
     """A helper makes the same mesh."""
-    subprocess.run([sys.executable, "-c", SEVERAL_DEVICES], check=True)
+    model = write_checkpoint(tmp_path / "model")
+    subprocess.run([sys.executable, "-c", SEVERAL_DEVICES, str(model)], check=True)
 
 
 def test_a_helper_has_the_settings_of_jax(programs, caplog):
