@@ -27,10 +27,10 @@ set_up_logging()
 
 
 # Imported on first use: the scheduler and the kernels are of use without them.
-LATE = {"LLM": "llm", "AsyncLLM": "async_llm", "Probe": "probe"}
+_LATE = {"LLM": "llm", "AsyncLLM": "async_llm", "Probe": "probe"}
 
 
 def __getattr__(name: str):
-    if name in LATE:
-        return getattr(import_module(f"nanovllm_jax.{LATE[name]}"), name)
+    if name in _LATE:
+        return getattr(import_module(f"nanovllm_jax.{_LATE[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -39,9 +39,6 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
-    if {"dispatch", "collect"} & set(args.only):
-        with refusals():
-            runner_of(args)
     print(f"{'sequences':>9}  {'phase':<10}  {'us/step':>8}  {'us/sequence':>11}")
     for num_seqs in args.sequences:
         total = 0.0
@@ -123,7 +120,7 @@ def collect_micros(num_seqs: int, args: argparse.Namespace) -> float:
 
 def device_micros(num_seqs: int, args: argparse.Namespace) -> tuple[float, float]:
     """Of dispatch and of collect. Every row is padding: that costs the host the same, and the device little."""
-    runner = runner_of(args)
+    runner = make_runner(args.model, args.load_format, longest(args), args.block_size, max(args.sequences))
     shape = runner.buckets.shape_for(num_seqs, 0, 0)
     buffer = np.zeros(shape.size, np.int32)
     shape.views(buffer).slots[:] = runner.max_num_seqs
@@ -139,25 +136,21 @@ def device_micros(num_seqs: int, args: argparse.Namespace) -> tuple[float, float
     return tuple(spent / args.steps * 1e6)
 
 
-def runner_of(args: argparse.Namespace):
-    """What dispatch and collect are timed with."""
-    return make_runner(args.model, args.load_format, longest(args), args.block_size, max(args.sequences))
-
-
 @cache
 def make_runner(model: Path | None, load_format: str, max_model_len: int, block_size: int, max_num_seqs: int):
     """A ModelRunner; imported here, as the other phases do without jax."""
     from nanovllm_jax import LLM
     from nanovllm_jax.checkpoints.load import TINY_MODEL
 
-    return LLM(
-        model or TINY_MODEL,
-        load_format=load_format,
-        max_model_len=max_model_len,
-        max_num_seqs=max_num_seqs,
-        block_size=block_size,
-        num_kvcache_blocks=max(64, -(-max_model_len // block_size)),
-    ).runner
+    with refusals():
+        return LLM(
+            model or TINY_MODEL,
+            load_format=load_format,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            block_size=block_size,
+            num_kvcache_blocks=max(64, -(-max_model_len // block_size)),
+        ).runner
 
 
 def micros_per_call(call: Callable[[], None], count: int) -> float:

@@ -63,9 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status."""
     args = parse_args(arguments)
     with tempfile.TemporaryDirectory() as scratch:
-        with refusals():
-            llm = start_engine(args, Path(scratch))
-        soak = Soak(llm, args.seed)
+        soak = Soak(start_engine(args, Path(scratch)), args.seed)
         soak.warm_up()
         with suppress(KeyboardInterrupt):  # Ctrl-C ends a long run early
             soak.run(args.requests, time.monotonic() + args.seconds)
@@ -84,7 +82,8 @@ def start_engine(args: argparse.Namespace, scratch: Path) -> LLM:
     names += ("num_scheduler_steps", "gpu_memory_utilization")
     options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     blocks = args.blocks or 2 * -(-args.max_model_len // args.block_size)
-    return LLM(model, num_kvcache_blocks=blocks, **options)
+    with refusals():
+        return LLM(model, num_kvcache_blocks=blocks, **options)
 
 
 def largest_logit(llm: LLM) -> float:

@@ -117,11 +117,12 @@ def test_a_helper_makes_the_same_programs(programs, store, by_helpers, caplog):
 
 
 @pytest.mark.parametrize("num_helpers", [0, 1])
-def test_what_is_compiled_is_kept(programs, tmp_path, num_helpers):
+def test_what_is_compiled_is_kept(programs, tmp_path, num_helpers, request):
     """Whichever process has compiled it."""
-    store = make_store(tmp_path)
+    helped, store = request.getfixturevalue("by_helpers" if num_helpers else "helped"), make_store(tmp_path)
     assert not store.load_all(ONE)
     compile_all(programs, ONE, store, num_helpers)
+    assert len(helped) == num_helpers
     assert list(store.load_all(ONE)) == ONE
 
 

@@ -28,7 +28,7 @@ from nanovllm_jax import kernels
 logger = logging.getLogger(__name__)
 # Settings of JAX that say where it keeps things and what it tells, but make no other program.
 OF_NO_EFFECT = re.compile("cache|logging|_log_|explain|traceback|dump|platforms")
-SOURCES = (Path(__file__).parents[1], Path(kernels.__file__).parent)
+SOURCES = (Path(__file__).parents[1], Path(kernels.__file__).parent)  # installed, the second is in the first
 
 
 class ProgramStore:

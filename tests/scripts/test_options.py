@@ -21,20 +21,9 @@ RECORDED = Path(__file__).parent / "recorded_run.json"
         (bench_host, "--only dispatch --block-size 7", "error: block_size must be 16, 32, 64, 128 or 256, not 7"),
         (measure_gap, '--options {"block_size":3}', "error: block_size must be 16, 32, 64, 128 or 256, not 3"),
         (measure_gap, '--options {"load_format":"x"}', "error: load_format must be "),
-        (measure_gap, '--options {"foo":1}', "error: .*foo"),
+        (measure_gap, '--options {"foo":1}', "error: LLM() has no option 'foo'"),
         (soak, "--dtype float8", "error: dtype must be auto, float32"),
         (soak, "--gpu-memory-utilization 7", "error: gpu_memory_utilization must be above 0 and at most 1, not 7"),
-    ],
-)
-def test_what_the_engine_refuses(monkeypatch, script, arguments, message):
-    monkeypatch.setattr(sys, "argv", [script.__file__, *arguments.split()])
-    with pytest.raises(SystemExit, match=message):
-        script.main()
-
-
-@pytest.mark.parametrize(
-    ("script", "arguments", "message"),
-    [
         (soak, "--requests -3", "'-3' is no integer from 1 on"),
         (soak, "--seconds nan", "'nan' is no number above 0"),
         (device_checks, "", "the following arguments are required: folder, devices, names"),
@@ -42,11 +31,13 @@ def test_what_the_engine_refuses(monkeypatch, script, arguments, message):
         (device_checks, "/tmp 2 nothing", "invalid choice: 'nothing'"),
     ],
 )
-def test_what_no_script_can_do(monkeypatch, capsys, script, arguments, message):
+def test_what_is_refused(monkeypatch, capsys, script, arguments, message):
+    """By argparse, which says so and ends with 2, or by the engine: then Python shows what the script ends with."""
     monkeypatch.setattr(sys, "argv", [script.__file__, *arguments.split()])
-    with pytest.raises(SystemExit, match="2"):
+    with pytest.raises(SystemExit) as refusal:
         script.main()
-    assert message in capsys.readouterr().err
+    status = refusal.value.code
+    assert message in (capsys.readouterr().err if status == 2 else status)
 
 
 def test_nobody_to_chat_with(monkeypatch, capsys):
