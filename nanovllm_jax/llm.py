@@ -195,9 +195,9 @@ class LLM(LLMEngine):
         make_bar = use_tqdm if callable(use_tqdm) else tqdm
         use_tqdm = bool(use_tqdm) and self.runner.is_first_process
         bar = make_bar(total=len(requests), desc=description, dynamic_ncols=True, disable=not use_tqdm)
+        rates = _Rates(self.metrics)
         try:
-            request_ids = [self.start_request(request) for request in requests]
-            rates = _Rates(self.metrics)
+            request_ids = self._start_all(requests)
             while self._requests or self._ready:
                 for output in self.step():
                     outputs[output.request_id] = output
@@ -213,6 +213,17 @@ class LLM(LLMEngine):
             if request_id not in outputs:  # by a signal's handler
                 raise RuntimeError(f"request {request_id!r} was aborted while it ran")
         return [outputs[request_id] for request_id in request_ids]
+
+    def _start_all(self, requests: list[Request]) -> list[str]:
+        """Start requests; the first step as soon as it is full, so that the device does not wait for all of them."""
+        num_missing = self.runner.max_num_batched_tokens * self.runner.config.data_parallel_size
+        request_ids = []
+        for request in requests:
+            request_ids.append(self.start_request(request))
+            was_missing, num_missing = num_missing > 0, num_missing - len(request.token_ids)
+            if was_missing and num_missing <= 0 and self.scheduler.fills_a_step():
+                self.step()  # which only begins: nothing is in flight that it could read
+        return request_ids
 
 
 class _Rates:

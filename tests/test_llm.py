@@ -96,6 +96,20 @@ def test_many_prompts_come_back_in_order(llm):
     assert_idle(llm)
 
 
+@pytest.mark.parametrize(("shared", "waits_for"), [(0, 2), (20, 5)])
+def test_the_first_step_begins_when_it_is_full(llm, monkeypatch, shared, waits_for):
+    """64 tokens are: those of the second prompt; where all begin alike it is known with the last."""
+    prompts = [PROMPT * (shared // 5) + [100 + number] * (40 - shared) for number in range(5)]
+    alone = [generate(llm, prompt)[0] for prompt in prompts]
+    calls = []
+    for name in ("start_request", "step"):
+        method = getattr(llm, name)
+        monkeypatch.setattr(llm, name, lambda *args, name=name, method=method: calls.append(name) or method(*args))
+    assert generate(llm, prompts) == alone
+    assert calls.index("step") == waits_for
+    assert calls.count("start_request") == 5
+
+
 def test_params_are_optional(llm):
     default, explicit = llm.generate([PROMPT, PROMPT], [None, SamplingParams()], use_tqdm=False)
     assert 1 <= len(default["token_ids"]) <= 16

@@ -85,6 +85,10 @@ class DataGroups:
         """End a sequence in any state, unless it has ended."""
         self.groups[seq.group].finish(seq, reason)
 
+    def fills_a_step(self) -> bool:
+        """Whether the waiting prompts fill every group's part of the next step."""
+        return all(group.fills_a_step() for group in self.groups)
+
     def schedule(self) -> GroupSchedule:
         """Choose every group's part of the next step; of each sequence as many tokens as every busy group can."""
         num_steps = min((group.num_steps() for group in self.groups if group.has_unfinished), default=1)

@@ -126,6 +126,20 @@ class Scheduler:
         seq.status = FINISHED
         seq.finish_reason = reason
 
+    def fills_a_step(self) -> bool:
+        """Whether the waiting prompts fill the next step: it is then the same, whatever is added after them.
+
+        Of prompts that begin with the same block only the first is counted, as the others may share all they have.
+        """
+        num_tokens, first_blocks = 0, set()
+        for seq in self.waiting.values():
+            num_cached = self.block_manager.num_cached_tokens(seq)
+            first_block = seq.block_hashes[:1]  # none, where a prompt has no whole block or none are shared
+            if not first_block or first_block[0] not in first_blocks:
+                first_blocks.update(first_block)
+                num_tokens += len(seq.token_ids) - num_cached
+        return num_tokens >= self.max_num_batched_tokens
+
     def num_steps(self) -> int:
         """How many tokens of each sequence the next step may compute."""
         return self._num_steps(*self._phases())

@@ -84,6 +84,17 @@ def test_a_cached_prefix_does_not_outweigh_a_long_queue():
     run.drain()
 
 
+def test_a_step_is_full_when_every_groups_part_is():
+    run = Run(2)
+    fills = []
+    for number in range(4):
+        run.add(prompt(number, 16))
+        fills.append(run.front.fills_a_step())
+    assert fills == [False, False, False, True]
+    assert [len(part.prefills) for part in run.step().groups] == [2, 2]
+    run.drain()
+
+
 def test_texts_of_a_request_stay_together():
     run = Run(2)
     run.add(prompt(1, 8))

@@ -5,9 +5,22 @@ import sys
 import time
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from simulated_device import SIZE, chunks, prompt, rows, simulate
 
 from nanovllm_jax.engine.sequence import Sequence, Status
+
+# A few that begin alike, for up to three blocks.
+PROMPTS = st.lists(
+    st.builds(
+        lambda number, shared, own: prompt(number, shared) + own,
+        st.sampled_from([1, 2]),
+        st.integers(0, 14),
+        st.lists(st.sampled_from([3, 4]), min_size=1, max_size=6),
+    ),
+    max_size=5,
+)
 
 # Life of a request
 
@@ -160,6 +173,47 @@ def test_nobody_overtakes_the_first_in_the_queue():
         simulation.step()
     assert small.status is Status.DECODE  # it fits beside
     simulation.drain()
+
+
+def test_a_full_step_is_known_before_all_are_there():
+    simulation = simulate(max_num_batched_tokens=20)
+    fills = []
+    for tokens in (prompt(1, 8), [*prompt(1, 8), 2], prompt(3, 8), prompt(4, 3), prompt(4, 1)):
+        simulation.add(tokens, max_tokens=1)
+        fills.append(simulation.scheduler.fills_a_step())
+    assert fills == [False, False, False, False, True], "the second may share the first one's blocks"
+    simulation.drain()
+    for number in (3, 5):  # cached but for the block that ends it, and new
+        simulation.add(prompt(number, 8), max_tokens=1)
+    simulation.add(prompt(6, 7), max_tokens=1)
+    assert not simulation.scheduler.fills_a_step()
+    simulation.add(prompt(7, 1), max_tokens=1)
+    assert simulation.scheduler.fills_a_step()
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    before=PROMPTS,
+    prompts=PROMPTS,
+    options=st.fixed_dictionaries(
+        {"max_num_batched_tokens": st.integers(1, 30), "enable_prefix_caching": st.sampled_from([True, True, False])}
+    ),
+)
+def test_what_is_added_later_does_not_change_a_full_step(before, prompts, options):
+    schedules = []
+    for stops_early in (True, False):
+        simulation = simulate(**options)
+        for tokens in before:
+            simulation.add(tokens, max_tokens=2)
+        simulation.drain()
+        for tokens in prompts:
+            simulation.add(tokens, max_tokens=2)
+            if stops_early and simulation.scheduler.fills_a_step():
+                break
+        schedule = simulation.dispatch()
+        schedules.append((chunks(schedule), rows(schedule)))
+        simulation.drain()
+    assert schedules[0] == schedules[1]
 
 
 def test_slots_limit_the_running_sequences():
