@@ -2,11 +2,11 @@
 of one row, of a few and of many, sampling.
 
 On an NVIDIA GPU each runs its Pallas kernel, anywhere else its plain-jnp oracle (in the files called reference, same
-signature, but for a `fixed` that it has no need of). Which one is settled when a program is lowered, so a compiled step
-holds one of the two. Each sits in a jit of its own: the layers of a model share one trace and one lowering. Of the
-functions for sampling, but for the draw itself, a row that asks for nothing takes next to no time. With `fixed`, a
-row's result is the same to the last bit whatever else is in the call. `sampling` [R, 12] int32 is how each row
-samples: `reference_sampling.settings` of it, by name.
+signature, but for a `fixed` that it has no need of). Which one is settled when a program is lowered, or before it is
+traced (`traced_for`), so a compiled step holds one of the two. Each sits in a jit of its own: the layers of a model
+share one trace and one lowering. Of the functions for sampling, but for the draw itself, a row that asks for nothing
+takes next to no time. With `fixed`, a row's result is the same to the last bit whatever else is in the call. `sampling`
+[R, 12] int32 is how each row samples: `reference_sampling.settings` of it, by name.
 
 Shapes: T tokens, B sequences with one new token each, P sequences in prefill, N query heads, K kv heads, H head_dim,
 W blocks in a row of a block table, D hidden, R rows to sample, V vocabulary, S slots of running sequences (in a linear
@@ -36,7 +36,7 @@ from . import (
     store,
     threshold,
 )
-from .common import kernel
+from .common import either, kernel, traced_for
 from .few import fits as is_few_rows
 from .reference import whole
 from .reference_sampling import ENDS, MAX_LOGPROBS, PROMPT
@@ -64,6 +64,7 @@ __all__ = [
     "store_and_decode",
     "swiglu",
     "token_logprobs",
+    "traced_for",
     "whole",
 ]
 
@@ -80,7 +81,7 @@ def _differentiable(cuda: Callable, oracle: Callable, **static: Any) -> Callable
 
     @jax.custom_jvp
     def function(*args):
-        return jax.lax.platform_dependent(*args, cuda=cuda, default=oracle)
+        return either(*args, cuda=cuda, default=oracle)
 
     function.defjvp(functools.partial(jax.jvp, oracle))
     return function
@@ -108,7 +109,7 @@ def norm_rope_store(
     [num_blocks, K, block_size, H], of qkv's dtype; donated caches are updated in place.
     Returns (q [T, K * G, H], k_cache, v_cache).
     """
-    return jax.lax.platform_dependent(
+    return either(
         *(qkv, q_gain, k_gain, cos, sin, slot_mapping, k_cache, v_cache),
         cuda=functools.partial(store.norm_rope_store, eps=eps, fixed=fixed),
         default=functools.partial(reference.norm_rope_store, eps=eps, fixed=fixed),
@@ -132,7 +133,7 @@ def paged_decode_attention(
     context may be anything; context_lens [B] int32 in tokens, 0 for a padded row. scale multiplies the scores.
     Returns an array like q: zeros for padded rows, and rows past B undefined (`paged_prefill_attention` fills them).
     """
-    return jax.lax.platform_dependent(
+    return either(
         q,
         k_cache,
         v_cache,
@@ -159,12 +160,12 @@ def store_and_decode(
     scale: float,
     eps: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`norm_rope_store` of one new token per sequence, and its `paged_decode_attention`: of few as one kernel.
+    """`norm_rope_store` of one new token per sequence, and its `paged_decode_attention`, in one kernel.
 
     Arguments as in the two, with T = B. A token's slot is where its sequence's table has its last place.
     Returns (out [B, K * G, H], k_cache, v_cache).
     """
-    return jax.lax.platform_dependent(
+    return either(
         *(qkv, q_gain, k_gain, cos, sin, slot_mapping, k_cache, v_cache, block_tables, context_lens),
         cuda=functools.partial(decode.store_and_decode, scale=scale, eps=eps),
         default=functools.partial(reference.store_and_decode, scale=scale, eps=eps),
@@ -193,7 +194,7 @@ def paged_prefill_attention(
     Returns [T, N, H] in q's dtype, zeros in the rows past query_starts[P]. Rows before query_starts[0], where it is not
     0, are those of `out` (like q, written in place where XLA may): what paged_decode_attention made of them.
     """
-    return jax.lax.platform_dependent(
+    return either(
         *(q, k_cache, v_cache, block_tables, query_starts, context_lens, out),
         cuda=functools.partial(_prefill, scale=scale, fixed=fixed),
         default=functools.partial(reference.paged_prefill_attention, scale=scale),
@@ -300,7 +301,7 @@ def adjust_logits(
     Returns (the adjusted logits, the logits as they were), both [R, V]. The first is in place where XLA may; the second
     is undefined in rows that do not ask.
     """
-    return jax.lax.platform_dependent(
+    return either(
         *(logits, sampling, slots, positions, token_counts, logit_bias),
         cuda=adjust.adjust_logits,
         default=reference_sampling.adjust_logits,
@@ -318,7 +319,7 @@ def sampling_threshold(logits: jax.Array, sampling: jax.Array, *, fixed: bool = 
     Returns [R] float32, any number between the largest entry left out and the smallest one kept, itself included;
     -inf for rows that leave nothing out and rows of temperature 0.
     """
-    return jax.lax.platform_dependent(
+    return either(
         *(logits, sampling),
         cuda=functools.partial(threshold.sampling_threshold, fixed=fixed),
         default=reference_sampling.sampling_threshold,
@@ -337,7 +338,7 @@ def noisy_argmax(
     Returns (entries [R] int32, of equal ones the lowest, their scores [R] float32). NaN and infinity are the largest,
     and where one of them is the best, the score is not finite. The noise is one on all machines up to 1e-5.
     """
-    return jax.lax.platform_dependent(
+    return either(
         *(logits, sampling, positions, threshold, first),
         cuda=noise.noisy_argmax,
         default=reference_sampling.noisy_argmax,
@@ -357,7 +358,7 @@ def token_logprobs(
     float32 the log-probabilities of the token and of these. Rows that ask nothing, and the places after num_top, hold
     anything.
     """
-    return jax.lax.platform_dependent(
+    return either(
         *(logits, raw, sampling, tokens),
         cuda=functools.partial(logprobs.token_logprobs, fixed=fixed),
         default=reference_sampling.token_logprobs,

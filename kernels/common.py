@@ -11,6 +11,8 @@ import sys
 import types
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -92,6 +94,24 @@ def named_pallas_call(
     return dict(
         zip(outs, pallas_call(by_name, *args.values(), out_shape=list(outs.values()), aliases=aliases, **options))
     )
+
+
+_platform = jax.make_user_context()
+
+
+def traced_for(platform: str | None) -> AbstractContextManager:
+    """Inside, what is traced will run on this platform alone ("gpu", "cpu", ...), and only its part is traced."""
+    return _platform(platform)
+
+
+def either(*args: jax.Array, cuda: Callable, default: Callable) -> Any:
+    """cuda(*args) on an NVIDIA GPU, default(*args) anywhere else: whichever it is when the program is lowered.
+
+    Where that is known beforehand, the other one is not traced, which a program's half of its time may go to.
+    """
+    if _platform.value is None:
+        return jax.lax.platform_dependent(*args, cuda=cuda, default=default)
+    return cuda(*args) if _platform.value == "gpu" else default(*args)
 
 
 def kernel(function: Callable, *, static_argnames: str | tuple[str, ...] = ()) -> Callable:

@@ -33,7 +33,6 @@ from .common import (
     softmax_step,
     spread,
 )
-from .store import norm_rope_store
 
 LARGE_BATCH = 1024  # programs without any cut: from here on the GPU is full
 
@@ -49,10 +48,14 @@ class Tiles(NamedTuple):
 
 def default_tiles(batch: int, kv_heads: int, head_dim: int, dtype: jnp.dtype) -> Tiles:
     """Settings for an H200: 16 KiB of keys to a tile; small programs and hardly a cut where the batch fills the GPU."""
-    size, large = jnp.dtype(dtype).itemsize, batch * kv_heads >= LARGE_BATCH
-    block_k = max(16, min(128, 16384 // (head_dim * size)))
-    num_warps = 8 if size == 4 else 2 if large else 4
-    return Tiles(block_k, extra=16 if large else 64, num_warps=num_warps, num_stages=3)
+    size, programs = jnp.dtype(dtype).itemsize, batch * kv_heads
+    large = programs >= LARGE_BATCH
+    small = large and size == 2
+    block_k = max(16, min(128, (8192 if small else 16384) // (head_dim * size)))
+    num_warps = 8 if size == 4 else 2 if small else 4
+    # Deep pipelines leave an SM fewer programs at a time: with few in all, that one takes the longest ones first.
+    num_stages = 5 if small and programs < 2 * LARGE_BATCH else 3
+    return Tiles(block_k, extra=16 if large else 64, num_warps=num_warps, num_stages=num_stages)
 
 
 class Work(NamedTuple):
@@ -215,13 +218,8 @@ def store_and_decode(
     tiles: Tiles | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """nanovllm_jax.kernels.store_and_decode: paged_decode_attention's kernels, of many rows after norm_rope_store's."""
+    """nanovllm_jax.kernels.store_and_decode as two kernels: paged_decode_attention's, which take the tokens in too."""
     batch, kv_heads, parts, head_dim = qkv.shape
-    if batch * kv_heads >= LARGE_BATCH:  # the launch that would be spared is nothing there
-        token = qkv, q_gain, k_gain, cos, sin, slot_mapping
-        q, *caches = norm_rope_store(*token, k_cache, v_cache, eps=eps, interpret=interpret)
-        options = dict(scale=scale, tiles=tiles, interpret=interpret)
-        return paged_decode_attention(q, *caches, block_tables, context_lens, **options), *caches
     args = {"qkv": qkv, "q_gain": q_gain, "k_gain": k_gain, "cos": cos, "sin": sin, "slots": slot_mapping}
     args |= {"k_cache": k_cache, "v_cache": v_cache, "tables": block_tables, "context_lens": context_lens}
     shape = batch, kv_heads * (parts - 2), head_dim

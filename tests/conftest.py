@@ -10,7 +10,8 @@ from random_checkpoint import SHAPES, write_random_checkpoint
 from nanovllm_jax.engine import model_runner
 from nanovllm_jax.models import step_programs
 
-QUICK_TO_COMPILE = dict(xla_backend_optimization_level=1, xla_llvm_disable_expensive_passes=True)
+QUICK_TO_COMPILE = dict(xla_backend_optimization_level=0, xla_llvm_disable_expensive_passes=True)
+QUICK_TO_RUN = dict(xla_backend_optimization_level=1)  # the rest stays
 AS_USUAL = dict(xla_backend_optimization_level=3, xla_llvm_disable_expensive_passes=False)
 if jax.version.__version_info__ < (0, 11):  # later ones do not know this flag, and end the process
     QUICK_TO_COMPILE["xla_cpu_use_fusion_emitters"] = False
@@ -41,7 +42,7 @@ def checkpoint(tmp_path_factory):
 
 
 def pytest_configure(config):
-    """On a CPU, compile quickly: it is what the tests take longest for, and their programs run for moments.
+    """On a CPU, compile quickly: it is what the tests take longest for, and most of their programs run for moments.
 
     On a GPU, leave half of it to the transformers processes that the tests compare with.
     """
@@ -54,13 +55,23 @@ def pytest_configure(config):
         os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}"
 
 
+def _engines_with(options):
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (model_runner, step_programs):
+            patch.setattr(module, "compiler_options", lambda *_: options)
+        yield
+
+
+@pytest.fixture(scope="module")
+def quick_to_run():
+    """Engines whose programs run for more than moments."""
+    yield from _engines_with(QUICK_TO_RUN)
+
+
 @pytest.fixture(scope="module")
 def compiled_as_usual():
     """Engines whose programs XLA optimizes as it does for users."""
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (model_runner, step_programs):
-            patch.setattr(module, "compiler_options", lambda *_: AS_USUAL)
-        yield
+    yield from _engines_with(AS_USUAL)
 
 
 @pytest.fixture(scope="module")

@@ -167,7 +167,7 @@ def test_a_helper_has_the_settings_of_jax(programs, caplog):
     with jax.enable_x64(True), caplog.at_level(logging.DEBUG, compiling.__name__):
         end(Helper(programs, Todo(SHAPES[:1]), done, make_store()))
     assert done.get_nowait() == (SHAPES[0], None)
-    assert "int64" in caplog.text
+    assert "float64" in caplog.text
 
 
 def test_how_many_helpers(monkeypatch):

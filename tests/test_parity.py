@@ -89,7 +89,7 @@ SIZES = dict(block_size=BLOCK, max_num_seqs=32, max_num_batched_tokens=64, max_m
 
 
 @pytest.fixture(scope="module")
-def llm(case):
+def llm(case, quick_to_run):
     return LLM(case[0], **SIZES)
 
 

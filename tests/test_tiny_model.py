@@ -31,7 +31,7 @@ def tokenizer():
 
 
 @pytest.fixture(scope="module")
-def llm():
+def llm(quick_to_run):
     return LLM(max_model_len=512, max_num_seqs=128)
 
 

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 from jax.stages import Lowered
 
+from nanovllm_jax import kernels
 from nanovllm_jax.config import ModelConfig
 from nanovllm_jax.engine.batch import BatchShape
 from nanovllm_jax.engine_config import EngineConfig
@@ -88,7 +89,8 @@ class StepPrograms:
         """The step, ready to be compiled."""
         out_shardings = (self.output_shardings, *jax.tree.map(lambda array: array.sharding, self.layout()))
         step = jax.jit(self.function(shape), donate_argnums=(1, 2), out_shardings=out_shardings)
-        return step.lower(*self.arguments(shape))
+        with kernels.traced_for(self.mesh.devices.flat[0].platform):
+            return step.lower(*self.arguments(shape))
 
     def compiler_options(self, shape: BatchShape) -> dict[str, bool | str]:
         """XLA's flags for a shape's step."""

@@ -168,7 +168,7 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(directory, copy):
     code = """
 save_weights(Qwen3ForCausalLM(replace(SMALL, vocab_size=4_000_000), rngs=nnx.Rngs(0)), sys.argv[1])
 """
-    process = in_process(code, copy)
+    process = in_process(code, copy, XLA_FLAGS="")  # so many random numbers take a while otherwise
     folder, deadline = copy / FOLDER, time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:  # until some of it is on disk
         new = [path for path in folder.rglob("*") if path.relative_to(folder).parts[0] != "1" and path.is_file()]

@@ -46,12 +46,10 @@ def test_kernel_equals_float64_attention(shape, extra):
 
 
 @pytest.mark.parametrize("contexts", [CONTEXTS, EDGES], ids=["mixed", "edges"])
-@pytest.mark.parametrize("large", [False, True], ids=["one kernel", "two kernels"])
 @pytest.mark.parametrize(
     ("shape", "extra"), [(SHAPES[0], 4), (SHAPES[1], 1), (SHAPES[2], 64), ((2, 16, 16, 16, 16), 2)]
 )
-def test_new_tokens_are_stored_and_attended_to(shape, extra, large, contexts, monkeypatch):
-    monkeypatch.setattr(decode, "LARGE_BATCH", 1 if large else 10**9)
+def test_new_tokens_are_stored_and_attended_to(shape, extra, contexts):
     _, cache, scale = case(contexts, *shape[:4])
     new = new_tokens(np.random.default_rng(1), cache, group=shape[1])
     args = [jnp.asarray(x) for x in (*new, *cache)]
