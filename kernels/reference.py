@@ -1,7 +1,9 @@
 """The kernels' oracles in plain jnp, float32 throughout. They are what a CPU runs.
 
-Shapes: T tokens, B sequences, N query heads, K kv heads, G = N / K, H head_dim, S tokens of a block.
+Shapes: T tokens, B sequences, N query heads, K kv heads, G = N / K, H head_dim, S tokens of a block, or of a tile.
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ from jax import lax
 from .common import NEG_INF, prefill_tiles, with_rank
 
 ROWS_PER_TILE = 32  # where a row's result must not depend on how many there are
+KEYS_PER_TILE = 32  # attention goes through its keys in tiles of so many, and through no more than there are
 QUERIES_PER_TILE = 64  # prefill goes through its tokens in tiles, so that its memory stays small
 
 
@@ -159,22 +162,26 @@ def paged_prefill_attention(q, k_cache, v_cache, block_tables, query_starts, con
 
 
 def _attend(q, k_cache, v_cache, block_tables, positions, scale):
-    """Attention of query [b, t] (q [B, T, N, H]) over keys 0 to positions[b, t] of sequence b, block after block.
+    """Attention of query [b, t] (q [B, T, N, H]) over keys 0 to positions[b, t] of sequence b, tile after tile of them.
 
     Time goes with the longest context in the call, not with the table's width or the pool. Returns [B, T, N, H].
     """
     num_blocks, kv_heads, block_size, head_dim = k_cache.shape
     rows, queries, heads, _ = q.shape
     q32 = q.astype(jnp.float32).reshape(rows, queries, kv_heads, heads // kv_heads, head_dim) * scale
+    keys = math.gcd(KEYS_PER_TILE, block_size)
+    in_tiles = num_blocks, kv_heads, block_size // keys, keys, head_dim
+    k_cache, v_cache = k_cache.reshape(in_tiles), v_cache.reshape(in_tiles)
 
-    def take_in_block(w, state):
+    def take_in_tile(i, state):
         acc, m, l = state
+        w, tile = i * keys // block_size, i % (block_size // keys)
         block = jnp.clip(lax.dynamic_index_in_dim(block_tables, w, axis=1, keepdims=False), 0, num_blocks - 1)
-        key_position = w * block_size + jnp.arange(block_size)
+        key_position = i * keys + jnp.arange(keys)
         seen = key_position[None, None] <= positions[:, :, None]  # [B, T, S]
         used = (key_position[None] <= positions.max(axis=1)[:, None])[:, None, :, None]  # [B, 1, S, 1]
-        k = k_cache[block].astype(jnp.float32)  # [B, K, S, H]
-        v = jnp.where(used, v_cache[block].astype(jnp.float32), 0)  # 0 * NaN of an unused slot would be NaN
+        k = k_cache[block, :, tile].astype(jnp.float32)  # [B, K, S, H]
+        v = jnp.where(used, v_cache[block, :, tile].astype(jnp.float32), 0)  # 0 * NaN of an unused slot would be NaN
         scores = jnp.einsum("btkgh,bksh->btkgs", q32, k, precision="highest")
         scores = jnp.where(seen[:, :, None, None], scores, NEG_INF)
         m_new = jnp.maximum(m, scores.max(axis=-1))
@@ -184,6 +191,6 @@ def _attend(q, k_cache, v_cache, block_tables, positions, scale):
         return acc * alpha[..., None] + values, m_new, l * alpha + p.sum(axis=-1)
 
     m = jnp.full(q32.shape[:-1], NEG_INF, jnp.float32)
-    blocks = (positions.max() + block_size) // block_size
-    acc, _, l = lax.fori_loop(0, blocks, take_in_block, (jnp.zeros_like(q32), m, jnp.zeros_like(m)))
+    tiles = (positions.max() + keys) // keys
+    acc, _, l = lax.fori_loop(0, tiles, take_in_tile, (jnp.zeros_like(q32), m, jnp.zeros_like(m)))
     return (acc / jnp.maximum(l, 1e-30)[..., None]).astype(q.dtype).reshape(q.shape)

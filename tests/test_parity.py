@@ -85,7 +85,7 @@ def test_logits_of_the_paged_forward(case, chunk, added_rows, monkeypatch):
 
 
 # A step of one chunk that holds all or a part of several prompts: fewer shapes to compile than a larger budget has.
-SIZES = dict(block_size=BLOCK, max_num_seqs=32, max_num_batched_tokens=64, max_model_len=192)
+SIZES = dict(block_size=BLOCK, max_num_seqs=16, max_num_batched_tokens=64, max_model_len=192)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def generate(llm, prompts):
 
 
 def test_greedy_tokens_of_the_engine(case, llm):
-    """64 greedy tokens: alone, 32 mixed lengths together, with prefix hits, and in chunks of every size."""
+    """64 greedy tokens: alone, 32 mixed lengths, 16 at a time, with prefix hits, and in chunks of every size."""
     _, reference = case
     prompts = random_prompts(32)
     expected = generate(llm, prompts)
