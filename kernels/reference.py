@@ -4,6 +4,7 @@ Shapes: T tokens, B sequences, N query heads, K kv heads, G = N / K, H head_dim,
 """
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -170,18 +171,20 @@ def _attend(q, k_cache, v_cache, block_tables, positions, scale):
     rows, queries, heads, _ = q.shape
     q32 = q.astype(jnp.float32).reshape(rows, queries, kv_heads, heads // kv_heads, head_dim) * scale
     keys = math.gcd(KEYS_PER_TILE, block_size)
-    in_tiles = num_blocks, kv_heads, block_size // keys, keys, head_dim
-    k_cache, v_cache = k_cache.reshape(in_tiles), v_cache.reshape(in_tiles)
 
     def take_in_tile(i, state):
         acc, m, l = state
-        w, tile = i * keys // block_size, i % (block_size // keys)
+        w, offset = i * keys // block_size, i * keys % block_size
         block = jnp.clip(lax.dynamic_index_in_dim(block_tables, w, axis=1, keepdims=False), 0, num_blocks - 1)
+
+        def tile_of(cache):
+            part = partial(lax.dynamic_slice, cache, slice_sizes=(1, kv_heads, keys, head_dim))
+            return jax.vmap(lambda b: part((b, 0, offset, 0))[0].astype(jnp.float32))(block)  # [B, K, S, H]
+
         key_position = i * keys + jnp.arange(keys)
         seen = key_position[None, None] <= positions[:, :, None]  # [B, T, S]
         used = (key_position[None] <= positions.max(axis=1)[:, None])[:, None, :, None]  # [B, 1, S, 1]
-        k = k_cache[block, :, tile].astype(jnp.float32)  # [B, K, S, H]
-        v = jnp.where(used, v_cache[block, :, tile].astype(jnp.float32), 0)  # 0 * NaN of an unused slot would be NaN
+        k, v = tile_of(k_cache), jnp.where(used, tile_of(v_cache), 0)  # 0 * NaN of an unused slot would be NaN
         scores = jnp.einsum("btkgh,bksh->btkgs", q32, k, precision="highest")
         scores = jnp.where(seen[:, :, None, None], scores, NEG_INF)
         m_new = jnp.maximum(m, scores.max(axis=-1))
