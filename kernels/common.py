@@ -107,7 +107,7 @@ def traced_for(platform: str | None) -> AbstractContextManager:
 def either(*args: jax.Array, cuda: Callable, default: Callable) -> Any:
     """cuda(*args) on an NVIDIA GPU, default(*args) anywhere else: whichever it is when the program is lowered.
 
-    Where that is known beforehand, the other one is not traced, which a program's half of its time may go to.
+    Where that is known beforehand, the other one is not traced: that may be half of what tracing a program takes.
     """
     if _platform.value is None:
         return jax.lax.platform_dependent(*args, cuda=cuda, default=default)

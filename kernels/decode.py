@@ -47,15 +47,17 @@ class Tiles(NamedTuple):
 
 
 def default_tiles(batch: int, kv_heads: int, head_dim: int, dtype: jnp.dtype) -> Tiles:
-    """Settings for an H200: 16 KiB of keys to a tile; small programs and hardly a cut where the batch fills the GPU."""
+    """Settings for an H200: small programs and hardly a cut where the batch fills the GPU."""
     size, programs = jnp.dtype(dtype).itemsize, batch * kv_heads
     large = programs >= LARGE_BATCH
-    small = large and size == 2
-    block_k = max(16, min(128, (8192 if small else 16384) // (head_dim * size)))
-    num_warps = 8 if size == 4 else 2 if small else 4
-    # Deep pipelines leave an SM fewer programs at a time: with few in all, that one takes the longest ones first.
-    num_stages = 5 if small and programs < 2 * LARGE_BATCH else 3
-    return Tiles(block_k, extra=16 if large else 64, num_warps=num_warps, num_stages=num_stages)
+    tile_bytes = 8192 if large and size == 2 else 16384
+    block_k = max(16, min(128, tile_bytes // (head_dim * size)))
+    extra = 16 if large else 64
+    if size == 4 or not large:
+        return Tiles(block_k, extra, num_warps=8 if size == 4 else 4, num_stages=3)
+    # With a deep pipeline an SM has room for fewer programs at a time, which is faster where there are few in all and
+    # their contexts differ.
+    return Tiles(block_k, extra, num_warps=2, num_stages=5 if programs < 2 * LARGE_BATCH else 3)
 
 
 class Work(NamedTuple):

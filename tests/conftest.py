@@ -11,7 +11,7 @@ from nanovllm_jax.engine import model_runner
 from nanovllm_jax.models import step_programs
 
 QUICK_TO_COMPILE = dict(xla_backend_optimization_level=0, xla_llvm_disable_expensive_passes=True)
-QUICK_TO_RUN = dict(xla_backend_optimization_level=1)  # the rest stays
+QUICK_TO_RUN = dict(xla_backend_optimization_level=1)  # and beside it the flags above
 AS_USUAL = dict(xla_backend_optimization_level=3, xla_llvm_disable_expensive_passes=False)
 if jax.version.__version_info__ < (0, 11):  # later ones do not know this flag, and end the process
     QUICK_TO_COMPILE["xla_cpu_use_fusion_emitters"] = False
