@@ -222,7 +222,7 @@ class LLM(LLMEngine):
             request_ids.append(self.start_request(request))
             was_missing, num_missing = num_missing > 0, num_missing - len(request.token_ids)
             if was_missing and num_missing <= 0 and self.scheduler.fills_a_step():
-                self.step()  # which only begins: nothing is in flight that it could read
+                self.step()  # which only begins it: no other request is there to have outputs
         return request_ids
 
 

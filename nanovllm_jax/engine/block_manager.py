@@ -69,6 +69,12 @@ class BlockManager:
         """How many of the sequence's tokens `allocate` would find in the prefix cache."""
         return len(self._lookup(seq)) * self.block_size
 
+    def first_block(self, seq: Sequence) -> bytes | None:
+        """The hash of the sequence's first block; None where it has no whole one, or none are shared."""
+        if not self.enable_prefix_caching or len(seq.token_ids) < self.block_size:
+            return None
+        return self._hash_blocks(seq, 1)[0]
+
     def append_block(self, seq: Sequence) -> bool:
         """Add one fresh block to the sequence's table; False, with nothing changed, where none is free."""
         if not self.num_free_blocks:

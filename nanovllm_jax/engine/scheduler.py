@@ -134,9 +134,9 @@ class Scheduler:
         num_tokens, first_blocks = 0, set()
         for seq in self.waiting.values():
             num_cached = self.block_manager.num_cached_tokens(seq)
-            first_block = seq.block_hashes[:1]  # none, where a prompt has no whole block or none are shared
-            if not first_block or first_block[0] not in first_blocks:
-                first_blocks.update(first_block)
+            first_block = self.block_manager.first_block(seq)
+            if first_block is None or first_block not in first_blocks:
+                first_blocks.add(first_block)
                 num_tokens += len(seq.token_ids) - num_cached
         return num_tokens >= self.max_num_batched_tokens
 
@@ -302,13 +302,16 @@ class Scheduler:
         if samples:
             seq.status = DECODE
             seq.num_pending += 1
-        if samples and stop - start == 1 and seq.scored is None:  # of decode rows no hidden states come back
+        # Decode rows alone store their keys and values as they attend, in any order: so none of them completes a block,
+        # which others may share at once. And no hidden states come back of them.
+        completes_block = stop % self.block_manager.block_size == 0
+        if samples and stop - start == 1 and not completes_block and seq.scored is None:
             schedule.decodes.append(seq)
         else:
             schedule.prefills.append(PrefillChunk(seq, stop - start, samples))
         seq.num_computed = stop
-        # Others may share these blocks from now on, in this very step too: in each layer the device stores the keys
-        # and values of the whole step before anything attends to them.
+        # Others may share these blocks from now on, in this very step too: of a step with prompts each layer stores all
+        # keys and values before anything attends to them.
         self.block_manager.publish(seq, start // self.block_manager.block_size, stop // self.block_manager.block_size)
         return stop - start
 

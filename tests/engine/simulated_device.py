@@ -61,7 +61,10 @@ class SimulatedDevice:
         cells = [self._cells(seq, seq.num_computed - behind) for seq, _ in rows]
         written = [cell for (_, start), row in zip(rows, cells) for cell in row[start:]]
         assert len(written) == len(set(written)), "two rows of one step write the same cell"
-        for (seq, start), row in zip(rows, cells):  # each layer stores the whole step before it attends
+        if not schedule.prefills:  # each row is then stored by what attends for it, in any order
+            read = {cell for (_, start), row in zip(rows, cells) for cell in row[:start]}
+            assert read.isdisjoint(written), "a row reads what another row of its step may not have written yet"
+        for (seq, start), row in zip(rows, cells):  # each layer stores a step with prompts before it attends
             for position in range(start, len(row)):
                 token = self._input_token(seq, position)
                 self.layers[0][row[position]] = NAN if self.is_faulty() else hash((position, token))
@@ -254,7 +257,8 @@ class Simulation:
         assert all(seq.status is Status.DECODE and seq.num_pending >= schedule.num_steps for seq in schedule.decodes)
         assert schedule.num_steps == 1 or not schedule.prefills
         for chunk in schedule.prefills:
-            assert chunk.num_tokens > (1 if chunk.samples and chunk.seq.scored is None else 0)
+            decodes_alone = chunk.samples and chunk.seq.scored is None and chunk.seq.num_computed % self.block_size
+            assert chunk.num_tokens > (1 if decodes_alone else 0)
             assert chunk.samples == (chunk.seq.num_computed == len(chunk.seq.token_ids))
         assert {seq.seq_id for seq in schedule.admitted} <= {seq.seq_id for seq in rows}
 

@@ -11,13 +11,16 @@ from simulated_device import SIZE, chunks, prompt, rows, simulate
 
 from nanovllm_jax.engine.sequence import Sequence, Status
 
-# A few that begin alike, for up to three blocks.
+# A few that begin alike, for up to three blocks, or are the beginnings themselves; and whether they are scored.
 PROMPTS = st.lists(
-    st.builds(
-        lambda number, shared, own: prompt(number, shared) + own,
-        st.sampled_from([1, 2]),
-        st.integers(0, 14),
-        st.lists(st.sampled_from([3, 4]), min_size=1, max_size=6),
+    st.tuples(
+        st.builds(
+            lambda number, shared, own: prompt(number, shared) + own,
+            st.sampled_from([1, 2]),
+            st.sampled_from([4, 8]) | st.integers(1, 14),
+            st.just([]) | st.lists(st.sampled_from([3, 4]), max_size=6),
+        ),
+        st.sampled_from([False, False, True]),
     ),
     max_size=5,
 )
@@ -143,6 +146,18 @@ def test_the_last_token_of_a_prompt_alone_is_a_decode_row():
     assert simulation.sequences[0].num_completion_tokens == 1
 
 
+def test_a_token_that_completes_a_block_is_no_decode_row():
+    """Others share the block in this very step: it is to be stored before any of them attends."""
+    simulation = simulate(max_num_batched_tokens=8)
+    for tokens in (prompt(9, 5), [1, 2, 3, 4], [1, 2, 3, 4, 5]):
+        simulation.add(tokens, max_tokens=3)
+    assert chunks(simulation.dispatch()) == [(0, 0, 5), (1, 0, 3)]
+    schedule = simulation.dispatch()
+    assert (sorted(rows(schedule)), chunks(schedule)) == ([0, 2], [(1, 3, 4)])
+    assert simulation.sequences[2].block_table[0] == simulation.sequences[1].block_table[0]
+    simulation.drain()
+
+
 def test_a_chunk_of_one_token_in_the_middle_is_no_decode_row():
     simulation = simulate(max_num_batched_tokens=1)
     simulation.add(prompt(1, 3), max_tokens=3)
@@ -189,6 +204,12 @@ def test_a_full_step_is_known_before_all_are_there():
     assert not simulation.scheduler.fills_a_step()
     simulation.add(prompt(7, 1), max_tokens=1)
     assert simulation.scheduler.fills_a_step()
+    simulation.drain()
+    for number in (1, 2, 2):  # all of these may share a block, if not all of it can be found
+        seq = simulation.add(prompt(8, 4) + [number] * 7, max_tokens=1)
+        simulation.score_prompt(seq)
+    simulation.add(prompt(8, 4), max_tokens=1)
+    assert not simulation.scheduler.fills_a_step()
 
 
 @settings(deadline=None, max_examples=300)
@@ -203,11 +224,13 @@ def test_what_is_added_later_does_not_change_a_full_step(before, prompts, option
     schedules = []
     for stops_early in (True, False):
         simulation = simulate(**options)
-        for tokens in before:
+        for tokens, _ in before:
             simulation.add(tokens, max_tokens=2)
         simulation.drain()
-        for tokens in prompts:
-            simulation.add(tokens, max_tokens=2)
+        for tokens, is_scored in prompts:
+            seq = simulation.add(tokens, max_tokens=2)
+            if is_scored:
+                simulation.score_prompt(seq)
             if stops_early and simulation.scheduler.fills_a_step():
                 break
         schedule = simulation.dispatch()

@@ -56,6 +56,7 @@ POLICY_FAULTS = {
     "a slot for two": ("_admit", "self._free_slots.pop()", "self._free_slots[-1]"),
     "cached tokens are computed again": ("_admit", "seq.num_computed = num_cached", "pass"),
     "chunks of any size": ("_schedule_chunk", "min(end, start + budget)", "end"),
+    "a block that is completed is shared as it is stored": ("_schedule_chunk", " and not completes_block", ""),
     "every chunk samples": ("_schedule_chunk", "samples = stop == end", "samples = True"),
     "a block is published before it is full": (
         "_schedule_chunk",
