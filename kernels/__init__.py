@@ -328,18 +328,18 @@ def sampling_threshold(logits: jax.Array, sampling: jax.Array, *, fixed: bool = 
 
 @kernel
 def noisy_argmax(
-    logits: jax.Array, sampling: jax.Array, positions: jax.Array, threshold: jax.Array, first: jax.Array
+    logits: jax.Array, sampling: jax.Array, positions: jax.Array, threshold: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """The best entry of each row's logits / temperature + Gumbel noise: a draw from softmax(logits / temperature).
 
     logits [R, V] float32; a temperature of 0 takes them as they are; positions [R] int32: of the token to be drawn. A
-    row's noise is a function of its seed, its position and the entry's number, which is first [1] int32 at a row's
-    begin; threshold [R] float32: entries below it are left out.
+    row's noise is a function of its seed, its position and the entry's number; threshold [R] float32: entries below
+    it are left out.
     Returns (entries [R] int32, of equal ones the lowest, their scores [R] float32). NaN and infinity are the largest,
     and where one of them is the best, the score is not finite. The noise is one on all machines up to 1e-5.
     """
     return either(
-        *(logits, sampling, positions, threshold, first),
+        *(logits, sampling, positions, threshold),
         cuda=noise.noisy_argmax,
         default=reference_sampling.noisy_argmax,
     )

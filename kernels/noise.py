@@ -32,18 +32,18 @@ def _gumbel(bits: jax.Array, on_gpu: bool) -> jax.Array:
 
 
 def _noisy_argmax_kernel(*refs, tiles: Tiles, on_gpu: bool):
-    logits_ref, sampling_ref, position_ref, threshold_ref, first_ref, best_ref, entry_ref = refs
+    logits_ref, sampling_ref, position_ref, threshold_ref, best_ref, entry_ref = refs
     program, row, vocab = pl.program_id(0), pl.program_id(1), logits_ref.shape[1]
     [temperature], threshold = settings(sampling_ref, ["temperature"], row), threshold_ref[row]
     key, greedy = row_key(sampling_ref, position_ref, row), temperature == 0
     scale = 1 / jnp.where(greedy, 1, temperature)
-    lane, first = jnp.arange(tiles.block, dtype=jnp.int32), first_ref[0]
+    lane = jnp.arange(tiles.block, dtype=jnp.int32)
 
     def take_in(tile, state):
         best, best_entry = state
         entry = tile * tiles.block + lane
         x = plgpu.load(logits_ref.at[row, pl.ds(tile * tiles.block, tiles.block)], mask=entry < vocab, other=-jnp.inf)
-        noise = _gumbel(noise_bits(key, (entry + first).astype(jnp.uint32)), on_gpu)
+        noise = _gumbel(noise_bits(key, entry.astype(jnp.uint32)), on_gpu)
         score = jnp.where(x < threshold, -jnp.inf, jnp.where(greedy, x, x * scale + noise))
         score = jnp.where(score == score, score, jnp.inf)  # NaN is as large as infinity
         return jnp.where(score > best, score, best), jnp.where(score > best, entry, best_entry)
@@ -60,7 +60,6 @@ def noisy_argmax(
     sampling: jax.Array,
     positions: jax.Array,
     threshold: jax.Array,
-    first: jax.Array,
     *,
     tiles: Tiles | None = None,
     interpret: bool = False,
@@ -71,7 +70,7 @@ def noisy_argmax(
     shape = rows, tiles.programs
     best, entry = pallas_call(
         _noisy_argmax_kernel,
-        *(logits, sampling, positions, threshold, first),
+        *(logits, sampling, positions, threshold),
         grid=(tiles.programs, rows),
         out_shape=[jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct(shape, jnp.int32)],
         num_warps=tiles.num_warps,

@@ -51,13 +51,13 @@ def adjusted(logits, counts, bias, suppress_ends, repetition, frequency, presenc
     return x - frequency * generated.astype(jnp.float32) - jnp.where(generated > 0, presence, 0.0)
 
 
-def noisy_argmax(logits, sampling, positions, threshold, first):
+def noisy_argmax(logits, sampling, positions, threshold):
     """See nanovllm_jax.kernels.noisy_argmax."""
     # Written so that NaN stays: argmax finds it.
     logits = jnp.where(logits < threshold[:, None], -jnp.inf, logits)
     [temperature] = settings(sampling, ["temperature"])
     greedy = temperature[:, None] == 0
-    entries = jnp.arange(logits.shape[1], dtype=jnp.uint32) + first.astype(jnp.uint32)
+    entries = jnp.arange(logits.shape[1], dtype=jnp.uint32)
     scaled = logits / jnp.where(greedy, 1, temperature[:, None])
     scores = jnp.where(greedy, logits, scaled + gumbel(row_key(sampling, positions), entries))
     best = jnp.argmax(scores, axis=-1).astype(jnp.int32)

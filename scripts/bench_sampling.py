@@ -22,7 +22,6 @@ from options import above_zero, count
 from nanovllm_jax import SamplingParams
 from nanovllm_jax.engine.sequence import Sequence
 from nanovllm_jax.engine.tables import ENDS, PROMPT
-from nanovllm_jax.layers.sampler import sample
 from nanovllm_jax.models.draw import DeviceState, draw
 from nanovllm_jax.sampling_rows import packed, sampling_row
 
@@ -147,7 +146,7 @@ class Bench:
         return dict(
             adjust=seconds_per_call(adjust, [self.adjust] * CALLS, (self.logits[0],)),
             threshold=seconds_per_call(only(sampling_threshold), [(x, self.sampling) for x in self.logits]),
-            sample=seconds_per_call(only(sample), [(x, *self.sample) for x in self.logits]),
+            sample=seconds_per_call(only(noisy_argmax), [(x, *self.sample) for x in self.logits]),
             logprobs=seconds_per_call(only(token_logprobs), [(x, x, *self.logprobs) for x in self.logits]),
             draw=whole - seconds_per_call(make, scaled),
         )
@@ -163,7 +162,7 @@ class Bench:
         ((new, expected), _) = both(adjust_logits, logits, *self.adjust)
         ((low, oracles_low),) = both(sampling_threshold, logits, self.sampling)
         differently = ((logits >= low[:, None]) != (logits >= oracles_low[:, None])).sum()
-        ((drawn, oracles_drawn), _) = both(noisy_argmax, logits, *self.sample, jnp.zeros(1, jnp.int32))
+        ((drawn, oracles_drawn), _) = both(noisy_argmax, logits, *self.sample)
         text = f"adjusted {jnp.nanmax(jnp.abs(new - expected)):.0e}, kept differently {differently}"
         text += f", drawn differently {(drawn != oracles_drawn).sum()}"
         if self.num_top >= 0:

@@ -6,16 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from nanovllm_jax.kernels import reference_sampling
+from nanovllm_jax.kernels import noisy_argmax, reference_sampling
 from sampling_array import sampling_array
 
 from nanovllm_jax import SamplingParams
-from nanovllm_jax.layers.sampler import sample
 from nanovllm_jax.sampling_rows import FLOAT_COLUMNS, SamplingRows
 
 DRAWS = 20_000
 LOGITS = np.array([2.0, 1.0, 0.0, -1.0, 0.5, -np.inf, 1.5, -3.0], np.float32)
-compiled = jax.jit(sample)
+compiled = jax.jit(noisy_argmax)
 
 
 def test_the_kernels_know_the_columns():
@@ -24,7 +23,7 @@ def test_the_kernels_know_the_columns():
 
 
 def draw_scored(logits, temperature, seeds, positions, thresholds=-np.inf):
-    """`sample`, of columns that are packed for it."""
+    """`noisy_argmax`, of columns that are packed for it."""
     sampling = sampling_array(len(logits), temperature=temperature, seeds=seeds)
     return compiled(logits, sampling, positions, np.full(len(logits), thresholds, np.float32))
 

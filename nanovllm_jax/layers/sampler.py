@@ -1,4 +1,4 @@
-"""From logits to tokens, inside the compiled step.
+"""From whole rows of logits to tokens, inside the compiled step.
 
 Noise is counter-based: a function of the request's seed, the token's position and the vocabulary entry, whatever else
 is in the batch.
@@ -7,20 +7,20 @@ is in the batch.
 import jax
 import jax.numpy as jnp
 
-from nanovllm_jax.kernels import noisy_argmax
-from nanovllm_jax.parallel.sharding import first_of_shard
-from nanovllm_jax.parallel.vocabulary import best_of_shards
+from nanovllm_jax.kernels import noisy_argmax, sampling_threshold, token_logprobs
 
 
 def sample(
-    logits: jax.Array, sampling: jax.Array, positions: jax.Array, thresholds: jax.Array
+    logits: jax.Array, raw: jax.Array, sampling: jax.Array, positions: jax.Array, *, fixed: bool = False
 ) -> tuple[jax.Array, jax.Array]:
-    """Draw one token a row from softmax(logits / temperature), by the Gumbel-max trick; temperature 0 is argmax.
+    """Draw one token a row from softmax(logits / temperature), of what top_k, top_p and min_p leave, by the Gumbel-max
+    trick; temperature 0 is argmax.
 
-    logits [R, V] float32 (or a device's part of V), sampling [R, 12] int32 (SamplingRows), positions [R] int32 (of the
-    drawn token); thresholds [R] float32: entries below a row's are never drawn. Returns the tokens [R] int32 and their
-    scores [R], which are logits where the temperature is 0.
+    logits [R, V] float32, and what they were before penalties: raw; sampling [R, 12] int32 (SamplingRows), positions
+    [R] int32 (of the drawn token). Returns the tokens [R] int32, -1 where the best logit is NaN or infinite, and what
+    kernels.token_logprobs says of them.
     """
-    first = jnp.full(1, first_of_shard(logits.shape[1]), jnp.int32)
-    best, scores = noisy_argmax(logits, sampling, positions, thresholds, first)
-    return best_of_shards(best + first, scores)
+    threshold = sampling_threshold(logits, sampling, fixed=fixed)
+    tokens, scores = noisy_argmax(logits, sampling, positions, threshold)
+    logprobs = token_logprobs(logits, raw, sampling, tokens, fixed=fixed)
+    return jnp.where(jnp.isfinite(scores), tokens, -1), logprobs  # NaN and infinity are drawn, where they are

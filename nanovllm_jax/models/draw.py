@@ -4,6 +4,7 @@ Bias and least length, penalties, temperature, min_p, top_k, top_p. Which featur
 rows alone that do not ask. R rows, V vocabulary, S slots (one for each sequence that may run, and one for padding).
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -43,18 +44,17 @@ def draw(
 
     logits [R, V] float32 (or a device's part of V); sampling [R, 12] and slots [R] int32. Returns tokens [R] int32,
     what kernels.token_logprobs says of them by the raw logits, and the state with the tokens taken in. A row whose best
-    logit is NaN or infinite has no token to draw: it returns -1, and the state has some token of the vocabulary.
+    logit is NaN or infinite has no token to draw: it returns -1, and the state has the first of the vocabulary.
     """
     logits, raw = adjust_logits(logits, sampling, slots, context_lens, state.token_counts, state.logit_bias)
-    threshold = vocabulary.threshold(logits, sampling, fixed=fixed)
-    tokens, scores = sample(logits, sampling, context_lens, threshold)
-    logprobs = vocabulary.logprobs(logits, raw, sampling, tokens, fixed=fixed)
-    entries = local_index(tokens, logits.shape[1])
+    tokens, logprobs = vocabulary.by_rows(partial(sample, fixed=fixed), (logits, raw), sampling, context_lens)
+    taken_in = jnp.maximum(tokens, 0)
+    entries = local_index(taken_in, logits.shape[1])
     state = state._replace(
-        last_tokens=state.last_tokens.at[slots].set(tokens),
+        last_tokens=state.last_tokens.at[slots].set(taken_in),
         token_counts=state.token_counts.at[slots, entries].add(sampling[:, ADJUSTS], mode="drop"),
     )
-    return jnp.where(jnp.isfinite(scores), tokens, -1), logprobs, state  # NaN and infinity are drawn, where they are
+    return tokens, logprobs, state
 
 
 def write_tables(state: DeviceState, line: jax.Array, token_counts: jax.Array, logit_bias: jax.Array) -> DeviceState:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from nanovllm_jax.engine.batch import BatchShape, BatchView
+from nanovllm_jax.kernels import token_logprobs
 from nanovllm_jax.kernels.common import search
 from nanovllm_jax.layers.attention import KVCache, PagedAttention
 from nanovllm_jax.models.draw import DeviceState, draw
@@ -79,7 +80,11 @@ def prompt_logprobs(
     logits = model.logits(hidden[0, jnp.where(mine, own, 0)])
     asks = jnp.zeros((len(rows), len(SamplingRows._fields)), jnp.int32)
     asks = asks.at[:, NUM_TOP].set(jnp.where(mine, num_top, -1))
-    return from_group(mine, vocabulary.logprobs(logits, logits, asks, tokens, fixed=model.deterministic))
+
+    def of_rows(logits, *args):
+        return token_logprobs(logits, logits, *args, fixed=model.deterministic)
+
+    return from_group(mine, vocabulary.by_rows(of_rows, [logits], asks, tokens))
 
 
 def _one_step(model, caches, state: DeviceState, batch: BatchView, block_size: int, probe):

@@ -14,7 +14,8 @@ from nanovllm_jax.parallel.processes import connect
 # From so many rows on kernels take longer, of 0.6B on one GPU, than the host needs to launch them one by one. A CUDA
 # graph starts when all of it has been updated, and would make the device wait for that.
 NO_GRAPH_ROWS = 8192
-# What XLA may put in CUDA graphs where there are several GPUs: not collectives, which have hung there.
+# What XLA may put in CUDA graphs where there are several GPUs: not collectives, which have hung there, and which each
+# update of a graph makes anew.
 COMMAND_BUFFERS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION"
 
 
@@ -64,6 +65,8 @@ def compiler_options(mesh: Mesh, rows: int) -> dict[str, bool | str]:
     if mesh.size > 1:
         # Each process tunes for itself: exchanging results would need all of them to compile in the same order.
         options |= {"xla_gpu_enable_command_buffer": COMMAND_BUFFERS, "xla_gpu_shard_autotuning": False}
+        if jax.__version_info__ >= (0, 11):  # its kernels for small sums run on streams of their own: NCCL's are faster
+            options["xla_gpu_experimental_use_collective_kernels"] = ""
     if rows >= NO_GRAPH_ROWS:
         options["xla_gpu_enable_command_buffer"] = ""
     return options

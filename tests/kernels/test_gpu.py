@@ -335,11 +335,11 @@ def test_noise_and_the_best_entry(rows, vocab):
     sampling = sampling_array(rows, temperature=temperatures, seeds=rng.integers(0, 2**32, (rows, 2), np.uint32))
     positions = jnp.asarray(rng.integers(0, 2**20, rows, np.int32))
     thresholds = jnp.where(jnp.arange(rows) % 2 == 1, 0.0, -jnp.inf)
-    args, first = (logits, jnp.asarray(sampling), positions, thresholds), jnp.array([vocab], jnp.int32)
-    entries, scores = noisy_argmax(*args, first)
-    expected, highest = jax.jit(reference_sampling.noisy_argmax)(*args, first)
+    args = logits, jnp.asarray(sampling), positions, thresholds
+    entries, scores = noisy_argmax(*args)
+    expected, highest = jax.jit(reference_sampling.noisy_argmax)(*args)
     np.testing.assert_allclose(scores, highest, rtol=1e-5, atol=2e-5)
     assert np.mean(np.asarray(entries) == np.asarray(expected)) >= 0.99
     for row in range(0, rows, max(1, rows // 5)):
-        alone = noisy_argmax(*(x[row : row + 1] for x in args), first)
+        alone = noisy_argmax(*(x[row : row + 1] for x in args))
         assert (alone[0][0], alone[1][0]) == (entries[row], scores[row]), "a row's draw depends on the others"

@@ -32,14 +32,14 @@ KERNELS = {name: by_columns(draw) for name, draw in KERNELS.items()}
 either = pytest.mark.parametrize("draw", [ORACLE, *KERNELS.values()], ids=["oracle", *KERNELS])
 
 
-def inputs(rows, vocab, seed=0, first=0):
+def inputs(rows, vocab, seed=0):
     """Rows of many temperatures, of which the third is 0, and of thresholds that leave something out in every other."""
     rng = np.random.default_rng(seed)
     logits = (3 * rng.standard_normal((rows, vocab))).astype(np.float32)
     temperatures = np.where(np.arange(rows) % 3 == 2, 0, rng.uniform(0.01, 3, rows)).astype(np.float32)
     seeds, positions = rng.integers(0, 2**32, (rows, 2), np.uint32), rng.integers(0, 2**20, rows, np.int32)
     thresholds = np.where(np.arange(rows) % 2, np.median(logits, axis=1), -np.inf).astype(np.float32)
-    return logits, temperatures, seeds, positions, thresholds, np.array([first], np.int32)
+    return logits, temperatures, seeds, positions, thresholds
 
 
 def mix(x):
@@ -54,10 +54,10 @@ def keys_of(seeds, positions):
     return np.asarray(jax.random.key_data(fold_in(seeds, positions)))
 
 
-def exact(logits, temperatures, seeds, positions, thresholds, first):
+def exact(logits, temperatures, seeds, positions, thresholds):
     """Scores in float64, of Python's integers."""
     keys = keys_of(seeds, positions)
-    entries = [[mix(mix((int(first[0]) + i) ^ int(a)) ^ int(b)) for i in range(logits.shape[1])] for a, b in keys]
+    entries = [[mix(mix(i ^ int(a)) ^ int(b)) for i in range(logits.shape[1])] for a, b in keys]
     uniform = np.minimum((np.array(entries, np.float64) + 0.5) / 2**32, 1 - 2.0**-24)
     divisor = np.where(temperatures > 0, temperatures, 1).astype(np.float64)[:, None]
     scores = np.where(temperatures[:, None] > 0, logits / divisor - np.log(-np.log1p(-uniform)), logits)
@@ -65,11 +65,9 @@ def exact(logits, temperatures, seeds, positions, thresholds, first):
 
 
 @either
-@pytest.mark.parametrize(
-    ("rows", "vocab", "first"), [(1, 300, 0), (7, 131, 0), (5, 300, 75_968), (3, 1, 9), (4, 64, 1)]
-)
-def test_the_best_of_float64_scores(draw, rows, vocab, first):
-    args = inputs(rows, vocab, first=first)
+@pytest.mark.parametrize(("rows", "vocab"), [(1, 300), (7, 131), (5, 2000), (3, 1), (4, 64)])
+def test_the_best_of_float64_scores(draw, rows, vocab):
+    args = inputs(rows, vocab)
     scores = exact(*args)
     entries, found = draw(*args)
     np.testing.assert_array_equal(entries, scores.argmax(axis=1))
@@ -82,16 +80,6 @@ def test_the_kernel_draws_what_the_oracle_draws(draw):
         args = inputs(9, 700, seed)
         for got, want in zip(draw(*args), ORACLE(*args)):
             np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
-
-
-@either
-def test_parts_of_a_vocabulary_have_its_noise(draw):
-    logits, *rows, _ = inputs(6, 400)
-    entries, scores = draw(logits, *rows, np.array([0], np.int32))
-    halves = [draw(logits[:, at : at + 200], *rows, np.array([at], np.int32)) for at in (0, 200)]
-    second = halves[1][1] > halves[0][1]
-    np.testing.assert_array_equal(jnp.where(second, halves[1][0] + 200, halves[0][0]), entries)
-    np.testing.assert_array_equal(jnp.maximum(halves[0][1], halves[1][1]), scores)
 
 
 @either
@@ -146,7 +134,7 @@ def test_noise_of_all_sizes():
     np.testing.assert_allclose(got, -np.log(-np.log1p(-uniform)), atol=1e-5)
     assert np.isfinite(got).all()
     seed, position = np.zeros((1, 2), np.uint32), np.zeros(1, np.int32)
-    want = exact(np.zeros((1, 9), np.float32), np.ones(1), seed, position, np.full(1, -np.inf), [0])
+    want = exact(np.zeros((1, 9), np.float32), np.ones(1), seed, position, np.full(1, -np.inf))
     key = keys_of(seed, position).T
     np.testing.assert_allclose(reference_sampling.gumbel(key, jnp.arange(9, dtype=jnp.uint32)), want, atol=1e-5)
 

@@ -27,7 +27,7 @@ def logprobs_case(rows, vocab):
 
 
 def noise_case(rows, vocab):
-    return noisy_argmax, (floats(rows, vocab), ints(rows, 12), ints(rows), floats(rows), ints(1))
+    return noisy_argmax, (floats(rows, vocab), ints(rows, 12), ints(rows), floats(rows))
 
 
 CASES = {adjust_case: 1, threshold_case: 2, logprobs_case: 2}  # and how many kernels they take

@@ -22,8 +22,6 @@ from nanovllm_jax.kernels import logprobs as logprobs_kernel
 from sampling_array import sampling_array
 from sampling_cases import ENDS, PROMPT, adjusted, kept, logprobs
 
-from nanovllm_jax.layers.sampler import sample
-
 SETTINGS = [  # temperature, top_k, top_p, min_p
     (1, 5, 1, 0),
     (0.01, 3, 1, 0.01),
@@ -89,7 +87,7 @@ def check_threshold(find, rows, vocab):
     for i in np.flatnonzero(good & (np.array(columns["temperature"]) > 0)):
         keep = (logits[i] >= found[i]) & (logits[i] > -np.inf)
         np.testing.assert_array_equal(keep, kept(logits[i], *settings[i]), err_msg=f"row {i}: {settings[i]}")
-    tokens = np.asarray(jax.jit(sample)(logits, sampling, positions, found)[0])
+    tokens = np.asarray(jax.jit(noisy_argmax)(logits, sampling, positions, found)[0])
     assert ((tokens >= 0) & (tokens < vocab)).all()
     for i in np.flatnonzero(good):
         assert kept(logits[i], *settings[i])[tokens[i]], f"row {i}: {settings[i]}"
@@ -136,7 +134,7 @@ def check_draw(draw, rows, vocab):
     seeds, positions = rng.integers(0, 2**32, (rows, 2), np.uint32), rng.integers(0, 2**20, rows, np.int32)
     sampling = sampling_array(rows, temperature=rng.choice([0, 0.01, 1, 1e37], rows), seeds=seeds)
     thresholds = rng.choice([-np.inf, 0], rows).astype(np.float32)
-    args = [jnp.asarray(x) for x in (logits, sampling, positions, thresholds, np.array([2**20], np.int32))]
+    args = [jnp.asarray(x) for x in (logits, sampling, positions, thresholds)]
     (entries, scores), (expected, highest) = draw(*args), jax.jit(reference_sampling.noisy_argmax)(*args)
     np.testing.assert_array_equal(np.isfinite(scores), np.isfinite(highest))
     np.testing.assert_array_equal(entries[good], expected[good])

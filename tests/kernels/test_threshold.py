@@ -6,11 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from nanovllm_jax.kernels import sampling_threshold, threshold, vocabulary
+from nanovllm_jax.kernels import noisy_argmax, sampling_threshold, threshold, vocabulary
 from sampling_array import sampling_array
 from sampling_cases import Rows, distribution, kept, random_rows, rows_of
-
-from nanovllm_jax.layers.sampler import sample
 
 inf = np.inf
 
@@ -139,7 +137,7 @@ def test_draws_follow_the_distribution(setting):
     threshold = np.repeat(sampling_threshold(rows.logits, packed(*rows[1:])), DRAWS)
     seeds = np.stack([np.arange(DRAWS), np.full(DRAWS, 11)], axis=1).astype(np.uint32)
     logits, sampling = np.tile(LOGITS, (DRAWS, 1)), sampling_array(DRAWS, temperature=rows.temperature, seeds=seeds)
-    tokens, _ = jax.jit(sample)(logits, sampling, np.zeros(DRAWS, np.int32), threshold)
+    tokens, _ = jax.jit(noisy_argmax)(logits, sampling, np.zeros(DRAWS, np.int32), threshold)
     counts, expected = np.bincount(tokens, minlength=LOGITS.size), DRAWS * distribution(*rows.one(0))
     assert counts[expected == 0].sum() == 0
     drawn = expected > 0
@@ -153,9 +151,9 @@ def test_draws_follow_the_distribution(setting):
 def test_thresholds_mask_each_row_by_its_own():
     logits = jnp.tile(jnp.arange(8.0), (3, 1))
     sampling, positions = jnp.array(sampling_array(3, temperature=1e6)), jnp.arange(3)
-    tokens, _ = sample(logits, sampling, positions, jnp.array([7.0, 6.5, -inf]))
+    tokens, _ = noisy_argmax(logits, sampling, positions, jnp.array([7.0, 6.5, -inf]))
     assert tokens[:2].tolist() == [7, 7]
-    unbounded, _ = sample(logits, sampling, positions, jnp.full(3, -inf))
+    unbounded, _ = noisy_argmax(logits, sampling, positions, jnp.full(3, -inf))
     assert tokens[2] == unbounded[2]
 
 
