@@ -97,26 +97,21 @@ class BlockManager:
         """Let others find blocks start..stop-1 of the sequence's table.
 
         All tokens of these blocks must be known, and their keys and values computed by a dispatched step. Where the
-        same content is published already, the first block stays: sequences share it from now on.
+        same content is published already, the latest block takes its place: the one before may depend on NaN.
         """
         if not self.enable_prefix_caching:
             return
         digests = self._hash_blocks(seq, stop)
         for i in range(start, stop):
             block, digest = seq.block_table[i], digests[i]
-            if digest not in self._published:
-                self._published[digest] = block
-                self._hashes[block] = digest
+            self._forget(digest)
+            self._published[digest] = block
+            self._hashes[block] = digest
 
     def withdraw(self, seq: Sequence) -> None:
         """Let nobody find the blocks of a sequence's full blocks of tokens from now on, whoever published them."""
         for digest in seq.block_hashes:
-            block = self._published.pop(digest, None)
-            if block is not None:
-                self._hashes[block] = None
-                if block in self._free_cached:
-                    del self._free_cached[block]
-                    self._free_blank.append(block)
+            self._forget(digest)
 
     def reset_prefix_cache(self) -> None:
         """Forget every cached prefix.
@@ -146,6 +141,15 @@ class BlockManager:
         assert all(self._hashes[block] is not None for block in self._free_cached), "a cached block is not published"
         published = {digest: block for block, digest in enumerate(self._hashes) if digest is not None}
         assert published == self._published, "hash table and blocks disagree"
+
+    def _forget(self, digest: bytes) -> None:
+        """Let nobody find the block that is published under this hash, if one is."""
+        block = self._published.pop(digest, None)
+        if block is not None:
+            self._hashes[block] = None
+            if block in self._free_cached:
+                del self._free_cached[block]
+                self._free_blank.append(block)
 
     def _lookup(self, seq: Sequence) -> list[int]:
         """Blocks that hold the longest cached prefix of the sequence's tokens."""

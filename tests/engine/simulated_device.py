@@ -105,7 +105,7 @@ class Simulation:
         self.device = SimulatedDevice(options["num_blocks"], self.block_size, options["max_num_seqs"])
         self.in_flight: deque = deque()
         self.sequences: list[Sequence] = []
-        self.cut_short: list[Sequence] = []  # ended or preempted, with work on the device that nobody will look at
+        self.cut_short: list[Sequence] = []  # ended, with work on the device that nobody will look at
         self.num_steps = 0
         self.num_steps_ahead = 0  # those dispatched together with one before them
         self.num_failures = 0
@@ -139,7 +139,8 @@ class Simulation:
         self.check()
 
     def _note_unread(self, seq: Sequence) -> None:
-        if seq.status is Status.PREFILL or seq.num_pending:
+        preempted = seq.status is Status.WAITING and seq.num_preemptions
+        if seq.status is Status.PREFILL or seq.num_pending or preempted:
             self.cut_short.append(seq)
 
     def abort(self, seq: Sequence) -> None:
@@ -166,9 +167,7 @@ class Simulation:
         live = self.live
         oldest = live[0] if live else None
         preempted = oldest.num_preemptions if oldest else 0
-        prefilling = [seq for seq in live if seq.status is Status.PREFILL]
         schedule = self.scheduler.schedule()
-        self.cut_short += [seq for seq in prefilling if seq.status is Status.WAITING]
         self.check_schedule(schedule)
         assert schedule or self.in_flight or not live, "nothing runs, and nothing ever will"
         if oldest:
@@ -218,7 +217,7 @@ class Simulation:
             self.step(depth)
         assert not self.live
         assert self.scheduler.block_manager.num_used_blocks == 0
-        # What depends on NaN is published before anyone samples from it: an abort, end or preemption may come between.
+        # What depends on NaN is published before anyone samples from it: an abort or end may come between.
         unread = {digest for seq in self.cut_short for digest in seq.block_hashes}
         for digest, block in self.scheduler.block_manager._published.items():
             assert digest in unread or not self._holds_nan(block), block

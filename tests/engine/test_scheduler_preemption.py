@@ -114,6 +114,21 @@ def test_a_sequence_in_prefill_can_be_preempted():
     assert old.num_preemptions == 0
 
 
+def test_what_a_preempted_prompt_made_of_nan_is_computed_again():
+    """It shares NaN, has blocks of its own that depend on it, and is preempted before it draws from them."""
+    simulation = simulate(num_blocks=22, block_size=2, max_num_batched_tokens=18)
+    faults = iter([True])
+    simulation.device.is_faulty = lambda: next(faults, False)
+    first = simulation.add([1] * 30, 2)
+    simulation.dispatch()
+    second = simulation.add([1] * 17 + [0] * 13, 9)
+    simulation.dispatch()
+    simulation.collect()
+    simulation.drain()  # which sees that no NaN can be found
+    assert (first.finish_reason, second.finish_reason) == ("error", "length")
+    assert second.num_preemptions == 1
+
+
 def test_a_share_of_the_pool_is_kept_for_those_who_run():
     simulation = simulate(num_blocks=100, max_model_len=400, max_num_batched_tokens=400)
     simulation.add(prompt(1, 4 * 50), max_tokens=50)
