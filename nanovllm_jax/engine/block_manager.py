@@ -97,16 +97,19 @@ class BlockManager:
         """Let others find blocks start..stop-1 of the sequence's table.
 
         All tokens of these blocks must be known, and their keys and values computed by a dispatched step. Where the
-        same content is published already, the latest block takes its place: the one before may depend on NaN.
+        same content is published already, a block that others own stays, and they share it; one that nobody owns gives
+        its place to the latest, as it may depend on NaN.
         """
         if not self.enable_prefix_caching:
             return
         digests = self._hash_blocks(seq, stop)
         for i in range(start, stop):
             block, digest = seq.block_table[i], digests[i]
-            self._forget(digest)
-            self._published[digest] = block
-            self._hashes[block] = digest
+            before = self._published.get(digest)
+            if before is None or not self._ref_counts[before]:
+                self._forget(digest)
+                self._published[digest] = block
+                self._hashes[block] = digest
 
     def withdraw(self, seq: Sequence) -> None:
         """Let nobody find the blocks of a sequence's full blocks of tokens from now on, whoever published them."""

@@ -36,7 +36,8 @@ def estimate_workspace(model: ModelConfig, itemsize: int, tokens: int, rows: int
     """An upper estimate of a step's temporary memory, needed before the programs can be compiled; checked after."""
     widest = 2 * model.intermediate_size + (2 * model.num_attention_heads + 2 * model.kv_heads) * model.head_dim
     activations = tokens * (4 * model.hidden_size + widest // shards) * itemsize
-    logits = 3 * rows * model.vocab_size * 4 // shards
+    copies = 3 if shards == 1 else 6  # several devices exchange them, with penalties and without
+    logits = copies * rows * model.vocab_size * 4 // shards
     return activations + logits
 
 

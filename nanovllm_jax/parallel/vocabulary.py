@@ -26,8 +26,8 @@ def by_rows(function: Callable, logits: Sequence[jax.Array], *args: jax.Array) -
     rows, devices = len(args[0]), lax.axis_size(MODEL_AXIS)
     share = -(-rows // devices)
 
-    def padded(x):  # with zeros, which ask for little: the best entry, and its log probability
-        return jnp.pad(x, [(0, share * devices - rows)] + [(0, 0)] * (x.ndim - 1))
+    def padded(x):  # with the last row, which asks for no more than it does itself
+        return jnp.pad(x, [(0, share * devices - rows)] + [(0, 0)] * (x.ndim - 1), mode="edge")
 
     parts = jnp.stack([padded(x) for x in logits])  # one array, so that it is one exchange
     whole = lax.all_to_all(parts, MODEL_AXIS, split_axis=1, concat_axis=2, tiled=True)  # (len(logits), R / N, V)

@@ -67,20 +67,21 @@ def test_a_hash_lives_until_its_block_is_reused():
     assert manager.num_cached_blocks == 2  # of the new content alone
 
 
-def test_content_that_is_computed_again_takes_the_place_of_the_first():
-    """What the first depends on may be gone. (219, 243: identical prompts overwrote each other's hash.)"""
+def test_of_the_same_content_the_block_that_is_owned_and_published_stays():
+    """219, 243: identical prompts overwrote each other's hash."""
     manager = BlockManager(8, SIZE)
     first, second = allocate(manager, range(5), published=False), allocate(manager, range(5), published=False)
     manager.publish(first, 0, 1)
     manager.publish(second, 0, 1)
     manager.check([first, second])
-    assert allocate(manager, range(5)).block_table[0] == second.block_table[0]
-    release(manager, second)
-    assert allocate(manager, range(5)).block_table[0] != first.block_table[0]
+    assert allocate(manager, range(5)).block_table[0] == first.block_table[0]
+    release(manager, first)
+    assert allocate(manager, range(5)).block_table[0] != second.block_table[0]
     assert manager.num_cached_blocks == 1
 
 
-def test_a_free_block_whose_content_is_computed_again_is_blank():
+def test_a_free_block_gives_its_place_to_one_of_the_same_content():
+    """It is blank then: what it depends on may be NaN, and gone."""
     manager = BlockManager(4, SIZE)
     second, first = allocate(manager, range(5), published=False), allocate(manager, range(5))
     release(manager, first)
