@@ -1,6 +1,8 @@
 """LLM: what users touch."""
 
+import sys
 import time
+import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
@@ -37,8 +39,8 @@ class LLM(LLMEngine):
         Raises TypeError for unknown options and ValueError for what does not fit together or into memory.
         """
         super().__init__(model, **options)
-        self._streamed: list[Request] = []  # what the stream() that runs was asked for,
-        self._stream_calls = False  # and whether it is the one that calls
+        self._alone = Alone("nothing runs", [])  # the call that has the engine for itself,
+        self._calls_itself = False  # and whether it is the one that calls
 
     @by_one_thread
     def generate(
@@ -54,7 +56,7 @@ class LLM(LLMEngine):
         setting is refused, and RuntimeError while other requests are unfinished.
         """
         self._check_idle("generate()")
-        return self._run(self._check(prompts, sampling_params), "Generating", use_tqdm)
+        return self._run(Alone("generate() runs", self._check(prompts, sampling_params)), "Generating", use_tqdm)
 
     def chat(
         self,
@@ -103,7 +105,7 @@ class LLM(LLMEngine):
         if len(prompts) != len(completions):
             raise ValueError(f"score() needs as many completions as prompts, not {len(completions)} for {len(prompts)}")
         requests = self.door.check_scores(prompts, completions)
-        self._run(requests, "Scoring", use_tqdm)
+        self._run(Alone("score() runs", requests), "Scoring", use_tqdm)
         return [[entry.logprob for entry in request.scored.logprobs] for request in requests]
 
     def stream(
@@ -119,7 +121,10 @@ class LLM(LLMEngine):
         `next` where other requests have been started since.
         """
         self._check_idle("stream()")
-        return self._stream(self._check(prompts, sampling_params, stream=True))
+        alone = Alone("a stream() is open", self._check(prompts, sampling_params, stream=True))
+        stream = self._stream(alone)
+        alone.stream = weakref.ref(stream)
+        return stream
 
     def get_tokenizer(self) -> Any | None:
         """transformers' tokenizer; None where the checkpoint has none."""
@@ -130,17 +135,17 @@ class LLM(LLMEngine):
         return self.default_sampling_params
 
     def start_request(self, request: Request) -> str:
-        """LLMEngine's, and raises RuntimeError while a stream() is open, whose requests it would join."""
-        self._check_no_stream("add_request()")
+        """LLMEngine's, and raises RuntimeError while generate(), score() or a stream() is under way: it would join."""
+        self._check_alone("add_request()")
         return super().start_request(request)
 
     def step(self) -> list[RequestOutput]:
-        """LLMEngine's, and raises RuntimeError while a stream() is open, whose outputs it would take."""
-        self._check_no_stream("step()")
+        """LLMEngine's, and raises RuntimeError while one of these is under way, whose outputs it would take."""
+        self._check_alone("step()")
         return super().step()
 
     def _check_idle(self, caller: str) -> None:
-        self._check_no_stream(caller)
+        self._check_alone(caller)
         unfinished = {*self._requests, *(output.request_id for output in self._ready)}
         if unfinished:
             raise RuntimeError(
@@ -148,19 +153,33 @@ class LLM(LLMEngine):
                 f"({len(unfinished)}): call step() until they are done, or abort_request()"
             )
 
-    def _call_for_stream(self, method: Callable, *args: Any) -> Any:
-        self._stream_calls = True
+    def _call_itself(self, method: Callable, *args: Any) -> Any:
+        before, self._calls_itself = self._calls_itself, True
         try:
             return method(*args)
         finally:
-            self._stream_calls = False
+            self._calls_itself = before
 
-    def _check_no_stream(self, caller: str) -> None:
-        if not self._stream_calls and any(self._has(request) or not request.completions for request in self._streamed):
+    def _check_alone(self, caller: str) -> None:
+        """Raises RuntimeError in the middle of a call that has the engine for itself.
+
+        One that has ended has left something if a second Ctrl-C came while it ended its requests: they are ended here.
+        """
+        if self._calls_itself or not self._alone.requests:
+            return
+        left = [request for request in self._alone.requests if self._has(request) or not request.completions]
+        if (left or self._alone.stream is None) and self._alone.goes_on(self):
             raise RuntimeError(
-                f"{caller} was called while a stream() is open, which needs the engine for itself: read the stream to "
-                "its end, or close it"
+                f"{caller} was called while {self._alone.what}, which needs the engine for itself: wait for its end, "
+                "or close the stream"
             )
+        self._abort(left)
+        self._alone.requests = []
+
+    def _abort(self, requests: list[Request]) -> None:
+        for request in requests:
+            if self._has(request):
+                self.abort_request(request.request_id)
 
     def _check(
         self,
@@ -175,23 +194,27 @@ class LLM(LLMEngine):
             raise ValueError(f"{len(prompts)} prompts need one SamplingParams or {len(prompts)}, not {len(params)}")
         return self.door.check_requests(prompts, params, stream)
 
-    def _stream(self, requests: list[Request]) -> Generator[RequestOutput, None, None]:
+    def _stream(self, alone: "Alone") -> Generator[RequestOutput, None, None]:
         self._check_idle("stream()")  # which time has passed since
         try:
-            for request in requests:
-                self._call_for_stream(self.start_request, request)
-                self._streamed = requests  # not before the engine let it in: another thread's call may be running
-            while any(map(self._has, reversed(requests))):  # the last ones are most often the last to end
-                yield from self._call_for_stream(self.step)
+            for request in alone.requests:
+                self._call_itself(self.start_request, request)
+                self._alone = alone  # not before the engine let it in: another thread's call may be running
+            while any(map(self._has, reversed(alone.requests))):  # the last ones are most often the last to end
+                yield from self._wait_and_call_itself(self.step)
         finally:
-            if self._streamed is requests:
-                self._streamed = []
-            for request in requests:
-                if self._has(request):
-                    self.abort_request(request.request_id)
+            if any(map(self._has, alone.requests)):
+                self._wait_and_call_itself(self._abort, alone.requests)
+            alone.requests = []
 
-    def _run(self, requests: list[Request], description: str, use_tqdm: ProgressBar) -> list[RequestOutput]:
-        outputs: dict[str, RequestOutput] = {}
+    def _wait_and_call_itself(self, method: Callable, *args: Any) -> Any:
+        """Another thread may just be in here, to be told that this stream is open."""
+        self.check_process()
+        with self._at_work:
+            return self._call_itself(method, *args)
+
+    def _run(self, alone: "Alone", description: str, use_tqdm: ProgressBar) -> list[RequestOutput]:
+        self._alone, requests, outputs = alone, alone.requests, {}
         make_bar = use_tqdm if callable(use_tqdm) else tqdm
         use_tqdm = bool(use_tqdm) and self.runner.is_first_process
         bar = make_bar(total=len(requests), desc=description, dynamic_ncols=True, disable=not use_tqdm)
@@ -199,15 +222,15 @@ class LLM(LLMEngine):
         try:
             request_ids = self._start_all(requests)
             while self._requests or self._ready:
-                for output in self.step():
+                for output in self._call_itself(self.step):
                     outputs[output.request_id] = output
                     bar.update(1)
                 if use_tqdm and (recent := rates.recent()):
                     bar.set_postfix(recent)
             bar.set_postfix(rates.overall())
         finally:
-            for request_id in list(self._requests):  # left by an exception or Ctrl-C
-                self.abort_request(request_id)
+            self._abort(requests)  # what an exception or Ctrl-C has left
+            alone.requests = []
             bar.close()
         for request_id in request_ids:
             if request_id not in outputs:  # by a signal's handler
@@ -219,11 +242,29 @@ class LLM(LLMEngine):
         num_missing = self.runner.max_num_batched_tokens * self.runner.config.data_parallel_size
         request_ids = []
         for request in requests:
-            request_ids.append(self.start_request(request))
+            request_ids.append(self._call_itself(self.start_request, request))
             was_missing, num_missing = num_missing > 0, num_missing - len(request.token_ids)
             if was_missing and num_missing <= 0 and self.scheduler.fills_a_step():
-                self.step()  # which only begins it: no other request is there to have outputs
+                self._call_itself(self.step)  # which only begins it: no other request is there to have outputs
         return request_ids
+
+
+class Alone:
+    """A call that has the engine for itself: what it says of itself, and what it was asked for."""
+
+    def __init__(self, what: str, requests: list[Request]):
+        self.what, self.requests = what, requests
+        self.stream: Callable[[], Generator | None] | None = None  # a weak reference to it
+
+    def goes_on(self, llm: LLM) -> bool:
+        """Whether the stream is open, or else whether this is in the middle of the engine's `_run`."""
+        if self.stream is not None:
+            stream = self.stream()
+            return stream is not None and stream.gi_frame is not None
+        frame = sys._getframe()
+        while frame and not (frame.f_code is LLM._run.__code__ and frame.f_locals["self"] is llm):
+            frame = frame.f_back
+        return frame is not None
 
 
 class _Rates:

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 from small_model import assert_idle, small_llm, whole, write_checkpoint
+from tqdm import tqdm
 
 from nanovllm_jax import LLM, SamplingParams
 
@@ -250,6 +251,8 @@ OWN = os.path.dirname(sys.modules[LLM.__module__].__file__)
 class Interrupt:
     """Raises KeyboardInterrupt at one of the lines that the package runs meanwhile."""
 
+    left_out = "_give_up", "abort_all", "reset"
+
     def __init__(self, at):
         self.at, self.count = at, 0
 
@@ -261,7 +264,7 @@ class Interrupt:
         sys.settrace(None)
 
     def trace(self, frame, event, argument):
-        if not frame.f_code.co_filename.startswith(OWN) or frame.f_code.co_name in ("_give_up", "abort_all", "reset"):
+        if not frame.f_code.co_filename.startswith(OWN) or frame.f_code.co_name in self.left_out:
             return None
         if frame.f_code.co_filename.endswith("one_thread.py"):  # between whose lines Python takes no signal
             return None
@@ -382,6 +385,59 @@ def test_a_progress_bar_that_cannot_write(llm, expected, monkeypatch):
         llm.generate(PROMPTS, PARAMS)
     drain(llm)
     assert run(llm) == expected
+
+
+class SecondInterrupt(Interrupt):
+    """Called, raises KeyboardInterrupt, and once more at one of the lines that the package runs after it."""
+
+    left_out = ()
+
+    def __call__(self, *args, **options):
+        frame = sys._getframe(1)
+        while frame:  # those that are at work are not traced unless told
+            if frame.f_code.co_filename.startswith(OWN):
+                frame.f_trace = self.trace
+            frame = frame.f_back
+        sys.settrace(self.trace)
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("name", ["dispatch", "collect", "bar"])
+def test_a_second_ctrl_c_anywhere(llm, expected, monkeypatch, name):
+    """At any line after the first, while requests are ended: what is left of that is done by the next call."""
+    params = [replace(PARAMS, max_tokens=number) for number in (2, 4, 5)]
+    for at in range(1, 1000):
+        second = SecondInterrupt(at)
+
+        class Bar(tqdm):
+            update = second
+
+        with monkeypatch.context() as patch:
+            if name == "dispatch":  # the program has run, and its caches were donated to it
+                programs = {shape: of_two(program, second) for shape, program in llm.runner.programs.items()}
+                patch.setattr(llm.runner, "programs", programs)
+            elif name == "collect":
+                patch.setattr(llm.runner, "collect", second)
+            try:
+                llm.generate(PROMPTS[:3], params, use_tqdm=Bar if name == "bar" else False)
+            except KeyboardInterrupt:
+                pass
+            finally:
+                sys.settrace(None)
+        assert len(llm.generate(PROMPTS[1], params[0], use_tqdm=False)) == 1
+        assert_usable(llm)
+        if second.count < at:  # it ended before
+            assert run(llm) == expected
+            return
+    raise AssertionError("the end was never reached")
+
+
+def of_two(first, then):
+    def call(*args):
+        first(*args)
+        then()
+
+    return call
 
 
 @pytest.mark.parametrize("name", ["abort_all", "reset"])

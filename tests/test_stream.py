@@ -1,10 +1,13 @@
 """LLM.stream, and step() with stream=True: increments that join to what generate gives."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import GeneratorType
 
 import pytest
 from small_model import assert_idle, join, small_llm, whole, write_checkpoint
+from tqdm import tqdm
 
 from nanovllm_jax import SamplingParams
 
@@ -136,6 +139,47 @@ def test_the_engine_is_the_streams_alone(llm):
     tokens += [token for output in stream for token in output["token_ids"]]
     assert first + tokens == llm.generate(PROMPT, GREEDY, use_tqdm=False)[0]["token_ids"]
     assert_idle(llm)
+
+
+def test_the_engine_is_generates_alone(llm):
+    """What is called between its steps, by the progress bar, would join its requests or take their outputs."""
+    said = []
+
+    class Bar(tqdm):
+        def update(self, number=1):
+            for call in (lambda: llm.add_request([1, 2], GREEDY), llm.step, lambda: llm.generate([3], GREEDY)):
+                with pytest.raises(RuntimeError, match=r"was called while generate\(\) runs") as caught:
+                    call()
+                said.append(str(caught.value))
+
+    prompts, params = [PROMPT, [1, 2], [3]], [SamplingParams(temperature=0, max_tokens=n) for n in (2, 4, 6)]
+    outputs = llm.generate(prompts, params, use_tqdm=Bar)
+    assert [len(output["token_ids"]) for output in outputs] == [2, 4, 6]
+    assert len(said) == 9
+    assert_idle(llm)
+
+
+def test_a_stream_waits_for_a_call_that_is_refused(llm, monkeypatch):
+    """Of another thread, which needs a moment to be told that the stream is open."""
+    stream, inside, go_on = llm.stream(PROMPT, GREEDY), threading.Event(), threading.Event()
+    tokens = next(stream)["token_ids"]
+    check = llm._check_alone
+
+    def slow(caller):
+        if threading.current_thread() is not threading.main_thread():
+            inside.set()
+            go_on.wait(10)
+        check(caller)
+
+    monkeypatch.setattr(llm, "_check_alone", slow)
+    with ThreadPoolExecutor(1) as thread:
+        refused = thread.submit(llm.generate, [1, 2], GREEDY)
+        assert inside.wait(10)
+        threading.Timer(0.05, go_on.set).start()
+        tokens += [token for output in stream for token in output["token_ids"]]
+        with pytest.raises(RuntimeError, match="a stream"):
+            refused.result()
+    assert tokens == llm.generate(PROMPT, GREEDY, use_tqdm=False)[0]["token_ids"]
 
 
 def test_a_stream_goes_through_the_methods_that_others_call(llm, monkeypatch):

@@ -264,6 +264,8 @@ def test_what_is_no_weights(llm, models):
         llm.update_weights(nnx.state(llm.model))
     with pytest.raises(ValueError, match="in_flight must be None, 'finish' or 'recompute', not 'now'"):
         llm.update_weights(models[1], in_flight="now")
+    with pytest.raises(TypeError, match="donate must be True or False, not 'no'"):
+        llm.update_weights(models[1], donate="no")
 
 
 def test_another_model(llm, models):

@@ -66,6 +66,7 @@ class Detokenizer:
         """Let the window start at the cut, if the tokens on both sides decode to the same apart as together.
 
         They do not where the cut is inside a character, or where a tokenizer writes the first word in another way.
+        Tokens behind the cut that have no text, as special ones that are skipped, leave it.
         """
         if self._cut:
             before, after = (self._decode(part) for part in (self._window[: self._cut], self._window[self._cut :]))
@@ -73,6 +74,8 @@ class Detokenizer:
                 self._extend_text(len(before))
                 self._window, self._decoded = self._window[self._cut :], after
                 self._num_known -= len(before)
+            elif not after and before == self._decoded:
+                del self._window[self._cut :]
         self._cut = len(self._window)
 
     def _find_stop(self, start: int) -> None:

@@ -3,6 +3,8 @@
 import logging
 import random
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -93,7 +95,7 @@ class LLMEngine(OneThread):
         self._seq_ids = count()
         self._seeds = random.Random(config.seed)
         self._calls: list[tuple] = []  # in several processes: what was asked since the last step
-        self._is_broken = False  # a failure has not been cleared away yet
+        self._is_broken = False  # something is half done, or was when an exception came
 
     # ------------------------------------------------------------ requests
 
@@ -138,11 +140,8 @@ class LLMEngine(OneThread):
         self._check_id(request.request_id)
         self._check_usable()
         self.runner.weights.check_whole()
-        try:
+        with self._all_or_nothing():
             return self._start(request)
-        except BaseException:  # Ctrl-C
-            self._give_up()
-            raise
 
     def _start(self, request: Request) -> str:
         number = next(self._request_numbers)
@@ -174,21 +173,20 @@ class LLMEngine(OneThread):
         """
         if not isinstance(request_id, str):
             raise TypeError(f"request_id must be a string, that of one request, not {request_id!r}")
+        if self._is_broken:
+            self._give_up()
         self._ready = [output for output in self._ready if output.request_id != request_id]
         request = self._requests.get(request_id)
         if request is None:
             return
-        if self.runner.num_processes > 1:
-            self._calls.append(("abort", request_id))
-        try:
+        with self._all_or_nothing():
+            if self.runner.num_processes > 1:
+                self._calls.append(("abort", request_id))
             for completion in request.completions:
                 self.scheduler.finish(completion.seq, "abort")
             request.num_unfinished = 0
             self.metrics.aborted(request)
             del self._requests[request_id]
-        except BaseException:  # Ctrl-C
-            self._give_up()
-            raise
 
     def has_unfinished_requests(self) -> bool:
         """Whether `step` has anything left to do."""
@@ -244,20 +242,23 @@ class LLMEngine(OneThread):
         self._check_usable()
         self.metrics.before_step()
         try:
-            if self._calls:
-                self.runner.check_agreement(self._calls)
-                self._calls.clear()
-            schedule = self.scheduler.schedule()
-            if schedule:
-                self._dispatch(schedule)
-            # While the device runs the step just dispatched, the host reads the one before.
-            finished = self._collect() if len(self._in_flight) > bool(schedule) else []
-            return self._outputs(finished)
+            with self._all_or_nothing():
+                return self._outputs(self._advance())
         except BaseException as error:
             if self.runner.num_processes > 1:
                 error.add_note("Several processes run this engine: another one may have ended, which its output shows.")
-            self._give_up()
             raise
+
+    def _advance(self) -> list[Sequence]:
+        """One step further; returns the sequences that finished."""
+        if self._calls:
+            self.runner.check_agreement(self._calls)
+            self._calls.clear()
+        schedule = self.scheduler.schedule()
+        if schedule:
+            self._dispatch(schedule)
+        # While the device runs the step just dispatched, the host reads the one before.
+        return self._collect() if len(self._in_flight) > bool(schedule) else []
 
     def _dispatch(self, schedule: Schedule) -> None:
         for seq in schedule.admitted:
@@ -340,6 +341,8 @@ class LLMEngine(OneThread):
         """
         if in_flight not in (None, "finish", "recompute"):
             raise ValueError(f"in_flight must be None, 'finish' or 'recompute', not {in_flight!r}")
+        if type(donate) is not bool:
+            raise TypeError(f"donate must be True or False, not {donate!r}")
         self._check_usable()
         arrays = self.runner.weights.check(weights)
         if self._requests and in_flight is None:
@@ -351,16 +354,24 @@ class LLMEngine(OneThread):
             self.runner.check_agreement([*self._calls, in_flight], arrays)
         while self._requests and in_flight == "finish":
             self._ready += self._step()
-        try:
+        with self._all_or_nothing():  # there may be no memory for the next array: nothing may run on what is half new
             self.scheduler.preempt_all()  # what dispatched steps have drawn will still be read
             for request in self._requests.values():
                 request.score_again()
             self.runner.weights.update(arrays, donate)
-        except BaseException:  # Ctrl-C, or no memory for the next array: nothing may run on what is half new
-            self._give_up()
-            raise
 
     # ------------------------------------------------------------ failures
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """Give all up where an exception leaves something half done: now, or after a second Ctrl-C in the next call."""
+        was_broken, self._is_broken = self._is_broken, True
+        try:
+            yield
+        except BaseException:
+            self._give_up()
+            raise
+        self._is_broken = was_broken
 
     def _check_usable(self) -> None:
         if self._is_broken:
@@ -368,8 +379,7 @@ class LLMEngine(OneThread):
         self.runner.restore()
 
     def _give_up(self) -> None:
-        """After a failure: end every request, and begin anew. Where a second Ctrl-C comes in here, it is done later."""
-        self._is_broken = True
+        """After a failure: end every request, and begin anew."""
         self._in_flight.clear()
         self._ready = [output for output in self._ready if output.request_id not in self._requests]
         for request in self._requests.values():

@@ -99,7 +99,9 @@ def test_broken_characters(data):
 
 def test_a_token_costs_a_few_tokens_however_long_the_text():
     """Broken characters and special tokens included, which give the window no good place to start."""
-    for tokens in (TOKENIZER.encode(EMOJI * 40), byte_tokens(b"\x80" * 600), byte_tokens("é".encode()) * 300):
+    special = TOKENIZER.eos_token_id
+    cases = [TOKENIZER.encode(EMOJI * 40), byte_tokens(b"\x80" * 600), byte_tokens("é".encode()) * 300]
+    for tokens in (*cases, [special] * 600, [*TOKENIZER.encode("a word"), *[special] * 600, *TOKENIZER.encode("more")]):
         counting = CountingTokenizer()
         assert "".join(increments(tokens, SamplingParams(), counting)[0]) == decode(tokens)
         assert counting.num_decoded < 40 * len(tokens)
