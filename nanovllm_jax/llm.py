@@ -1,6 +1,5 @@
 """LLM: what users touch."""
 
-import sys
 import time
 import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -15,7 +14,7 @@ from nanovllm_jax.checkpoints.load import TINY_MODEL
 from nanovllm_jax.engine.door import named_each
 from nanovllm_jax.engine.llm_engine import LLMEngine
 from nanovllm_jax.engine.metrics import EngineMetrics
-from nanovllm_jax.engine.one_thread import by_one_thread
+from nanovllm_jax.engine.one_thread import by_one_thread, is_in_the_middle_of
 from nanovllm_jax.engine.prompts import Prompt
 from nanovllm_jax.engine.requests import Request
 from nanovllm_jax.outputs import RequestOutput
@@ -39,8 +38,7 @@ class LLM(LLMEngine):
         Raises TypeError for unknown options and ValueError for what does not fit together or into memory.
         """
         super().__init__(model, **options)
-        self._alone = Alone("nothing runs", [])  # the call that has the engine for itself,
-        self._calls_itself = False  # and whether it is the one that calls
+        self._alone = Alone("nothing runs", [])  # the call that has the engine for itself
 
     @by_one_thread
     def generate(
@@ -154,18 +152,15 @@ class LLM(LLMEngine):
             )
 
     def _call_itself(self, method: Callable, *args: Any) -> Any:
-        before, self._calls_itself = self._calls_itself, True
-        try:
-            return method(*args)
-        finally:
-            self._calls_itself = before
+        """A call by the one that has the engine for itself."""
+        return method(*args)
 
     def _check_alone(self, caller: str) -> None:
         """Raises RuntimeError in the middle of a call that has the engine for itself.
 
         One that has ended has left something if a second Ctrl-C came while it ended its requests: they are ended here.
         """
-        if self._calls_itself or not self._alone.requests:
+        if not self._alone.requests or is_in_the_middle_of(LLM._call_itself.__code__, self):
             return
         left = [request for request in self._alone.requests if self._has(request) or not request.completions]
         if (left or self._alone.stream is None) and self._alone.goes_on(self):
@@ -261,10 +256,7 @@ class Alone:
         if self.stream is not None:
             stream = self.stream()
             return stream is not None and stream.gi_frame is not None
-        frame = sys._getframe()
-        while frame and not (frame.f_code is LLM._run.__code__ and frame.f_locals["self"] is llm):
-            frame = frame.f_back
-        return frame is not None
+        return is_in_the_middle_of(LLM._run.__code__, llm)
 
 
 class _Rates:

@@ -5,6 +5,7 @@ import sys
 import threading
 from collections.abc import Callable
 from functools import wraps
+from types import CodeType
 from typing import Any
 
 
@@ -48,6 +49,19 @@ class OneThread:
             )
 
 
+def is_in_the_middle_of(code: CodeType, owner: object) -> bool:
+    """Whether code with this `self` is under way in this thread, the caller's own call aside.
+
+    The stack forgets no call, and remembers none that Ctrl-C has ended.
+    """
+    # This call's own frame is in no variable: it would refer to itself, and keep what all its callers hold until
+    # garbage is collected.
+    frame = sys._getframe().f_back.f_back
+    while frame and not (frame.f_code is code and frame.f_locals["self"] is owner):
+        frame = frame.f_back
+    return frame is not None
+
+
 def by_one_thread(method: Callable) -> Callable:
     """Raises RuntimeError where another thread is in one of the class's methods of this kind."""
 
@@ -77,16 +91,11 @@ def not_from_within(method: Callable) -> Callable:
     @by_one_thread
     @wraps(method)
     def call(self: OneThread, *args: Any, **options: Any) -> Any:
-        # The stack forgets no call, and remembers none that Ctrl-C has ended. This call's own frame is in no variable:
-        # it would refer to itself, and keep what all its callers hold until garbage is collected.
-        code, frame = sys._getframe().f_code, sys._getframe().f_back
-        while frame:
-            if frame.f_code is code and frame.f_locals["self"] is self:
-                raise RuntimeError(
-                    f"{method.__name__}() was called in the middle of another call of this engine, by a signal's "
-                    "handler or a tokenizer: call it when that one has returned"
-                )
-            frame = frame.f_back
+        if is_in_the_middle_of(sys._getframe().f_code, self):
+            raise RuntimeError(
+                f"{method.__name__}() was called in the middle of another call of this engine, by a signal's handler "
+                "or a tokenizer: call it when that one has returned"
+            )
         return method(self, *args, **options)
 
     return call
