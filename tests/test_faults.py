@@ -402,7 +402,7 @@ class SecondInterrupt(Interrupt):
         raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("name", ["dispatch", "collect", "bar"])
+@pytest.mark.parametrize("name", ["dispatch", "bar"])
 def test_a_second_ctrl_c_anywhere(llm, expected, monkeypatch, name):
     """At any line after the first, while requests are ended: what is left of that is done by the next call."""
     params = [replace(PARAMS, max_tokens=number) for number in (2, 4, 5)]
@@ -416,8 +416,6 @@ def test_a_second_ctrl_c_anywhere(llm, expected, monkeypatch, name):
             if name == "dispatch":  # the program has run, and its caches were donated to it
                 programs = {shape: of_two(program, second) for shape, program in llm.runner.programs.items()}
                 patch.setattr(llm.runner, "programs", programs)
-            elif name == "collect":
-                patch.setattr(llm.runner, "collect", second)
             try:
                 llm.generate(PROMPTS[:3], params, use_tqdm=Bar if name == "bar" else False)
             except KeyboardInterrupt:
