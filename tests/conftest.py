@@ -13,9 +13,9 @@ from nanovllm_jax.models import step_programs
 QUICK_TO_COMPILE = dict(xla_backend_optimization_level=0, xla_llvm_disable_expensive_passes=True)
 QUICK_TO_RUN = dict(xla_backend_optimization_level=1)  # and beside it the flags above
 AS_USUAL = dict(xla_backend_optimization_level=3, xla_llvm_disable_expensive_passes=False)
-if jax.version.__version_info__ < (0, 11):  # later ones do not know this flag, and end the process
-    QUICK_TO_COMPILE["xla_cpu_use_fusion_emitters"] = False
-    AS_USUAL["xla_cpu_use_fusion_emitters"] = True
+if jax.version.__version_info__ < (0, 11):  # later ones do not know all of these flags, and end the process
+    QUICK_TO_COMPILE |= dict(xla_cpu_use_fusion_emitters=False, xla_cpu_parallel_codegen_split_count=1)
+    AS_USUAL |= dict(xla_cpu_use_fusion_emitters=True, xla_cpu_parallel_codegen_split_count=32)
 
 
 @pytest.fixture(scope="session", autouse=True)
