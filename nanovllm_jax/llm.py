@@ -96,7 +96,8 @@ class LLM(LLMEngine):
 
         `prompts` as in `generate`, and a completion for each: a text, tokenised on its own and without special tokens,
         or token ids (of what was generated, give the ids: its text may be tokenised another way). Completions of one
-        prompt share its keys and values through the prefix cache. Raises as `generate` does.
+        prompt share its keys and values through the prefix cache. Where logits are NaN, so are these numbers, and the
+        log says so. Raises as `generate` does.
         """
         self._check_idle("score()")
         prompts, completions = _as_list(prompts), _as_list(completions, "completions")

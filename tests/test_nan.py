@@ -104,6 +104,7 @@ def test_a_model_that_is_nothing_but_nan(tmp_path, tensors, value):
     for params in PARAMS:
         assert_errors(llm.generate(GOOD * 3, params, use_tqdm=False), texts=params.n)
         assert_idle(llm)
+    assert np.isnan(llm.score([[1, 2]], [[3, 4, 5]], use_tqdm=False)).all()
 
 
 def test_a_fault_that_passes_leaves_nothing_in_the_cache(llm):

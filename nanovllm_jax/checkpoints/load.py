@@ -30,7 +30,7 @@ def find_checkpoint(model: str | Path) -> Path:
     if not isinstance(model, (str, Path)):
         raise TypeError(f"model must be a directory or a Hub id, not {model!r}")
     directory = Path(os.path.expanduser(model))
-    if directory.is_dir():
+    if model != "" and directory.is_dir():
         if not (directory / "config.json").is_file():
             raise ValueError(f"{directory} is no checkpoint: it has no config.json")
         return directory

@@ -51,6 +51,7 @@ BAD_MODELS = [
     ("Qwen3-0.6B", ValueError, "'Qwen3-0.6B' is neither a directory nor a Hub id of the form 'organisation/name'"),
     ("/no/such/directory", ValueError, "'/no/such/directory' is neither a directory nor a Hub id"),
     ("~no-such-user/model", ValueError, "'~no-such-user/model' is neither a directory nor a Hub id"),
+    ("", ValueError, "model '' is neither a directory nor a Hub id"),
     ("a/b/c", ValueError, "'a/b/c' is neither a directory nor a Hub id"),
     ("some/model ", ValueError, "'some/model ' is neither a directory nor a Hub id"),
     (None, TypeError, "model must be a directory or a Hub id, not None"),
