@@ -153,7 +153,7 @@ class LLM(LLMEngine):
             )
 
     def _call_itself(self, method: Callable, *args: Any) -> Any:
-        """A call by the one that has the engine for itself."""
+        """For the call that has the engine for itself: `_check_alone` finds this on the stack and lets it pass."""
         return method(*args)
 
     def _check_alone(self, caller: str) -> None:

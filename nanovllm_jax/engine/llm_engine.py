@@ -173,8 +173,7 @@ class LLMEngine(OneThread):
         """
         if not isinstance(request_id, str):
             raise TypeError(f"request_id must be a string, that of one request, not {request_id!r}")
-        if self._is_broken:
-            self._give_up()
+        self._clear_up()
         self._ready = [output for output in self._ready if output.request_id != request_id]
         request = self._requests.get(request_id)
         if request is None:
@@ -364,19 +363,25 @@ class LLMEngine(OneThread):
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
-        """Give all up where an exception leaves something half done: now, or after a second Ctrl-C in the next call."""
-        was_broken, self._is_broken = self._is_broken, True
+        """Give all up where an exception leaves something half done: now, or after a second Ctrl-C in the next call.
+
+        To be entered cleared up, so that a failure before this one is not forgotten.
+        """
+        self._is_broken = True
         try:
             yield
         except BaseException:
             self._give_up()
             raise
-        self._is_broken = was_broken
+        self._is_broken = False
 
     def _check_usable(self) -> None:
+        self._clear_up()
+        self.runner.restore()
+
+    def _clear_up(self) -> None:
         if self._is_broken:
             self._give_up()
-        self.runner.restore()
 
     def _give_up(self) -> None:
         """After a failure: end every request, and begin anew."""
