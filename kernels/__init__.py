@@ -1,5 +1,5 @@
-"""Paged attention (a function each to write the KV cache, decode from it and prefill against it), a norm, linear layers
-of one row, of a few and of many, sampling.
+"""Paged attention (a function each to write the KV cache, decode from it and prefill against it), norms, on one device
+and over several, linear layers of one row, of a few and of many, sampling.
 
 On an NVIDIA GPU each runs its Pallas kernel, anywhere else its plain-jnp oracle (in the files called reference, same
 signature, but for a `fixed` that it has no need of). Which one is settled when a program is lowered, or before it is
@@ -24,6 +24,7 @@ from . import (
     adjust,
     common,
     decode,
+    exchange,
     few,
     logprobs,
     matmul,
@@ -37,6 +38,7 @@ from . import (
     threshold,
 )
 from .common import either, kernel, traced_for
+from .exchange import Peers
 from .few import fits as is_few_rows
 from .reference import whole
 from .reference_sampling import ENDS, MAX_LOGPROBS, PROMPT
@@ -46,8 +48,10 @@ __all__ = [
     "ENDS",
     "MAX_LOGPROBS",
     "PROMPT",
+    "Peers",
     "add_norm",
     "adjust_logits",
+    "all_reduce_norm",
     "few_linear",
     "fixed_matmul",
     "is_few_rows",
@@ -230,6 +234,22 @@ def add_norm(
     """
     oracle = functools.partial(reference.add_norm, fixed=fixed)  # the kernel goes row by row anyway
     return _differentiable(norm.add_norm, oracle, eps=eps)(x, delta, gain)
+
+
+@functools.partial(kernel, static_argnames=("eps", "axis"))
+def all_reduce_norm(
+    x: jax.Array, delta: jax.Array, gain: jax.Array, peers: Peers, eps: float, *, axis: str
+) -> tuple[jax.Array, jax.Array]:
+    """`add_norm` where each device of a mesh axis has a delta of its own, and all of them are added.
+
+    x [T, D] and gain, the same on all devices; delta [S, T, D], whose sum is rounded to x's dtype on each device, and
+    the sum of these once more. T is at most exchange.capacity. All devices call it for the same rows, in one order.
+    """
+    return either(
+        *(x, delta, gain, peers),
+        cuda=functools.partial(exchange.all_reduce_norm, eps=eps),
+        default=functools.partial(reference.all_reduce_norm, eps=eps, axis=axis),
+    )
 
 
 @kernel

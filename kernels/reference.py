@@ -43,6 +43,11 @@ def add_norm(x, delta, gain, *, eps, fixed=False):
     return _in_tiles(add_norm, x, delta) if fixed else add_norm(x, delta)
 
 
+def all_reduce_norm(x, delta, gain, peers, *, eps, axis):
+    """See nanovllm_jax.kernels.all_reduce_norm."""
+    return add_norm(x, lax.psum(whole(delta, x.dtype), axis)[None], gain, eps=eps)
+
+
 def whole(parts, dtype):
     """Parts [S, ...], float32 where there are several -> [...]: their sum, rounded to dtype."""
     return _rounded(sum(parts, jnp.zeros(parts.shape[1:], parts.dtype)), dtype).astype(dtype)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from nanovllm_jax.kernels import exchange
 from small_model import SMALL, small_llm
 
 from nanovllm_jax import SamplingParams
@@ -21,6 +22,8 @@ from nanovllm_jax.config import ModelConfig
 from nanovllm_jax.models.parameters import parameters_of, set_parameters
 from nanovllm_jax.parallel.sharding import make_mesh
 
+# Where a row has 1 KiB: devices add up the sums of 8 rows and fewer by themselves, and those of more by a collective.
+exchange.MOST_BYTES = 3 * 8 * 1024
 # Group sizes 2, 4, 5 and 8; tied and untied; kv heads that divide 8 devices, and fewer than devices.
 CONFIGS = {
     "group2": replace(SMALL, num_attention_heads=16, num_key_value_heads=8),

@@ -12,6 +12,7 @@ from small_model import SMALL, assert_idle, small_llm, write_checkpoint
 from nanovllm_jax import Probe, SamplingParams
 from nanovllm_jax.checkpoints.load import load_model
 from nanovllm_jax.layers.attention import causal_attention
+from nanovllm_jax.layers.linear import Parts
 from nanovllm_jax.layers.rope import rope_angles
 from nanovllm_jax.models import qwen3
 from nanovllm_jax.models.qwen3 import Qwen3ForCausalLM
@@ -118,11 +119,11 @@ def test_preempted_sequences_have_each_position_once(llm, expected):
 
 
 def test_layers_that_hand_on_parts_of_sums():
-    """As they do for up to 64 rows of 16 bits: each place is what it is among more rows."""
+    """As they do for up to 256 rows of 16 bits: each place is what it is among more rows."""
     config = replace(SMALL, hidden_size=512, intermediate_size=512, head_dim=64)
     model = Qwen3ForCausalLM(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     probe = Probe(capture=PLACES, edit={"residual.0": lambda x, steering: x + steering}, steering_size=512)
-    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 511, 100))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 511, 300))
 
     def captured(rows):
         watch = Watch(probe, model, jnp.linspace(-1, 1, 512)[None])
@@ -130,13 +131,15 @@ def test_layers_that_hand_on_parts_of_sums():
         watch.take("logits", model.logits(hidden))
         return watch.captured
 
-    in_parts, whole = captured(40), captured(100)
+    in_four, in_halves, whole = captured(40), captured(100), captured(300)
     down = model.layers[0].mlp.down_proj
-    assert (len(down.no_parts((40,))), len(down.no_parts((100,)))) == (4, 1)
+    assert [len(down.no_parts((rows,))) for rows in (40, 100, 300)] == [4, 2, 1]
     for place in PLACES:
-        assert in_parts[place].dtype == whole[place].dtype
-        got, want = (np.asarray(array[place], np.float32)[:40] for array in (in_parts, whole))
-        np.testing.assert_allclose(got, want, atol=0.02 * np.abs(want).max(), err_msg=place)
+        want = np.asarray(whole[place], np.float32)
+        for parts in (in_four, in_halves):
+            assert parts[place].dtype == whole[place].dtype
+            got = np.asarray(parts[place], np.float32)
+            np.testing.assert_allclose(got, want[: len(got)], atol=0.02 * np.abs(want).max(), err_msg=place)
 
 
 def test_layers_that_hand_on_nothing_to_add(monkeypatch):
@@ -213,8 +216,8 @@ def test_programs_with_a_probe_are_not_kept_on_disk(llm, monkeypatch):
     assert llm.runner._program_store().directory is not None
 
 
-def plain_model(model, tokens, positions, caches, attend, run_layer):
-    residual, delta = model.embed_tokens(tokens), model.layers[0].mlp.down_proj.no_parts(tokens.shape)
+def plain_model(model, tokens, positions, caches, attend, run_layer, peers):
+    residual, delta = model.embed_tokens(tokens), Parts(model.layers[0].mlp.down_proj.no_parts(tokens.shape))
     cos, sin = rope_angles(positions, model.config.rope, model.config.head_dim)
     new_caches = []
     for layer, cache in zip(model.layers, caches):

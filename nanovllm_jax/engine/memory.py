@@ -8,7 +8,7 @@ from nanovllm_jax.config import ModelConfig
 from nanovllm_jax.engine_config import EngineConfig
 from nanovllm_jax.machine import GIB, host_memory
 
-RESERVE = GIB // 2  # cuBLAS workspaces, the arrays of a step in flight, fragmentation
+RESERVE = GIB // 2  # cuBLAS workspaces, the arrays of a step in flight, what devices exchange sums by, fragmentation
 
 
 @dataclass(frozen=True)

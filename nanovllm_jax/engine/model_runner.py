@@ -41,6 +41,7 @@ from nanovllm_jax.models.programs import ProgramStore
 from nanovllm_jax.models.step import StepOutput, prompt_logprobs
 from nanovllm_jax.models.step_programs import HOST, ProgramSettings, StepPrograms
 from nanovllm_jax.parallel.backend import compiler_options
+from nanovllm_jax.parallel.peers import connect_peers
 from nanovllm_jax.parallel.processes import largest, same_everywhere
 from nanovllm_jax.parallel.sharding import DATA_AXIS, make_mesh, per_device, specs_of
 from nanovllm_jax.parallel.sizes import split_config
@@ -104,7 +105,8 @@ class ModelRunner:
     def dispatch(self, shape: BatchShape, buffer: np.ndarray) -> StepOutput:
         """Start one step; returns its output without waiting for the device."""
         buffer = self._on_devices(buffer)
-        output, self.caches, self.state = self.programs[shape](self.weights.leaves, self.caches, self.state, buffer)
+        arguments = self.weights.leaves, self.caches, self.state, buffer, self.peers
+        output, self.caches, self.state = self.programs[shape](*arguments)
         if output.tokens.sharding.memory_kind != HOST:
             output.tokens.copy_to_host_async()
         return output
@@ -223,10 +225,11 @@ class ModelRunner:
         return (self.max_num_seqs + 1) * (self.model_config.vocab_size * 8 // self.num_shards + steering)
 
     def _allocate(self) -> None:
-        """Make the caches and the device's state, all zeros."""
+        """Make the caches and the device's state, all zeros, and the memory that devices exchange sums by."""
         self.caches, self.state = jax.tree.map(
             lambda array: jnp.zeros(array.shape, array.dtype, device=array.sharding), self.steps.layout()
         )
+        self.peers = connect_peers(self.steps.peers) if self.steps.peers else None
 
     # ------------------------------------------------------------ programs
 
@@ -314,9 +317,9 @@ class ModelRunner:
         return jax.jit(per_device(write_tables, self.mesh, in_specs, state), donate_argnums=0)
 
 
-def _eager_step(step: Callable, leaves, caches, state, buffer):
+def _eager_step(step: Callable, leaves, caches, state, buffer, peers):
     with jax.disable_jit():
-        return step(leaves, caches, state, jnp.asarray(buffer))
+        return step(leaves, caches, state, jnp.asarray(buffer), peers)
 
 
 def _check_for_gpu(config: ModelConfig) -> None:

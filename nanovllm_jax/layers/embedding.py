@@ -26,11 +26,12 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """tokens [...] int32 in [0, V) -> [..., D]."""
+        return sum_over("vocab", self.own(tokens)) if is_split() else _look_up(self.weight[...], tokens)
+
+    def own(self, tokens: jax.Array) -> jax.Array:
+        """tokens [...] -> [..., D] of those in this device's part of the table, and zeros for the others."""
         table = self.weight[...]
-        if not is_split():
-            return _look_up(table, tokens)
-        # Each device looks up its own tokens; the others' are zero.
-        return sum_over("vocab", jnp.take(table, local_index(tokens, len(table)), axis=0, mode="fill", fill_value=0))
+        return jnp.take(table, local_index(tokens, len(table)), axis=0, mode="fill", fill_value=0)
 
     def attend(self, x: jax.Array) -> jax.Array:
         """x [..., D] -> logits [..., V] float32, or a device's part of V."""

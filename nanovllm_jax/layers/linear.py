@@ -1,6 +1,7 @@
 """Linear layers: weights stored [out..., in], as in Hugging Face checkpoints."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +9,21 @@ from flax import nnx
 from jax import lax
 
 from nanovllm_jax import kernels
+from nanovllm_jax.kernels import Peers
 from nanovllm_jax.kernels.common import with_rank
 from nanovllm_jax.parallel.sharding import is_summed_over, sum_over
 
 STDDEV = 0.02  # of random weights, as Qwen3's initializer_range
+HALVED_ROWS = range(65, 257)  # for so many cuBLAS is faster, of 0.6B to 8B on an H200, where it need not add the halves
+
+
+class Parts(NamedTuple):
+    """What is still to be added to the residual stream, which the next norm does as it reads it."""
+
+    here: jax.Array
+    """[S, ..., features]: its sum over S, rounded; float32 where there are several."""
+    peers: Peers | None = None
+    """If given, each of these devices has a sum of its own, and theirs is what is to be added."""
 
 
 def param(value: jax.Array, *axes: str | None) -> nnx.Param:
@@ -32,6 +44,12 @@ def matmul(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype | None = None) 
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     contract = (((x.ndim - 1,), (weight.ndim - 1,)), ((), ()))
     return lax.dot_general(x, weight, contract, precision=precision, preferred_element_type=out_dtype or x.dtype)
+
+
+def halved_matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x [T, D] times weight [F, D] transposed, as the products of both halves of D: [2, T, F] float32."""
+    x, weight = (array.reshape(len(array), 2, -1) for array in (x, weight))
+    return lax.dot_general(x, weight, (((2,), (2,)), ((1,), (1,))), preferred_element_type=jnp.float32)
 
 
 MatMul = Callable  # matmul or fixed_matmul
@@ -77,25 +95,32 @@ class Linear(nnx.Module):
         """Whether there are kernels for this layer: a product as `matmul` makes it, and no bias."""
         return self.matmul is matmul and self.bias is None
 
-    def parts(self, x: jax.Array) -> jax.Array:
-        """x [..., in] -> [S, ..., *out], whose sum over S is what this layer gives: for `of_sum` of the next one."""
-        weight = self.weight[...]
-        alone = self.is_plain and weight.ndim == 2 and not is_summed_over(self.in_axis)
-        if alone and kernels.is_few_rows(x, weight):
-            return kernels.few_linear(x, weight[None])
-        return self(x)[None]
+    def parts(self, x: jax.Array, peers: Peers | None = None) -> Parts:
+        """x [..., in] -> what this layer gives, in parts [S, ..., *out]: for `of_sum` of the next one.
 
-    def no_parts(self, leading: tuple[int, ...]) -> jax.Array:
-        """Zeros like `parts` of x [*leading, in]."""
+        `peers`: the devices that have the other parts of `in`, where it is left to the next layer to add theirs.
+        """
+        weight = self.weight[...]
+        if self.is_plain and weight.ndim == 2 and (peers or not is_summed_over(self.in_axis)):
+            if kernels.is_few_rows(x, weight):
+                return Parts(kernels.few_linear(x, weight[None]), peers)
+            if x.ndim == 2 and len(x) in HALVED_ROWS and x.dtype.itemsize == 2 and x.shape[1] % 2 == 0:
+                return Parts(halved_matmul(x, weight), peers)
+            if peers:
+                return Parts(self.matmul(x, weight)[None], peers)
+        return Parts(self(x)[None])
+
+    def no_parts(self, leading: tuple[int, ...], peers: Peers | None = None) -> jax.Array:
+        """Zeros like those that `parts` of x [*leading, in] has here."""
         x = jax.ShapeDtypeStruct((*leading, self.weight.shape[-1]), self.weight.dtype)
-        return jnp.zeros_like(jax.eval_shape(self.parts, x))
+        return jnp.zeros_like(jax.eval_shape(lambda x: self.parts(x, peers).here, x))
 
-    def of_sum(self, norm: nnx.Module, x: jax.Array, delta: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """x [..., in] and delta [S, ..., in], in parts -> their sum, and this layer of the sum's norm (an RMSNorm)."""
+    def of_sum(self, norm: nnx.Module, x: jax.Array, delta: Parts) -> tuple[jax.Array, jax.Array]:
+        """x [..., in] and what is to be added to it -> their sum, and this layer of the sum's norm (an RMSNorm)."""
         weight = self.weight[...]
-        if self.is_plain and kernels.is_row(x, weight, normed=True):
+        if delta.peers is None and self.is_plain and kernels.is_row(x, weight, normed=True):
             matrices = weight.reshape(self.products, -1, weight.shape[-1])
-            total, y = kernels.row_norm_linear(x, delta[0], norm.weight[...], matrices, norm.eps)
+            total, y = kernels.row_norm_linear(x, delta.here[0], norm.weight[...], matrices, norm.eps)
             return total, y.reshape(1, *weight.shape[self.products - 1 : -1])
         total, normed = norm.add(x, delta, fixed=self.matmul is fixed_matmul)
         return total, self(normed)

@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from nanovllm_jax.kernels import add_norm
+from nanovllm_jax.kernels import add_norm, all_reduce_norm
 from nanovllm_jax.kernels.reference import rms_norm
-from nanovllm_jax.layers.linear import param
+from nanovllm_jax.layers.linear import Parts, param
+from nanovllm_jax.parallel.sharding import MODEL_AXIS
 
 
 class RMSNorm(nnx.Module):
@@ -20,8 +21,12 @@ class RMSNorm(nnx.Module):
         """x [..., features] -> the same shape and dtype."""
         return rms_norm(x, self.weight[...], self.eps)
 
-    def add(self, x: jax.Array, delta: jax.Array, *, fixed: bool = False) -> tuple[jax.Array, jax.Array]:
-        """x [..., features], delta [S, ..., features] in parts -> their sum, and its norm, in one pass over memory."""
-        rows = x.reshape(-1, x.shape[-1])
-        total, normed = add_norm(rows, delta.reshape(len(delta), *rows.shape), self.weight[...], self.eps, fixed=fixed)
+    def add(self, x: jax.Array, delta: Parts, *, fixed: bool = False) -> tuple[jax.Array, jax.Array]:
+        """x [..., features], and parts of what is added to it -> their sum, and its norm, in one pass over memory."""
+        rows, gain = x.reshape(-1, x.shape[-1]), self.weight[...]
+        here = delta.here.reshape(-1, *rows.shape)
+        if delta.peers is None:
+            total, normed = add_norm(rows, here, gain, self.eps, fixed=fixed)
+        else:
+            total, normed = all_reduce_norm(rows, here, gain, delta.peers, self.eps, axis=MODEL_AXIS)
         return total.reshape(x.shape), normed.reshape(x.shape)

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from nanovllm_jax.config import ModelConfig
+from nanovllm_jax.kernels import Peers
 from nanovllm_jax.layers.embedding import Embedding
-from nanovllm_jax.layers.linear import GatedLinear, Linear, MatMul, fixed_matmul, matmul
+from nanovllm_jax.layers.linear import GatedLinear, Linear, MatMul, Parts, fixed_matmul, matmul
 from nanovllm_jax.layers.norm import RMSNorm
 from nanovllm_jax.layers.rope import rope_angles
 from nanovllm_jax.parallel.sharding import is_split
@@ -40,12 +41,12 @@ class Attention(nnx.Module):
         self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps, dtype=dtype)
         self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps, dtype=dtype)
 
-    def __call__(self, norm: RMSNorm, residual: jax.Array, delta: jax.Array, cos, sin, cache, attend: Attend):
-        """residual [T, D], delta [S, T, D] -> their sum, the attention over its norm, in parts too, and the cache."""
+    def __call__(self, norm: RMSNorm, residual: jax.Array, delta: Parts, cos, sin, cache, attend: Attend):
+        """residual [T, D], and what is to be added -> their sum, the attention over its norm in parts, the cache."""
         residual, qkv = self.qkv_proj.of_sum(norm, residual, delta)  # (T, K, G + 2, H)
         with jax.named_scope("attend"):
             out, cache = attend(qkv, self.q_norm, self.k_norm, cos, sin, cache)  # (T, N, H)
-        return residual, self.o_proj.parts(out.reshape(*residual.shape[:-1], -1)), cache
+        return residual, self.o_proj.parts(out.reshape(*residual.shape[:-1], -1), delta.peers), cache
 
 
 class MLP(nnx.Module):
@@ -56,10 +57,10 @@ class MLP(nnx.Module):
         self.gate_up_proj = GatedLinear(d, (2, f), axes=(None, "mlp", "embed"), **options)
         self.down_proj = Linear(f, (d,), axes=("embed", "mlp"), **options)
 
-    def __call__(self, norm: RMSNorm, residual: jax.Array, delta: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """residual [T, D] and delta [S, T, D] -> their sum, and what the layers make of its norm, in parts too."""
+    def __call__(self, norm: RMSNorm, residual: jax.Array, delta: Parts) -> tuple[jax.Array, Parts]:
+        """residual [T, D], and what is to be added -> their sum, and what the layers make of its norm, in parts too."""
         residual, gated = self.gate_up_proj.of_sum(norm, residual, delta)  # (T, F)
-        return residual, self.down_proj.parts(gated)
+        return residual, self.down_proj.parts(gated, delta.peers)
 
 
 class DecoderLayer(nnx.Module):
@@ -71,31 +72,33 @@ class DecoderLayer(nnx.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
         self.mlp = MLP(config, dtype=dtype, rngs=rngs, matmul=matmul)
 
-    def __call__(self, residual: jax.Array, delta: jax.Array, cos: jax.Array, sin: jax.Array, cache, attend: Attend):
+    def __call__(self, residual: jax.Array, delta: Parts, cos: jax.Array, sin: jax.Array, cache, attend: Attend):
         """The residual stream as [T, D] and what is still to be added -> the same after this layer, and the cache.
 
-        delta [S, T, D] comes in parts, for the next norm to add up, of many rows none.
+        delta comes in parts [S, T, D], for the next norm to add up, of many rows none.
         """
         residual, delta, cache = self.attention_half(residual, delta, cos, sin, cache, attend)
         residual, delta = self.mlp_half(*self.added(residual, delta))
         return *self.added(residual, delta), cache
 
-    def added(self, residual: jax.Array, delta: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def added(self, residual: jax.Array, delta: Parts) -> tuple[jax.Array, Parts]:
         """The same stream, of many rows with nothing to be added.
 
         There cuBLAS adds while it multiplies, and the norm reads one array: but not for deterministic layers, which
         have a kernel of their own, and not where other devices have parts of the sum.
         """
         many, by_cublas = math.prod(residual.shape[:-1]) >= ADDED_ROWS, self.mlp.down_proj.is_plain and not is_split()
-        return (residual + delta[0], delta[:0]) if many and by_cublas and len(delta) == 1 else (residual, delta)
+        if many and by_cublas and len(delta.here) == 1:
+            return residual + delta.here[0], Parts(delta.here[:0])
+        return residual, delta
 
     @jax.named_scope("attention")
-    def attention_half(self, residual: jax.Array, delta: jax.Array, cos, sin, cache, attend: Attend):
+    def attention_half(self, residual: jax.Array, delta: Parts, cos, sin, cache, attend: Attend):
         """The first half of a layer: the delta that comes back is the attention's output."""
         return self.self_attn(self.input_layernorm, residual, delta, cos, sin, cache, attend)
 
     @jax.named_scope("mlp")
-    def mlp_half(self, residual: jax.Array, delta: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def mlp_half(self, residual: jax.Array, delta: Parts) -> tuple[jax.Array, Parts]:
         """The second half."""
         return self.mlp(self.post_attention_layernorm, residual, delta)
 
@@ -104,7 +107,7 @@ class DecoderLayer(nnx.Module):
 _run_layer = jax.jit(DecoderLayer.__call__)
 
 
-def run_layer(number: int, layer: DecoderLayer, residual: jax.Array, delta: jax.Array, cos, sin, cache, attend: Attend):
+def run_layer(number: int, layer: DecoderLayer, residual: jax.Array, delta: Parts, cos, sin, cache, attend: Attend):
     """How a model runs its layer `number` (from 0), unless it is told another way."""
     return _run_layer(layer, residual, delta, cos, sin, cache, attend)
 
@@ -131,20 +134,29 @@ class Qwen3ForCausalLM(nnx.Module):
         caches: Sequence | None,
         attend: Attend,
         run_layer: Callable = run_layer,
+        peers: Peers | None = None,
     ):
         """tokens, positions [T] int32 -> hidden states [T, D] after the last norm, and the layers' caches.
 
         `caches` holds one cache a layer, or is None where `attend` needs none (`causal_attention`). `run_layer` is for
-        those who want to do more at each layer: look inside, or forget activations and compute them again.
+        those who want to do more at each layer: look inside, or forget activations and compute them again. `peers`: how
+        a device of several finds the others, for the norms to add up what each of them has, where T is small.
         """
-        first = self.layers[0]
-        residual, delta = first.added(self.embed_tokens(tokens), first.mlp.down_proj.no_parts(tokens.shape))
+        residual, delta = self.layers[0].added(*self._start(tokens, peers))
         cos, sin = rope_angles(positions, self.config.rope, self.config.head_dim)
         new_caches = []
         for number, (layer, cache) in enumerate(zip(self.layers, caches or [None] * len(self.layers), strict=True)):
             residual, delta, cache = run_layer(number, layer, residual, delta, cos, sin, cache, attend)
             new_caches.append(cache)
         return self.norm.add(residual, delta, fixed=self.deterministic)[1], new_caches
+
+    def _start(self, tokens: jax.Array, peers: Peers | None) -> tuple[jax.Array, Parts]:
+        """The residual stream before the first layer, and what is to be added: where there are peers, all of it."""
+        down_proj = self.layers[0].mlp.down_proj
+        if peers is None:
+            return self.embed_tokens(tokens), Parts(down_proj.no_parts(tokens.shape))
+        own, nothing = self.embed_tokens.own(tokens), down_proj.no_parts(tokens.shape, peers)
+        return jnp.zeros_like(own), Parts(nothing.at[0].set(own.astype(nothing.dtype)), peers)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Hidden [..., D] -> [..., V] float32."""

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from nanovllm_jax.engine.batch import BatchShape, BatchView
-from nanovllm_jax.kernels import token_logprobs
+from nanovllm_jax.kernels import Peers, token_logprobs
 from nanovllm_jax.kernels.common import search
 from nanovllm_jax.layers.attention import KVCache, PagedAttention
 from nanovllm_jax.models.draw import DeviceState, draw
@@ -39,6 +39,7 @@ def engine_step(
     caches: list[KVCache],
     state: DeviceState,
     buffer: jax.Array,
+    peers: Peers | None = None,
     *,
     shape: BatchShape,
     block_size: int,
@@ -47,6 +48,7 @@ def engine_step(
     """Compute one batch and sample, once or several times over.
 
     buffer: the batch, packed by engine.batch. The caches and the state come back updated; compiled, they are donated.
+    peers: as of Qwen3ForCausalLM.
     """
     batch = shape.views(buffer)
 
@@ -57,7 +59,7 @@ def engine_step(
             lens = jnp.where(lens > 0, lens + number, 0)
             tokens = jnp.where(number == 0, tokens, -1)
         one = batch._replace(context_lens=lens, decode_tokens=tokens)
-        return _one_step(model, *carry, one, block_size, probe)
+        return _one_step(model, *carry, one, peers, block_size, probe)
 
     if shape.num_steps == 1:
         (caches, state), output = step((caches, state), 0)
@@ -87,7 +89,7 @@ def prompt_logprobs(
     return from_group(mine, vocabulary.by_rows(of_rows, [logits], asks, tokens))
 
 
-def _one_step(model, caches, state: DeviceState, batch: BatchView, block_size: int, probe):
+def _one_step(model, caches, state: DeviceState, batch: BatchView, peers, block_size: int, probe):
     """Compute the batch's tokens and sample: ((caches, state), output)."""
     rows, slots = batch.decode_tokens.shape[0], batch.slots
     decode_tokens = jnp.where(batch.decode_tokens >= 0, batch.decode_tokens, state.last_tokens[slots[:rows]])
@@ -104,7 +106,7 @@ def _one_step(model, caches, state: DeviceState, batch: BatchView, block_size: i
     )
     watch = probe and Watch(probe, model, state.steering[slots[table_rows]])
     run = watch.run_layer if watch else run_layer
-    hidden, caches = model(tokens, jnp.maximum(positions, 0), caches, attend, run)  # (B + T, D)
+    hidden, caches = model(tokens, jnp.maximum(positions, 0), caches, attend, run, peers)  # (B + T, D)
     last_of_prefill = jnp.maximum(batch.query_starts[1:] - 1, 0) + rows
     sampled = jnp.concatenate((jnp.arange(rows), last_of_prefill)) if len(last_of_prefill) else jnp.arange(rows)
     with jax.named_scope("head"):

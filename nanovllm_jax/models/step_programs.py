@@ -1,7 +1,7 @@
 """An engine's programs before they are compiled: what they are made from, and what goes into them."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,11 +15,14 @@ from nanovllm_jax import kernels
 from nanovllm_jax.config import ModelConfig
 from nanovllm_jax.engine.batch import BatchShape
 from nanovllm_jax.engine_config import EngineConfig
+from nanovllm_jax.kernels import Peers
+from nanovllm_jax.kernels.exchange import capacity
 from nanovllm_jax.layers.attention import KVCache
 from nanovllm_jax.models.draw import DeviceState
 from nanovllm_jax.models.parameters import abstract_model
 from nanovllm_jax.models.step import StepOutput, engine_step
 from nanovllm_jax.parallel.backend import compiler_options
+from nanovllm_jax.parallel.peers import peers_layout
 from nanovllm_jax.parallel.sharding import DATA_AXIS, MODEL_AXIS, gather_groups, make_mesh, per_device, specs_of
 
 HOST = "pinned_host"  # JAX's name for the host's memory that a GPU writes
@@ -38,7 +41,7 @@ class ProgramSettings(NamedTuple):
 
 
 class StepPrograms:
-    """The step of each batch shape, as functions of (weights as a flat list, caches, state, buffer)."""
+    """The step of each batch shape, as functions of (weights as a flat list, caches, state, buffer, peers)."""
 
     def __init__(self, settings: ProgramSettings, mesh: Mesh, weights: list[jax.ShapeDtypeStruct], treedef: Any):
         """`weights`, `treedef`: a model's shapes and shardings on `mesh`, flat, and how they make the model."""
@@ -73,16 +76,30 @@ class StepPrograms:
         )
         return [KVCache(pages, pages)] * c.num_hidden_layers, state
 
+    @cached_property
+    def peers(self) -> Peers | None:
+        """Shapes and shardings of what devices exchange sums by; None if they do it by collectives alone."""
+        config = self.settings.config
+        if config.probe or config.deterministic or config.enforce_eager:  # the first of these reads the sums themselves
+            return None
+        return peers_layout(self.mesh, self.settings.model_config.hidden_size, self.settings.dtype)
+
+    def exchanges(self, shape: BatchShape) -> bool:
+        """Whether devices add up what they have of a layer by themselves: else, and of many rows, collectives do."""
+        row = self.settings.model_config.hidden_size, self.settings.dtype.itemsize
+        rows, most = shape.decode_rows + shape.prefill_tokens, capacity(self.mesh.shape[MODEL_AXIS], *row)
+        return self.peers is not None and rows <= most
+
     def arguments(self, shape: BatchShape) -> tuple[Any, ...]:
         """Shapes and shardings of what a step is called with."""
         buffer = jax.ShapeDtypeStruct((self.mesh.shape[DATA_AXIS] * shape.size,), jnp.int32, sharding=self.by_group)
-        return self.weights, *self.layout(), buffer
+        return self.weights, *self.layout(), buffer, self.peers
 
     def function(self, shape: BatchShape) -> Callable:
         """The step of all devices, as a function of whole arrays."""
         donated = specs_of(self.layout())
         output = StepOutput(tokens=Spec(), logprobs=Spec(), hidden=Spec(None, DATA_AXIS), activations=Spec())
-        in_specs = (specs_of(self.weights), *donated, Spec(DATA_AXIS))
+        in_specs = (specs_of(self.weights), *donated, Spec(DATA_AXIS), specs_of(self.peers))
         return per_device(partial(self._step, shape), self.mesh, in_specs, (output, *donated))
 
     def lower(self, shape: BatchShape) -> Lowered:
@@ -96,10 +113,11 @@ class StepPrograms:
         """XLA's flags for a shape's step."""
         return compiler_options(self.mesh, shape.decode_rows + shape.prefill_tokens)
 
-    def _step(self, shape: BatchShape, leaves, caches, state, buffer):
+    def _step(self, shape: BatchShape, leaves, caches, state, buffer, peers):
         # A module is a pytree; passed flat, it costs no Python at a call.
         model = jax.tree.unflatten(self.treedef, leaves)
         static = dict(shape=shape, block_size=self.settings.config.block_size, probe=self.settings.config.probe)
-        output, caches, state = engine_step(model, caches, state, buffer, **static)
+        peers = peers if self.exchanges(shape) else None
+        output, caches, state = engine_step(model, caches, state, buffer, peers, **static)
         tokens, logprobs = map(gather_groups, (output.tokens, output.logprobs))
         return output._replace(tokens=tokens, logprobs=logprobs), caches, state

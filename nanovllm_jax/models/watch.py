@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from nanovllm_jax.kernels import whole
+from nanovllm_jax.layers.linear import Parts
 from nanovllm_jax.models.qwen3 import DecoderLayer, run_layer
 from nanovllm_jax.probe import Probe
 
@@ -17,17 +18,17 @@ class Watch:
         self.probe, self.model, self.steering = probe, model, steering
         self.captured: dict[str, jax.Array] = {}
 
-    def run_layer(self, number: int, layer: DecoderLayer, residual: jax.Array, delta: jax.Array, *args):
+    def run_layer(self, number: int, layer: DecoderLayer, residual: jax.Array, delta: Parts, *args):
         """models.qwen3.run_layer, with this probe's functions around the halves of the layer."""
         if not self.probe.watches(number):
             return run_layer(number, layer, residual, delta, *args)
         residual, delta, cache = layer.attention_half(residual, delta, *args)
-        self.take(f"attention.{number}", whole(delta, residual.dtype))
+        self.take(f"attention.{number}", whole(delta.here, residual.dtype))
         residual, delta = layer.mlp_half(residual, delta)
-        stream = residual + whole(delta, residual.dtype)
+        stream = residual + whole(delta.here, residual.dtype)
         if edit := self.probe.edit.get(f"residual.{number}"):
             stream = edit(stream, self.steering).astype(stream.dtype)
-            residual, delta = stream, jnp.zeros_like(delta)
+            residual, delta = stream, Parts(jnp.zeros_like(delta.here))
         self.take(f"residual.{number}", stream)
         return residual, delta, cache
 

@@ -147,7 +147,7 @@ def test_a_layer_in_parts():
     x, residual = (
         jnp.asarray(np.random.default_rng(size).standard_normal((6, size)), jnp.bfloat16) for size in (1024, 512)
     )
-    parts = layer.parts(x)
+    parts = layer.parts(x).here
     assert parts.shape == layer.no_parts((6,)).shape == (PARTS, 6, 512)
     assert parts.dtype == layer.no_parts((6,)).dtype == jnp.float32
     assert_close(whole(parts, x.dtype), np.asarray(layer(x), np.float64), x.dtype)
@@ -155,7 +155,7 @@ def test_a_layer_in_parts():
     summed = whole(parts, x.dtype)[None]
     for got, want in zip(add_norm(residual, parts, gain, EPS), add_norm(residual, summed, gain, EPS)):
         np.testing.assert_array_equal(got, want)
-    np.testing.assert_array_equal(biased.parts(x), biased(x)[None])
+    np.testing.assert_array_equal(biased.parts(x).here, biased(x)[None])
     gated = GatedLinear(1024, (2, 512), axes=(None, None, "embed"), dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-    np.testing.assert_array_equal(gated.parts(x), gated(x)[None])
+    np.testing.assert_array_equal(gated.parts(x).here, gated(x)[None])
     assert biased.no_parts((6,)).shape == (1, 6, 512)
