@@ -107,14 +107,14 @@ def exchange(config: ModelConfig, devices: int, tokens: int, rows: int, itemsize
     """Bytes that a device sends in a step, and in how many collectives: as the tests count them in the programs.
 
     A sum for the embedding and two a layer, of a token's hidden state, each a ring; the logits of each row, twice, to
-    the device that draws it; and two gathers of what is drawn, 172 bytes a row.
+    the device that draws it; and one gather of what is drawn, 172 bytes a row.
     """
     if devices == 1:
         return 0.0, 0
     sums, share = 2 * config.num_hidden_layers + 1, (devices - 1) / devices
     summed = 2 * share * tokens * config.hidden_size * itemsize
     logits = 2 * share * rows * config.vocab_size * 4 / devices
-    return sums * summed + logits + share * rows * 172, sums + 3
+    return sums * summed + logits + share * rows * 172, sums + 2
 
 
 def most_sequences(config: ModelConfig, devices: int, context: int, itemsize: int = 2) -> int:

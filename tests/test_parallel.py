@@ -126,7 +126,7 @@ def check_collectives(report, data, model, layers, hidden=48):
     assert sums == [rows * hidden] * (2 * layers + 1)
     share = -(-rows // model)
     assert [size for kind, size in always if kind == "all-to-all"] == [2 * share * vocab]
-    drawn = [share * model, share * model * 2 * (1 + top)]  # tokens and log probabilities
+    drawn = [share * model * (1 + 2 * (1 + top))]  # tokens and log probabilities
     groups = [] if data == 1 else [data * rows, data * rows * 2 * (1 + top)]  # which data groups tell each other
     assert sorted(size for kind, size in always if kind == "all-gather") == sorted(drawn + groups)
     assert len(always) == len(sums) + 1 + len(drawn) + len(groups)

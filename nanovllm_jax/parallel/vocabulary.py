@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from nanovllm_jax.parallel.sharding import MODEL_AXIS, first_of_shard, is_split
@@ -19,7 +20,7 @@ from nanovllm_jax.parallel.sharding import MODEL_AXIS, first_of_shard, is_split
 def by_rows(function: Callable, logits: Sequence[jax.Array], *args: jax.Array) -> Any:
     """function(*logits [R, V], *args [R, ...]) -> arrays [R, ...], of which each device computes R / N rows.
 
-    logits: [R, V / N] each, of one dtype; args: the same on every device, as the results are.
+    logits: [R, V / N] each, of one dtype; args: the same on every device, as the results are, which are of one dtype.
     """
     if not is_split():
         return function(*logits, *args)
@@ -32,5 +33,9 @@ def by_rows(function: Callable, logits: Sequence[jax.Array], *args: jax.Array) -
     parts = jnp.stack([padded(x) for x in logits])  # one array, so that it is one exchange
     whole = lax.all_to_all(parts, MODEL_AXIS, split_axis=1, concat_axis=2, tiled=True)  # (len(logits), R / N, V)
     mine = [lax.dynamic_slice_in_dim(padded(x), first_of_shard(share), share) for x in args]
-    results = function(*whole, *mine)
-    return jax.tree.map(lambda x: lax.all_gather(x, MODEL_AXIS, tiled=True)[:rows], results)
+    results, treedef = jax.tree.flatten(function(*whole, *mine))
+    columns = jnp.concatenate([x.reshape(share, -1) for x in results], axis=1)  # as above, one exchange
+    columns = lax.all_gather(columns, MODEL_AXIS, tiled=True)[:rows]
+    ends = np.cumsum([x.size // share for x in results])[:-1]
+    parts = zip(jnp.split(columns, ends, axis=1), results)
+    return jax.tree.unflatten(treedef, [part.reshape(rows, *x.shape[1:]) for part, x in parts])
