@@ -23,7 +23,7 @@ from .common import named_pallas_call, rounded
 MOST_DEVICES = 8
 MOST_BYTES = 4 << 20  # that a device sends: larger sums are NCCL's
 PAIR = 16  # bytes of two words, which are sent at once
-LEAST_BYTES = 1024  # of a row: each thread of a warp has two pairs of it, or more
+LEAST_BYTES = 1024  # of a row, which is 16 to each thread of two warps
 
 
 class Peers(NamedTuple):
@@ -159,7 +159,7 @@ def _all_reduce_norm_kernel(ref, *, width: int, rows: int, eps: float):
 
 
 def all_reduce_norm(
-    x: jax.Array, delta: jax.Array, gain: jax.Array, peers: Peers, *, eps: float, num_warps: int | None = None
+    x: jax.Array, delta: jax.Array, gain: jax.Array, peers: Peers, *, eps: float, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array]:
     """nanovllm_jax.kernels.all_reduce_norm as one kernel."""
     tokens, features = x.shape
@@ -170,7 +170,8 @@ def all_reduce_norm(
         args,
         dict.fromkeys(("sum", "normed"), jax.ShapeDtypeStruct(x.shape, x.dtype)),
         grid=(tokens,),
-        num_warps=num_warps or min(16, max(1, width // 512)),
+        num_warps=min(16, width // 256),  # which have 16 bytes or more to a thread
+        interpret=interpret,
         width=width,
         rows=capacity(devices, features, x.dtype.itemsize),
         eps=eps,

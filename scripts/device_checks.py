@@ -15,6 +15,7 @@ import sys
 import time
 import traceback
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import plan
 from jax import lax
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as Spec
 from options import count
 
@@ -30,8 +32,11 @@ from nanovllm_jax import LLM, SamplingParams
 from nanovllm_jax.checkpoints.huggingface import config_json
 from nanovllm_jax.checkpoints.load import load_model
 from nanovllm_jax.config import ModelConfig
+from nanovllm_jax.layers.linear import Parts
+from nanovllm_jax.layers.norm import RMSNorm
 from nanovllm_jax.parallel.backend import compiler_options
-from nanovllm_jax.parallel.sharding import MODEL_AXIS, make_mesh, per_device
+from nanovllm_jax.parallel.peers import connect_peers, peers_layout
+from nanovllm_jax.parallel.sharding import MODEL_AXIS, make_mesh, per_device, specs_of
 
 LAYERS = 2  # of the model whose numbers are compared
 # So few sizes make five programs. Two requests that run at a time do not fit in the pool together, a prompt is longer
@@ -46,6 +51,7 @@ NUMBERS = dict(
     num_scheduler_steps=4,
 )
 SPEED = dict(max_num_seqs=64, max_num_batched_tokens=128, max_model_len=1536, num_kvcache_blocks=400)
+HIDDEN, SUMS = 1024, 100  # of sums alone: the size of a row, and how many there are
 VOCAB = 4000  # prompts' tokens are below
 SEQUENCES, PROMPT, STEPS = 64, 500, 64  # that decode at a time, tokens of each one's prompt, and steps that are timed
 ON_A_CPU = 4, 20, 8
@@ -143,8 +149,9 @@ def tensor(folder: Path, devices: int) -> str:
     """The model split over all devices."""
     llm = make_llm(folder, 1, devices, **NUMBERS)
     program = next(p for shape, p in llm.runner.programs.items() if not shape.prefill_tokens and shape.num_steps == 1)
-    sums = len(re.findall(r" all-reduce(?:-start)?\(", program.as_text()))
-    return f"{compare(folder, behaviour(llm, folder))}; {sums} all-reduces a step ({2 * LAYERS + 1} expected)"
+    sums, own = len(re.findall(r" all-reduce(?:-start)?\(", program.as_text())), llm.runner.peers and llm.runner.on_gpu
+    wanted = 0 if own else 2 * LAYERS + 1
+    return f"{compare(folder, behaviour(llm, folder))}; {sums} all-reduces a step ({wanted} expected)"
 
 
 def data(folder: Path, devices: int) -> str:
@@ -220,6 +227,44 @@ def links(folder: Path, devices: int) -> str:
     return f"an all-reduce of 2 KiB takes {1e6 * small:.1f} us, one of {size >> 9} KiB sends {rate / 1e9:.1f} GB/s"
 
 
+def sums(folder: Path, devices: int) -> str:
+    """Sums over devices by their own kernel, each made from the one before, and the same by collectives; their time."""
+    mesh, rank, times = make_mesh(devices), partial(lax.axis_index, MODEL_AXIS), []
+    for dtype, rows in ((jnp.bfloat16, 1), (jnp.float32, 3), (jnp.bfloat16, 64), (jnp.bfloat16, 256)):
+        layout = peers_layout(mesh, HIDDEN, jnp.dtype(dtype))
+        if layout is None:
+            return "left out: these devices do not reach one another's memory"
+        ones = jnp.ones((HIDDEN,), dtype)
+
+        def step(total, peers, by_kernel, ones=ones):
+            delta = ((total + 3 * rank()) % 7 - 3)[None]  # small integers, so that no order of sums rounds
+            if not by_kernel:
+                delta, peers = lax.psum(delta, MODEL_AXIS), None
+            return RMSNorm(HIDDEN, 1e-6, dtype=ones.dtype).add(total % 8 + ones, Parts(delta, peers))[0]
+
+        def program(x, peers, by_kernel, step=step):
+            for _ in range(SUMS):
+                x = step(x, peers, by_kernel)
+            return x[None]
+
+        x = jnp.tile(jnp.arange(HIDDEN, dtype=jnp.float32) % 5, (rows, 1)).astype(dtype)
+        args, found = (jax.device_put(x, NamedSharding(mesh, Spec())), connect_peers(layout)), []
+        for by_kernel in (True, False):
+            specs = Spec(), specs_of(layout)
+            one = per_device(partial(program, by_kernel=by_kernel), mesh, specs, Spec(MODEL_AXIS))
+            compiled = jax.jit(one, compiler_options=compiler_options(mesh, rows)).lower(*args).compile()
+            found += [np.asarray(compiled(*args).astype(jnp.float32)) for _ in range(3)]
+            start = time.perf_counter()
+            jax.block_until_ready(compiled(*args))
+            times.append(1e6 * (time.perf_counter() - start) / SUMS)
+        assert all((y == found[0][0]).all() for of_devices in found for y in of_devices), "sums differ"
+    row, row_by_collective, *_, many, many_by_collective = times
+    return (
+        f"a row takes {row:.1f} us by the kernel and {row_by_collective:.1f} by a collective, 256 rows {many:.1f} and "
+        f"{many_by_collective:.1f}"
+    )
+
+
 def speed(folder: Path, devices: int) -> str:
     """Of decode steps in bfloat16 (on a CPU float32), on one device and on all, beside scripts/plan.py's for H200s."""
     config = ModelConfig.from_pretrained(folder / "speed")
@@ -267,7 +312,7 @@ def decode(llm: LLM, tokens: int) -> int:
     return llm.metrics.num_decode_tokens - before
 
 
-CHECKS = {check.__name__: check for check in (links, alone, tensor, data, mixed, disk, speed, processes)}
+CHECKS = {check.__name__: check for check in (links, sums, alone, tensor, data, mixed, disk, speed, processes)}
 
 
 def main() -> None:

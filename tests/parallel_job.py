@@ -69,6 +69,7 @@ def run(directory, cache, data, model):
     report["shares"] = {kind: list(shares) for kind, shares in report["shares"].items()}
     decoding = max((s for s in llm.runner.programs if not s.prefill_tokens), key=lambda shape: shape.decode_rows)
     report["collectives"] = collectives(llm.runner.programs[decoding].as_text())
+    report["exchanges"] = sorted({llm.runner.steps.exchanges(shape) for shape in llm.runner.programs})
     return report
 
 

@@ -136,6 +136,7 @@ def check_collectives(report, data, model, layers, hidden=48):
 @pytest.mark.parametrize("mesh", ["1x4", "2x2"])
 def test_collectives_of_a_step(reports, mesh):
     check_collectives(reports[mesh], *map(int, mesh.split("x")), layers=1, hidden=256)
+    assert reports[mesh]["exchanges"] == [False, True], "both ways of adding up are tested"
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from nanovllm_jax.parallel.processes import connect
 # graph starts when all of it has been updated, and would make the device wait for that.
 NO_GRAPH_ROWS = 8192
 # What XLA may put in CUDA graphs where there are several GPUs: not collectives, which have hung there, and which each
-# update of a graph makes anew.
+# update of a graph makes anew. (A step of few rows has next to none: kernels/exchange.py.)
 COMMAND_BUFFERS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION"
 
 

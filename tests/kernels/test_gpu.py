@@ -2,6 +2,7 @@
 
 import functools
 
+import exchange_cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -259,6 +260,17 @@ def test_add_norm(tokens, features, dtype, parts):
     assert_rounded_alike(add_norm(*args, 1e-6), expected, dtype)
     tiled = functools.partial(norm.add_norm, eps=1e-6, tiles=norm.Tiles(1 if tokens == 1 else 2, 4))
     assert_rounded_alike(jax.jit(tiled)(*args), expected, dtype)
+
+
+@pytest.mark.parametrize("case", exchange_cases.CASES, ids=str)
+def test_all_reduce_norm_of_one_device_of_several(case):
+    """scripts/check_devices.py has all of them."""
+
+    def memory(contents):
+        array = jnp.array(contents)
+        return array.unsafe_buffer_pointer(), array, lambda: np.array(array, copy=True)
+
+    exchange_cases.check(memory, *case)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
