@@ -3,7 +3,7 @@
 python scripts/plan.py                           # the published sizes over 1 to 8 GPUs: the table of docs/scaling.md
 python scripts/plan.py --model DIRECTORY --devices 4 --sequences 256 --context 4000
 
-A prediction: single-GPU rates and costs are measured ones of docs/performance.md, those of NVLink are assumed.
+A prediction: rates and costs are measured ones of docs/performance.md, on one H200 and on two.
 """
 
 import argparse
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmark import limits
+from nanovllm_jax.kernels.exchange import capacity
 from options import count
 
 from nanovllm_jax.config import ModelConfig
@@ -18,9 +19,11 @@ from nanovllm_jax.parallel.sizes import split_config
 
 H200 = limits.Card(bytes=4.4e12, flops=790e12)  # measured by scripts/benchmark/card.py
 MEMORY = 0.9 * 141e9  # gpu_memory_utilization of an H200
-# Assumed, not measured: NVLink 4 has 450 GB/s in each direction, of which a large all-reduce reaches some 70 %.
-LINK_BYTES = 315e9
-LINK_SECONDS = 12e-6  # of a collective that carries next to nothing
+# Measured on two H200s: of the 450 GB/s of NVLink 4 in each direction a large all-reduce reaches 235.
+LINK_BYTES = 235e9
+LINK_SECONDS = 25e-6  # of a collective that carries next to nothing
+# A sum that a kernel of ours exchanges takes so much longer than the norm that it is a part of, beside its bytes.
+EXCHANGE_SECONDS, EXCHANGE_BYTES = 2e-6, 350e9
 # Measured on one H200 with 0.6B, beyond the limit of bytes and FLOPs: what a layer's kernels take to start and end, for
 # one row and for 64 or more. And how much of the card's FLOPs a prefill of 16,384 tokens reaches.
 LAYER_SECONDS, LAYER_SECONDS_FULL, FULL_ROWS = 20e-6, 45e-6, 64
@@ -61,20 +64,24 @@ class Step:
     """Weights, keys and values that are read."""
     flops: float
     link_bytes: float
-    """What a device sends, in all collectives together."""
+    """What a device sends in all collectives together."""
     collectives: int
+    exchanged_bytes: float
+    """What it sends in kernels, with flags."""
+    exchanges: int
     overhead: float
     """Seconds beyond the limit that the kernels take on one device."""
 
     @property
     def compute_seconds(self) -> float:
-        """Without collectives."""
+        """Without what devices exchange."""
         return limits.Cost(self.bytes, self.flops).seconds(H200) + self.overhead
 
     @property
     def link_seconds(self) -> float:
-        """Of the collectives: they do not overlap with the rest."""
-        return self.collectives * LINK_SECONDS + self.link_bytes / LINK_BYTES
+        """Of what devices exchange: it does not overlap with the rest."""
+        collectives = self.collectives * LINK_SECONDS + self.link_bytes / LINK_BYTES
+        return collectives + self.exchanges * EXCHANGE_SECONDS + self.exchanged_bytes / EXCHANGE_BYTES
 
     @property
     def seconds(self) -> float:
@@ -103,18 +110,21 @@ def prefill_step(config: ModelConfig, devices: int, tokens: int, prompt: int, it
     return Step(read, flops, *exchange(config, devices, prompt * count, count, itemsize), overhead)
 
 
-def exchange(config: ModelConfig, devices: int, tokens: int, rows: int, itemsize: int) -> tuple[float, int]:
-    """Bytes that a device sends in a step, and in how many collectives: as the tests count them in the programs.
+def exchange(config: ModelConfig, devices: int, tokens: int, rows: int, itemsize: int) -> tuple[float, int, float, int]:
+    """What a device sends in a step, by collectives and in kernels, and in how many, as the tests count them.
 
-    A sum for the embedding and two a layer, of a token's hidden state, each a ring; the logits of each row, twice, to
-    the device that draws it; and one gather of what is drawn, 172 bytes a row.
+    A sum for the embedding and two a layer, of a token's hidden state: of few tokens each device sends all others its
+    part, with as many bytes of flags, of many it is a ring. The logits of each row, twice, to the device that draws it;
+    and one gather of what is drawn, 172 bytes a row.
     """
     if devices == 1:
-        return 0.0, 0
+        return 0.0, 0, 0.0, 0
     sums, share = 2 * config.num_hidden_layers + 1, (devices - 1) / devices
-    summed = 2 * share * tokens * config.hidden_size * itemsize
-    logits = 2 * share * rows * config.vocab_size * 4 / devices
-    return sums * summed + logits + share * rows * 172, sums + 2
+    drawn = 2 * share * rows * config.vocab_size * 4 / devices + share * rows * 172
+    part = tokens * config.hidden_size * itemsize
+    if tokens <= capacity(devices, config.hidden_size, itemsize):
+        return drawn, 2, sums * 2 * (devices - 1) * part, sums
+    return drawn + sums * 2 * share * part, sums + 2, 0.0, 0
 
 
 def most_sequences(config: ModelConfig, devices: int, context: int, itemsize: int = 2) -> int:
@@ -130,7 +140,7 @@ def line(name: str, config: ModelConfig, devices: int, sequences: int, context: 
         *(name, str(devices)),
         f"{step.bytes / 1e9:.2f}",
         f"{step.flops / 1e12:.3f}",
-        f"{step.link_bytes / 1e6:.1f}",
+        f"{(step.link_bytes + step.exchanged_bytes) / 1e6:.1f}",
         f"{step.compute_seconds * 1e3:.2f}",
         f"{step.link_seconds * 1e3:.2f}",
         f"{step.seconds * 1e3:.2f}",

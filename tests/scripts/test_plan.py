@@ -23,15 +23,18 @@ def test_a_prefill_takes_what_was_measured():
 @pytest.mark.parametrize("size", plan.SIZES)
 def test_devices_share_the_work(size):
     config, alone = plan.published(size), plan.decode_step(plan.published(size), 1, 64, 1000)
-    assert (alone.link_bytes, alone.collectives) == (0, 0)
+    assert (alone.link_bytes, alone.collectives, alone.exchanged_bytes, alone.exchanges) == (0, 0, 0, 0)
+    sums = 2 * config.num_hidden_layers + 1  # test_parallel.py counts them in the programs
     for devices in (2, 4, 8):
-        step = plan.decode_step(config, devices, 64, 1000)
-        assert step.bytes * devices == pytest.approx(alone.bytes)
-        assert step.flops * devices == pytest.approx(alone.flops)
-        assert step.collectives == 2 * config.num_hidden_layers + 3  # test_parallel.py counts them in the programs
-        ring = 2 * (devices - 1) / devices * 64 * config.hidden_size * 2
-        drawn = (devices - 1) / devices * 64 * (2 * config.vocab_size * 4 / devices + 172)
-        assert step.link_bytes == pytest.approx((step.collectives - 2) * ring + drawn)
+        few, many = (plan.decode_step(config, devices, sequences, 1000) for sequences in (32, 4096))
+        assert few.bytes * devices == pytest.approx(plan.decode_step(config, 1, 32, 1000).bytes)
+        assert few.flops * devices * 2 == pytest.approx(alone.flops)
+        drawn = (devices - 1) / devices * (2 * config.vocab_size * 4 / devices + 172)
+        assert (few.collectives, few.link_bytes) == (2, pytest.approx(32 * drawn))
+        assert (few.exchanges, few.exchanged_bytes) == (sums, sums * (devices - 1) * 32 * config.hidden_size * 4)
+        ring = 2 * (devices - 1) / devices * 4096 * config.hidden_size * 2
+        assert (many.collectives, many.link_bytes) == (sums + 2, pytest.approx(sums * ring + 4096 * drawn))
+        assert (many.exchanges, many.exchanged_bytes) == (0, 0)
 
 
 def test_copies_of_kv_heads_are_read_too():
