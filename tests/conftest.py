@@ -1,5 +1,6 @@
 """Shared by all tests: a compilation cache, and small random checkpoints."""
 
+import gc
 import os
 
 import jax
@@ -9,6 +10,7 @@ from random_checkpoint import SHAPES, write_random_checkpoint
 
 from nanovllm_jax.engine import model_runner
 from nanovllm_jax.models import step_programs
+from nanovllm_jax.models.programs import ProgramStore
 
 QUICK_TO_COMPILE = dict(xla_backend_optimization_level=0, xla_llvm_disable_expensive_passes=True)
 QUICK_TO_RUN = dict(xla_backend_optimization_level=1)  # and beside it the flags above
@@ -53,6 +55,32 @@ def pytest_configure(config):
     else:
         flags = " ".join(f"--{name}={value}" for name, value in QUICK_TO_COMPILE.items())
         os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def older_objects_are_no_garbage():
+    """Each engine's start looks for garbage: not through all that earlier modules have left, again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def kept_programs():
+    return {}
+
+
+@pytest.fixture(scope="module")
+def programs_kept(kept_programs):
+    """Engines take programs from earlier ones, by the names that a GPU's engine has for them on disk.
+
+    For modules in which it does not matter how a program is made, and nothing changes what is traced.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ProgramStore, "load", lambda store, name: kept_programs.get((*store.about, name)))
+        patch.setattr(
+            ProgramStore, "save", lambda store, name, program: kept_programs.update({(*store.about, name): program})
+        )
+        yield
 
 
 def _engines_with(options):

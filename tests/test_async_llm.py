@@ -15,6 +15,8 @@ from small_model import OPTIONS, SMALL, assert_idle, random_tensors, small_llm, 
 import nanovllm_jax
 from nanovllm_jax import AsyncLLM, SamplingParams
 
+pytestmark = pytest.mark.usefixtures("programs_kept")
+
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 LONG = replace(GREEDY, max_tokens=100)
 PROMPTS = [[seed, 3] * (1 + 3 * seed) for seed in range(12)]

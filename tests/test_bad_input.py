@@ -11,6 +11,8 @@ from nanovllm_jax.chat import chat_prompt
 from nanovllm_jax.engine.prompts import check_params
 from nanovllm_jax.machine import host_memory
 
+pytestmark = pytest.mark.usefixtures("programs_kept")
+
 GREEDY = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
 
 

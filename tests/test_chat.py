@@ -8,6 +8,8 @@ from nanovllm_jax.chat import chat_prompt
 from nanovllm_jax.checkpoints.load import TINY_MODEL
 from nanovllm_jax.checkpoints.tokenizer import load_tokenizer
 
+pytestmark = pytest.mark.usefixtures("programs_kept")
+
 GREEDY = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
 USER = {"role": "user", "content": "What is 2 + 3?"}
 OPEN = "<|im_start|>assistant\n"

@@ -17,6 +17,8 @@ from tqdm import tqdm
 
 from nanovllm_jax import LLM, SamplingParams
 
+pytestmark = pytest.mark.usefixtures("programs_kept")
+
 PROMPTS = [[5, 6, 7], [1] * 60, [2] * 40, [3], [4, 4], [9] * 20]
 PARAMS = SamplingParams(temperature=0.8, seed=1, max_tokens=12, ignore_eos=True, stop=["never"], presence_penalty=0.5)
 OUT_OF_MEMORY = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 7 bytes.")

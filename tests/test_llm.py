@@ -16,6 +16,8 @@ from nanovllm_jax import LLM, CompletionOutput, RequestOutput, SamplingParams
 from nanovllm_jax.engine.model_runner import ModelRunner
 from nanovllm_jax.engine.schedule import RunAhead
 
+pytestmark = pytest.mark.usefixtures("programs_kept")
+
 PROMPT = [5, 6, 7, 8, 9]
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 

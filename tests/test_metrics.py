@@ -10,6 +10,8 @@ from nanovllm_jax import SamplingParams
 from nanovllm_jax.engine import metrics
 from nanovllm_jax.engine.scheduler import Scheduler
 
+pytestmark = pytest.mark.usefixtures("programs_kept")
+
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 
 

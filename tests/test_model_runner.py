@@ -136,7 +136,7 @@ def test_start_up_log(directory, caplog):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "half"])
 def test_dtype_option(directory, dtype):
-    llm = small_llm(directory, dtype=dtype)
+    llm = small_llm(directory, dtype=dtype, max_num_seqs=1)
     wanted = jnp.dtype({"half": "float16"}.get(dtype, dtype))
     assert {leaf.dtype for leaf in llm.runner.weights.leaves} == {wanted}
     assert {pages.dtype for pages in jax.tree.leaves(llm.runner.caches)} == {wanted}

@@ -7,6 +7,8 @@ from small_model import assert_idle, join, small_llm, whole, write_checkpoint
 
 from nanovllm_jax import SamplingParams
 
+pytestmark = pytest.mark.usefixtures("programs_kept")
+
 PROMPT = list(range(40))  # two blocks of 16 and a half
 SAMPLED = SamplingParams(temperature=1.5, max_tokens=8, ignore_eos=True, seed=70)
 THREE = replace(SAMPLED, n=3)

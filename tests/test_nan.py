@@ -13,6 +13,8 @@ from small_model import SMALL, assert_idle, join, random_tensors, small_llm, who
 from nanovllm_jax import SamplingParams
 from nanovllm_jax.models.draw import DeviceState, draw
 
+pytestmark = pytest.mark.usefixtures("programs_kept")
+
 POISONED = 300  # a token whose embedding is NaN
 VOCAB = 7
 

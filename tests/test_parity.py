@@ -44,26 +44,26 @@ def random_prompts(count, seed=0):
     return [rng.integers(0, 319, n).tolist() for n in lengths]
 
 
-def load(directory):
+@pytest.fixture(scope="module")
+def model(case):
+    directory, _ = case
     return load_model(directory, ModelConfig.from_pretrained(directory), dtype=jnp.float32, mesh=make_mesh(1))
 
 
-def test_logits_of_the_training_forward(case):
-    directory, reference = case
+def test_logits_of_the_training_forward(case, model):
+    _, reference = case
     tokens = random_prompts(8)[-1]
-    model = load(directory)
     hidden, _ = model(jnp.array([tokens]), jnp.arange(len(tokens)), None, causal_attention)
     np.testing.assert_allclose(model.logits(hidden)[0], reference_logits(reference, tokens), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("chunk", "added_rows"), [(1, 8192), (7, 8192), (100, 8192), (7, 7), (100, 1)])
-def test_logits_of_the_paged_forward(case, chunk, added_rows, monkeypatch):
+def test_logits_of_the_paged_forward(case, model, chunk, added_rows, monkeypatch):
     """The serving path, `chunk` tokens at a time, through a shuffled block table; matmuls may add to the residual."""
     monkeypatch.setattr(qwen3, "ADDED_ROWS", added_rows)
-    directory, reference = case
+    _, reference = case
     tokens = random_prompts(7, seed=1)[-1]
     tokens = tokens[: len(tokens) // chunk * chunk or None]  # whole chunks: another length is another program
-    model = load(directory)
     c = model.config
     pages = jnp.full((12, c.num_key_value_heads, BLOCK, c.head_dim), jnp.nan)  # unwritten slots must never show
     caches, table, logits = [KVCache(pages, pages)] * c.num_hidden_layers, jnp.array([[7, 2, 9, 4, 11, 0]]), []

@@ -12,6 +12,8 @@ from small_model import assert_idle, small_llm, write_checkpoint
 from nanovllm_jax import SamplingParams
 from nanovllm_jax.sampling_params import MAX_LOGPROBS
 
+pytestmark = pytest.mark.usefixtures("programs_kept")
+
 
 def test_vllms_defaults():
     assert asdict(SamplingParams()) == dict(

@@ -16,6 +16,8 @@ from nanovllm_jax.layers.norm import RMSNorm
 from nanovllm_jax.layers.rope import RopeConfig, rope_angles
 from nanovllm_jax.parallel.backend import compiler_options
 
+pytestmark = pytest.mark.usefixtures("programs_kept")
+
 ABS = 1e-5
 PROMPTS = [[5, 6, 7], list(range(40)), [9] * 20, [*range(32)], list(range(40)), [3]]
 

@@ -11,6 +11,8 @@ from tqdm import tqdm
 
 from nanovllm_jax import SamplingParams
 
+pytestmark = pytest.mark.usefixtures("programs_kept")
+
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 PROMPT = [5, 6, 7, 8, 9]
 # Of 512 tokens half are single bytes: such texts are full of broken characters, and many end inside one.

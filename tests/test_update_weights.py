@@ -16,6 +16,8 @@ from nanovllm_jax.engine import weights
 from nanovllm_jax.models.parameters import parameters_of
 from nanovllm_jax.parallel.sharding import make_mesh
 
+pytestmark = pytest.mark.usefixtures("programs_kept")
+
 PROMPTS = [[5, 6, 7], list(range(40)), [9] * 20]
 GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
 
@@ -111,7 +113,7 @@ def test_numpy_arrays_are_copied(llm, models, expected):
 @pytest.mark.parametrize("donate", [False, True])
 def test_other_dtypes_are_cast_on_the_device(directories, models, donate):
     """Master weights of float32 for an engine of bfloat16; donated, they are given up."""
-    llm = small_llm(directories[0], dtype="bfloat16")
+    llm = small_llm(directories[0], dtype="bfloat16", max_num_seqs=1)
     arrays = {path: jnp.copy(array) for path, array in arrays_of(models[1]).items()}
     wanted = [np.asarray(array.astype(jnp.bfloat16)) for array in arrays.values()]
     llm.update_weights(arrays, donate=donate)

@@ -120,7 +120,8 @@ def test_it_runs_without_jit():
     extra=st.sampled_from([1, 16, 64]),
 )
 def test_each_key_is_in_one_item_of_work(contexts, block_k, extra):
-    items, cut = jax.tree.map(np.asarray, decode.cut_contexts(jnp.array(contexts), block_k, extra))
+    cut_contexts = jax.jit(decode.cut_contexts, static_argnums=(1, 2))
+    items, cut = jax.tree.map(np.asarray, cut_contexts(jnp.array(contexts), block_k, extra))
     used = items[items[:, 3] != decode.UNUSED]
     share = max(1, -(-sum(-(-c // block_k) for c in contexts) // extra))
     assert (used[:, 2] - used[:, 1] <= share).all(), "items of about one size"

@@ -14,6 +14,8 @@ from small_model import assert_idle, small_llm, write_checkpoint
 
 from nanovllm_jax import SamplingParams
 
+pytestmark = pytest.mark.usefixtures("programs_kept")
+
 SCRIPT = Path(chat.__file__)
 PARAMS = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 FIGURES = re.compile(r"\[(stopped; )?(\d+) tokens, the first after [\d.]+ s(?:, \d+ tokens/s)?; (\d+) of (\d+) prompt")
