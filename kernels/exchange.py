@@ -6,6 +6,9 @@ bytes, 4 of numbers and 4 of a flag, which arrive together: so who finds the fla
 that they are there (NCCL's "LL" protocol does so). A row's flag is how often the row has been exchanged, and its words
 go to one place and another in turn: who sends the next but one has heard from all that they have read this one.
 
+Each program sends before it waits, and the programs of a kernel begin in the same order on all devices, so that those
+that wait for one another are there together. If a device does not come, the others wait for ever, as in a collective.
+
 Shapes: T rows, D hidden, S parts, N devices, C rows for which there is memory.
 """
 
@@ -23,7 +26,7 @@ from .common import named_pallas_call, rounded
 MOST_DEVICES = 8
 MOST_BYTES = 4 << 20  # that a device sends: larger sums are NCCL's
 PAIR = 16  # bytes of two words, which are sent at once
-LEAST_BYTES = 1024  # of a row, which is 16 to each thread of two warps
+LEAST_BYTES = 1024  # of a row: then each thread has 16 of them, or more
 
 
 class Peers(NamedTuple):
@@ -33,8 +36,9 @@ class Peers(NamedTuple):
     """[1, 1 + 2 N] int32: its own number, then the low halves of the addresses of all devices' memory, and the high
     ones."""
     memory: jax.Array
-    """[memory_words] int32, zeros at first: the device's own, which the kernels find by its address. As an argument of
-    a program it stays where it is until the program has ended, and no other device writes into it after that."""
+    """[memory_words] int32, the device's own, which the kernels find by its address: zeros on all devices before any of
+    them runs. As an argument of a program it stays where it is until the program has ended, and no other device writes
+    into it after that."""
 
 
 def capacity(devices: int, features: int, itemsize: int) -> int:
@@ -164,16 +168,20 @@ def all_reduce_norm(
     """nanovllm_jax.kernels.all_reduce_norm as one kernel."""
     tokens, features = x.shape
     width, devices = pl.next_power_of_2(features), peers.table.shape[1] // 2
+    sizes = devices, features, x.dtype.itemsize
+    rows = capacity(*sizes)
+    assert tokens <= rows, "other devices' memory would be written past its end"
+    assert peers.memory.shape == (memory_words(*sizes),), "the memory is for other rows"
     args = dict(x=x, delta=delta, gain=gain, table=peers.table, memory=peers.memory)
     results = named_pallas_call(
         _all_reduce_norm_kernel,
         args,
         dict.fromkeys(("sum", "normed"), jax.ShapeDtypeStruct(x.shape, x.dtype)),
         grid=(tokens,),
-        num_warps=min(16, width // 256),  # which have 16 bytes or more to a thread
+        num_warps=min(16, width // 256),
         interpret=interpret,
         width=width,
-        rows=capacity(devices, features, x.dtype.itemsize),
+        rows=rows,
         eps=eps,
     )
     return results["sum"], results["normed"]

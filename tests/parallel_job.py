@@ -22,14 +22,15 @@ from nanovllm_jax.config import ModelConfig
 from nanovllm_jax.models.parameters import parameters_of, set_parameters
 from nanovllm_jax.parallel.sharding import make_mesh
 
-# Where a row has 1 KiB: devices add up the sums of 8 rows and fewer by themselves, and those of more by a collective.
-exchange.MOST_BYTES = 3 * 8 * 1024
+# A row has 1 KiB. Of eight devices each adds up the sums of four rows by itself, of two devices of 28; more are added
+# up by a collective.
+MOST_BYTES = 7 * 4 * 1024
 # Group sizes 2, 4, 5 and 8; tied and untied; kv heads that divide 8 devices, and fewer than devices.
 CONFIGS = {
-    "group2": replace(SMALL, num_attention_heads=16, num_key_value_heads=8),
-    "group4": replace(SMALL, num_attention_heads=8, num_key_value_heads=2, tie_word_embeddings=True),
-    "group5": replace(SMALL, num_attention_heads=40, num_key_value_heads=8, attention_bias=True),
-    "group8": replace(SMALL, num_attention_heads=16, num_key_value_heads=2, head_dim=32),
+    "group2": replace(SMALL, hidden_size=256, num_attention_heads=16, num_key_value_heads=8),
+    "group4": replace(SMALL, hidden_size=256, num_attention_heads=8, num_key_value_heads=2, tie_word_embeddings=True),
+    "group5": replace(SMALL, hidden_size=256, num_attention_heads=40, num_key_value_heads=8, attention_bias=True),
+    "group8": replace(SMALL, hidden_size=256, num_attention_heads=16, num_key_value_heads=2, head_dim=32),
 }
 # One prompt is longer than a step's budget, two share a prefix, and the pool is too small for all.
 PROMPTS = [[5, 6, 7], list(range(40)), [9] * 20, [*range(40), 3], list(range(100, 200))]
@@ -59,6 +60,12 @@ def run(directory, cache, data, model):
             report["tokens"] += [text.token_ids for text in output.outputs]
             report["logprobs"] += numbers(output.prompt_logprobs) + numbers(output.outputs[0].logprobs)
     llm.scheduler.check()
+    before = llm.runner.peers
+    llm.runner.reset()
+    llm.runner.restore()
+    assert (llm.runner.peers is None) == (before is None)
+    assert before is None or llm.runner.peers is not before, "flags may have been left behind"
+    llm.reset_prefix_cache()
     if jax.process_count() == 1:
         report["updated"] = tokens_of_other_weights(llm, Path(directory))
     report["hits"] = llm.scheduler.num_prefix_hit_tokens
@@ -108,6 +115,7 @@ def size_of(dimensions):
 
 def main():
     directory, result, cache, *meshes = sys.argv[1:]
+    exchange.MOST_BYTES = MOST_BYTES
     if not jax.distributed.is_initialized():
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", 8)

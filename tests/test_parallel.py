@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -17,6 +18,7 @@ from parallel_job import CONFIGS
 from small_model import small_llm, write_checkpoint
 
 from nanovllm_jax import LLM
+from nanovllm_jax.parallel import peers
 from nanovllm_jax.parallel.sizes import split_config
 
 HERE = Path(__file__).parent
@@ -50,7 +52,7 @@ def assert_same(report, reference):
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    config = replace(CONFIGS["group4"], num_hidden_layers=1, hidden_size=256)
+    config = replace(CONFIGS["group4"], num_hidden_layers=1)
     return write_checkpoint(tmp_path_factory.mktemp("parallel") / "model", config)
 
 
@@ -114,13 +116,88 @@ def test_a_layer_in_parts_is_summed_over_devices():
     run(sys.executable, "-c", A_LAYER)
 
 
-def check_collectives(report, data, model, layers, hidden=48):
+A_MODEL = """
+from dataclasses import replace
+import jax
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 2)
+import jax.numpy as jnp, numpy as np
+from flax import nnx
+from jax.sharding import PartitionSpec as Spec
+from nanovllm_jax.layers.attention import causal_attention
+from nanovllm_jax.models.parameters import abstract_model
+from nanovllm_jax.models.qwen3 import Qwen3ForCausalLM
+from nanovllm_jax.parallel.peers import connect_peers, peers_layout, reach_one_another
+from nanovllm_jax.parallel.sharding import make_mesh, per_device, specs_of
+from small_model import SMALL
+
+config = replace(SMALL, hidden_size=512, intermediate_size=1024, num_attention_heads=16, head_dim=32)
+mesh, dtype = make_mesh(2), jnp.dtype("bfloat16")
+assert reach_one_another(mesh) and not reach_one_another(make_mesh(1))
+layout = peers_layout(mesh, 512, dtype)
+peers = connect_peers(layout)
+low, high = np.asarray(peers.table)[:, 1:].view(np.uint32).reshape(2, 2, 2).astype(int).transpose(1, 0, 2)
+shards = [shard.data.unsafe_buffer_pointer() for shard in peers.memory.addressable_shards]
+assert ((low + (high << 32)) == shards).all() and np.asarray(peers.table)[:, 0].tolist() == [0, 1]
+
+leaves, treedef = jax.tree.flatten(Qwen3ForCausalLM(config, dtype=dtype, rngs=nnx.Rngs(0)))
+specs = [leaf.sharding.spec for leaf in jax.tree.leaves(abstract_model(config, dtype, mesh, False)[0])]
+
+def hidden(use, tokens, peers, *leaves):
+    model, peers = jax.tree.unflatten(treedef, leaves), peers if use else None
+    return model(tokens, jnp.arange(len(tokens)), None, causal_attention, peers=peers)[0][None]
+
+for rows in (1, 40, 100, 300):  # whose matmuls are in one part, in four, in two, and in one
+    tokens = jnp.asarray(np.random.default_rng(rows).integers(0, 511, rows))
+    one = np.asarray(jax.jit(hidden, static_argnums=0)(False, tokens, None, *leaves), np.float32)
+    for use in (True, False):
+        step = per_device(lambda *args: hidden(use, *args), mesh, (Spec(), specs_of(layout), *specs), Spec("model"))
+        text = jax.jit(step).lower(tokens, peers, *leaves).as_text()
+        assert ("all_reduce_norm" in text) == use
+        got = np.asarray(jax.jit(step)(tokens, peers, *leaves), np.float32)
+        np.testing.assert_array_equal(got[0], got[1])
+        np.testing.assert_allclose(got[:1], one, atol=0.03 * np.abs(one).max(), err_msg=f"{rows} {use}")
+"""
+
+
+def test_sums_by_kernels_and_by_collectives():
+    """In 16 bits, of which layers come in parts: both are what one device has, and the same on all."""
+    run(sys.executable, "-c", A_MODEL)
+
+
+@pytest.mark.parametrize(
+    ("can", "allocator", "driver", "expected"),
+    [
+        ({(0, 1), (1, 0)}, "", True, True),
+        ({(0, 1)}, "", True, False),
+        ({(0, 1), (1, 0)}, "cuda_async", True, False),
+        ({(0, 1), (1, 0)}, "default", False, False),
+        ({}, "default", True, False),
+    ],
+)
+def test_gpus_that_reach_one_another(can, allocator, driver, expected, monkeypatch):
+    def access(found, *pair):
+        found._obj.value = pair in can
+        return 0 if can else 1  # a CUDA error
+
+    def library(name):
+        if not driver:
+            raise OSError(name)
+        return SimpleNamespace(cuDeviceCanAccessPeer=access)
+
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_ALLOCATOR", allocator)
+    monkeypatch.setattr(peers.ctypes, "CDLL", library)
+    gpus = [SimpleNamespace(platform="gpu", local_hardware_id=number) for number in range(2)]
+    assert peers.reach_one_another(SimpleNamespace(shape={"model": 2}, devices=np.array([gpus]))) == expected
+
+
+def check_collectives(report, data, model, layers, biased=False):
     """Of a decode step with 4 rows: two sums a layer and one for the embedding.
 
     And each row's logits, penalized and raw, come together on one device, and what is drawn goes to all. Nothing of it
     is in a branch, at which the host would wait.
     """
-    rows, vocab, top = 4, 512, 20
+    rows, hidden, vocab, top = 4, 256, 512, 20
     always, branches = (report["collectives"][part] for part in ("always", "branches"))
     sums = [size for kind, size in always if kind == "all-reduce"]
     assert sums == [rows * hidden] * (2 * layers + 1)
@@ -131,12 +208,12 @@ def check_collectives(report, data, model, layers, hidden=48):
     assert sorted(size for kind, size in always if kind == "all-gather") == sorted(drawn + groups)
     assert len(always) == len(sums) + 1 + len(drawn) + len(groups)
     assert not branches
+    assert report["exchanges"] == ([False] if biased else [False, True]), "both ways of adding up are tested"
 
 
 @pytest.mark.parametrize("mesh", ["1x4", "2x2"])
 def test_collectives_of_a_step(reports, mesh):
-    check_collectives(reports[mesh], *map(int, mesh.split("x")), layers=1, hidden=256)
-    assert reports[mesh]["exchanges"] == [False, True], "both ways of adding up are tested"
+    check_collectives(reports[mesh], *map(int, mesh.split("x")), layers=1)
 
 
 @pytest.mark.slow
@@ -211,12 +288,13 @@ def every_mesh(request, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_every_mesh(every_mesh):
+def test_every_mesh(every_mesh, request):
     _, reports = every_mesh
+    biased = CONFIGS[request.node.callspec.params["every_mesh"]].attention_bias
     for mesh in MESHES[1:]:
         assert_same(reports[mesh], reports["1x1"])
         assert reports[mesh]["hits"] > 32, mesh
-        check_collectives(reports[mesh], *map(int, mesh.split("x")), layers=2)
+        check_collectives(reports[mesh], *map(int, mesh.split("x")), layers=2, biased=biased)
     assert all(reports[mesh]["preemptions"] for mesh in MESHES[:4])
 
 

@@ -41,7 +41,7 @@ from nanovllm_jax.models.programs import ProgramStore
 from nanovllm_jax.models.step import StepOutput, prompt_logprobs
 from nanovllm_jax.models.step_programs import HOST, ProgramSettings, StepPrograms
 from nanovllm_jax.parallel.backend import compiler_options
-from nanovllm_jax.parallel.peers import connect_peers
+from nanovllm_jax.parallel.peers import connect_peers, reach_one_another
 from nanovllm_jax.parallel.processes import largest, same_everywhere
 from nanovllm_jax.parallel.sharding import DATA_AXIS, make_mesh, per_device, specs_of
 from nanovllm_jax.parallel.sizes import split_config
@@ -164,7 +164,7 @@ class ModelRunner:
 
     def reset(self) -> None:
         """Drop the device's state, until `restore`: a step that failed, or was interrupted, may have taken it along."""
-        self.caches = self.state = None
+        self.caches = self.state = self.peers = None
 
     def restore(self) -> None:
         """Make the device's state anew after `reset`. Raises RuntimeError while the device has no memory for it."""
@@ -226,16 +226,17 @@ class ModelRunner:
 
     def _allocate(self) -> None:
         """Make the caches and the device's state, all zeros, and the memory that devices exchange sums by."""
+        self.peers = connect_peers(self.steps.peers) if self.steps.peers else None
         self.caches, self.state = jax.tree.map(
             lambda array: jnp.zeros(array.shape, array.dtype, device=array.sharding), self.steps.layout()
         )
-        self.peers = connect_peers(self.steps.peers) if self.steps.peers else None
 
     # ------------------------------------------------------------ programs
 
     def _plan_programs(self) -> None:
         """Decide what is compiled: a step over the sized cache, for a few batch shapes."""
-        settings = ProgramSettings(self.config, self.model_config, self.dtype, self.max_num_seqs, self.num_blocks)
+        sizes, reach = (self.max_num_seqs, self.num_blocks), reach_one_another(self.mesh)
+        settings = ProgramSettings(self.config, self.model_config, self.dtype, *sizes, reach)
         self.steps = StepPrograms(settings, self.mesh, self.weights.shapes, self.weights.treedef)
         width = -(-self.max_model_len // self.config.block_size)
         sizes = self.max_num_seqs, self.max_num_batched_tokens, width, self._run_ahead()
@@ -274,6 +275,8 @@ class ModelRunner:
             time.perf_counter() - start,
             workspace / GIB,
         )
+        if self.num_shards > 1:
+            logger.info("small sums over devices: %s", "by their kernels" if self.steps.peers else "by collectives")
         return workspace
 
     def _program_store(self) -> ProgramStore:

@@ -38,6 +38,8 @@ class ProgramSettings(NamedTuple):
     max_num_seqs: int
     num_blocks: int
     """Of each data group."""
+    reach: bool = False
+    """parallel.peers.reach_one_another."""
 
 
 class StepPrograms:
@@ -79,10 +81,12 @@ class StepPrograms:
     @cached_property
     def peers(self) -> Peers | None:
         """Shapes and shardings of what devices exchange sums by; None if they do it by collectives alone."""
-        config = self.settings.config
-        if config.probe or config.deterministic or config.enforce_eager:  # the first of these reads the sums themselves
+        config, model = self.settings.config, self.settings.model_config
+        # A probe reads the sums, and which device would add a bias to its part? The others have no need of speed.
+        apart = config.probe or model.attention_bias or config.deterministic or config.enforce_eager
+        if apart or not self.settings.reach:
             return None
-        return peers_layout(self.mesh, self.settings.model_config.hidden_size, self.settings.dtype)
+        return peers_layout(self.mesh, model.hidden_size, self.settings.dtype)
 
     def exchanges(self, shape: BatchShape) -> bool:
         """Whether devices add up what they have of a layer by themselves: else, and of many rows, collectives do."""

@@ -22,6 +22,7 @@ class Watch:
         """models.qwen3.run_layer, with this probe's functions around the halves of the layer."""
         if not self.probe.watches(number):
             return run_layer(number, layer, residual, delta, *args)
+        assert delta.peers is None, "the parts of other devices would be missing"
         residual, delta, cache = layer.attention_half(residual, delta, *args)
         self.take(f"attention.{number}", whole(delta.here, residual.dtype))
         residual, delta = layer.mlp_half(residual, delta)

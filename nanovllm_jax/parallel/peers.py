@@ -1,6 +1,7 @@
 """The memory by which the devices of a data group exchange small sums inside of their kernels (kernels/exchange.py)."""
 
 import ctypes
+import os
 from itertools import permutations
 
 import jax
@@ -14,13 +15,31 @@ from nanovllm_jax.kernels.exchange import capacity, memory_words
 from nanovllm_jax.parallel.sharding import DATA_AXIS, MODEL_AXIS
 
 
-def peers_layout(mesh: Mesh, features: int, dtype: np.dtype) -> Peers | None:
-    """Shapes and shardings of what the devices need for rows of so many features.
+def reach_one_another(mesh: Mesh) -> bool:
+    """Whether the devices of each group are several, and can read and write one another's memory, as XLA lets them."""
+    if mesh.shape[MODEL_AXIS] == 1 or jax.process_count() > 1:  # addresses are one process's own
+        return False
+    if mesh.devices.flat[0].platform != "gpu":
+        return True
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    if os.environ.get("XLA_PYTHON_CLIENT_ALLOCATOR", "default") not in ("", "default", "bfc", "platform"):
+        return False  # CUDA's own pools have rules of their own for who may reach their memory
+    can = ctypes.c_int(0)
+    pairs = [pair for group in mesh.devices for pair in permutations(group, 2)]
+    numbers = [[device.local_hardware_id for device in pair] for pair in pairs]
+    return all(driver.cuDeviceCanAccessPeer(ctypes.byref(can), *pair) == 0 and can.value for pair in numbers)
 
-    None where there is nobody to exchange with, no kernel for it, or no way into the others' memory.
+
+def peers_layout(mesh: Mesh, features: int, dtype: np.dtype) -> Peers | None:
+    """Shapes and shardings of what devices that reach one another need for rows of so many features.
+
+    None where there is no kernel for such rows, or for so many devices.
     """
     devices = mesh.shape[MODEL_AXIS]
-    if not capacity(devices, features, dtype.itemsize) or not _reach_one_another(mesh):
+    if not capacity(devices, features, dtype.itemsize):
         return None
     sharding = NamedSharding(mesh, Spec((DATA_AXIS, MODEL_AXIS)))
     words = mesh.size * memory_words(devices, features, dtype.itemsize)
@@ -38,20 +57,6 @@ def connect_peers(layout: Peers) -> Peers:
     halves = [np.array([[address[device] for device in group]], np.uint64).view(np.int32) for group in groups]
     # Of a number of 64 bits the low half comes first: on all machines that have such devices.
     rows = [[number, *half[0, ::2], *half[0, 1::2]] for half in halves for number in range(groups.shape[1])]
-    return Peers(jax.device_put(np.array(rows, np.int32), layout.table.sharding), memory)
-
-
-def _reach_one_another(mesh: Mesh) -> bool:
-    """Whether the devices of each group can read and write one another's memory, as XLA lets them where they can."""
-    if jax.process_count() > 1:  # addresses are one process's own
-        return False
-    if mesh.devices.flat[0].platform != "gpu":
-        return True
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return False
-    can = ctypes.c_int(0)
-    pairs = [pair for group in mesh.devices for pair in permutations(group, 2)]
-    numbers = [[device.local_hardware_id for device in pair] for pair in pairs]
-    return all(driver.cuDeviceCanAccessPeer(ctypes.byref(can), *pair) == 0 and can.value for pair in numbers)
+    peers = Peers(jax.device_put(np.array(rows, np.int32), layout.table.sharding), memory)
+    # One device's work is in order, but not with another's: which would write before the zeros are there.
+    return jax.block_until_ready(peers)

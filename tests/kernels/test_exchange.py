@@ -1,5 +1,7 @@
 """all_reduce_norm: the interpreted kernel, with its assembly acted out; the sizes it is for; what it lowers to."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,13 +43,13 @@ class Memory:
         if code == exchange.READ_COUNTER:
             return words.view(np.int32)
         if code == exchange.SET_COUNTER:
-            words[:] = at["flag"]
+            words[:] = at["flag"].view(np.uint32)
             return data
         if code == exchange.SEND:
-            words[::2], words[1::2] = data.view(np.uint32), at["flag"]
+            words[::2], words[1::2] = data.view(np.uint32), at["flag"].view(np.uint32)
             return data
         assert code == exchange.RECEIVE
-        np.testing.assert_array_equal(words[1::2], at["flag"])
+        np.testing.assert_array_equal(words[1::2], at["flag"].view(np.uint32))
         return words[::2].copy().view(data.dtype)
 
 
@@ -70,8 +72,9 @@ def test_it_lowers_to_one_kernel(features, parts, dtype):
     x, gain = (jax.ShapeDtypeStruct(shape, dtype) for shape in ((16, features), (features,)))
     delta = jax.ShapeDtypeStruct((parts, 16, features), dtype if parts == 1 else jnp.float32)
     peers = Peers(ints(1, 9), ints(exchange.memory_words(4, features, 2)))
-
-    def f(*args):
-        return exchange.all_reduce_norm(*args, eps=1e-6)
-
+    f = functools.partial(exchange.all_reduce_norm, eps=1e-6)
     assert custom_calls(lowered_for_cuda(f, x, delta, gain, peers)) == [PALLAS]
+    with pytest.raises(AssertionError, match="past its end"):
+        jax.eval_shape(f, jax.ShapeDtypeStruct((1000, features), dtype), delta, gain, peers)
+    with pytest.raises(AssertionError, match="for other rows"):
+        jax.eval_shape(f, x, delta, gain, peers._replace(memory=ints(5)))
