@@ -45,14 +45,6 @@ def is_hopper() -> bool:
     return device.compute_capability == "9.0" and cuda is not None and not 12080 <= int(cuda[1]) < 12091
 
 
-@functools.cache
-def has_dependent_launch() -> bool:
-    """Whether a kernel here can let the next one begin: from compute capability 9.0 on."""
-    if jax.default_backend() != "gpu":
-        return False
-    return re.fullmatch(r"(9|1\d)\.\d", str(jax.local_devices()[0].compute_capability)) is not None
-
-
 def pallas_call(
     body: Callable,
     *args: jax.Array,
@@ -72,13 +64,8 @@ def pallas_call(
     def whole(x):
         return pl.BlockSpec(x.shape, lambda *_: (0,) * len(x.shape))
 
-    def from_the_start(*refs):
-        if not interpret and has_dependent_launch():
-            _let_next_begin(refs[len(args)])
-        body(*refs, **static)
-
     return pl.pallas_call(
-        from_the_start,
+        functools.partial(body, **static),
         grid=grid,
         in_specs=[whole(x) for x in args],
         out_specs=[whole(x) for x in out_shape],
@@ -88,24 +75,6 @@ def pallas_call(
         compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages),
         name=body.__name__.strip("_"),
     )(*args)
-
-
-def _let_next_begin(ref: Any) -> None:
-    """The kernel after this one may begin, in which XLA has it wait for what this one writes: so its launch takes less.
-
-    ref: any output, which stays as it is. But assembly of which nothing depends on the result is left out.
-    """
-    [zero] = plgpu.elementwise_inline_asm(
-        "griddepcontrol.launch_dependents; mov.u32 $0, 0;",
-        args=[jnp.zeros((1,), jnp.int32)],
-        constraints="=r,r",
-        pack=1,
-        result_shape_dtypes=[jax.ShapeDtypeStruct((1,), jnp.int32)],
-    )
-
-    @pl.when(zero.sum() != 0)
-    def _():
-        ref[(jnp.int32(0),) * len(ref.shape)] = jnp.zeros((), ref.dtype)
 
 
 def named_pallas_call(

@@ -103,9 +103,9 @@ def test_eager_steps(tmp_path, monkeypatch, capsys, caplog):
     compiled = small_llm(tmp_path, **options).generate([1, 2, 3], GREEDY, use_tqdm=False)
     forward = MLP.__call__
 
-    def printing(self, norm, residual, x):
-        print("norm of x:", float(jnp.linalg.norm(x)))  # float() fails on what jit traces
-        return forward(self, norm, residual, x)
+    def printing(self, norm, residual, delta):
+        print("norm of x:", float(jnp.linalg.norm(delta.here)))  # float() fails on what jit traces
+        return forward(self, norm, residual, delta)
 
     monkeypatch.setattr(MLP, "__call__", printing)
     eager = small_llm(tmp_path, enforce_eager=True, **options)

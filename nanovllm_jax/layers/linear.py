@@ -14,7 +14,8 @@ from nanovllm_jax.kernels.common import with_rank
 from nanovllm_jax.parallel.sharding import is_summed_over, sum_over
 
 STDDEV = 0.02  # of random weights, as Qwen3's initializer_range
-HALVED_ROWS = range(65, 257)  # for so many cuBLAS is faster, of 0.6B to 8B on an H200, where it need not add the halves
+# On an H200 cuBLAS is faster where it need not add halves of sums up, for so many rows of 0.6B to 8B.
+HALVED_ROWS, HALVED_FEATURES = range(33, 257), 4096
 
 
 class Parts(NamedTuple):
@@ -46,7 +47,13 @@ def matmul(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype | None = None) 
     return lax.dot_general(x, weight, contract, precision=precision, preferred_element_type=out_dtype or x.dtype)
 
 
-def halved_matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
+def _is_halved(x: jax.Array, weight: jax.Array) -> bool:
+    """Whether `_halved_matmul` is for x [T, D] and weight [F, D]."""
+    rows_are_few = x.ndim == 2 and len(x) in HALVED_ROWS
+    return rows_are_few and x.dtype.itemsize == 2 and x.shape[1] % 2 == 0 and len(weight) <= HALVED_FEATURES
+
+
+def _halved_matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
     """x [T, D] times weight [F, D] transposed, as the products of both halves of D: [2, T, F] float32."""
     x, weight = (array.reshape(len(array), 2, -1) for array in (x, weight))
     return lax.dot_general(x, weight, (((2,), (2,)), ((1,), (1,))), preferred_element_type=jnp.float32)
@@ -104,8 +111,8 @@ class Linear(nnx.Module):
         if self.is_plain and weight.ndim == 2 and (peers or not is_summed_over(self.in_axis)):
             if kernels.is_few_rows(x, weight):
                 return Parts(kernels.few_linear(x, weight[None]), peers)
-            if x.ndim == 2 and len(x) in HALVED_ROWS and x.dtype.itemsize == 2 and x.shape[1] % 2 == 0:
-                return Parts(halved_matmul(x, weight), peers)
+            if _is_halved(x, weight):
+                return Parts(_halved_matmul(x, weight), peers)
             if peers:
                 return Parts(self.matmul(x, weight)[None], peers)
         return Parts(self(x)[None])
