@@ -1,7 +1,7 @@
 """Does a model over several GPUs give what one gives, and how fast is it? Random weights of Qwen3-0.6B's shapes.
 
-python scripts/check_devices.py --devices 2                          # meant to take under 100 seconds on two GPUs
-python scripts/check_devices.py --devices 2 --only links speed
+python scripts/check_devices.py --devices 2                          # meant to take under two minutes on two GPUs
+python scripts/check_devices.py --devices 2 --only links sums speed
 
 Each check of scripts/device_checks.py prints a line when it ends. Where one fails, or its process crashes or hangs, the
 others run all the same, and the exit code is 1. A CPU is taken for so many devices, and its shapes are smaller.
