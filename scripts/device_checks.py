@@ -229,7 +229,10 @@ def links(folder: Path, devices: int) -> str:
 
 
 def sums(folder: Path, devices: int) -> str:
-    """Sums over devices by their own kernel, each made from the one before, and the same by collectives; their time."""
+    """Sums over devices by their own kernel, each made from the one before, and the same by collectives; their time.
+
+    On a CPU, which has no such kernel, both are collectives.
+    """
     mesh, rank, times = make_mesh(devices), partial(lax.axis_index, MODEL_AXIS), []
     if not reach_one_another(mesh):
         return "left out: these devices do not reach one another's memory"

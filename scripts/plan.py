@@ -122,7 +122,7 @@ def exchange(config: ModelConfig, devices: int, tokens: int, rows: int, itemsize
     sums, share = 2 * config.num_hidden_layers + 1, (devices - 1) / devices
     drawn = 2 * share * rows * config.vocab_size * 4 / devices + share * rows * 172
     part = tokens * config.hidden_size * itemsize
-    if tokens <= capacity(devices, config.hidden_size, itemsize):
+    if not config.attention_bias and tokens <= capacity(devices, config.hidden_size, itemsize):
         return drawn, 2, sums * 2 * (devices - 1) * part, sums
     return drawn + sums * 2 * share * part, sums + 2, 0.0, 0
 

@@ -73,7 +73,7 @@ def kept_programs():
 def programs_kept(kept_programs):
     """Engines take programs from earlier ones, by the names that a GPU's engine has for them on disk.
 
-    For modules in which it does not matter how a program is made, and nothing changes what is traced.
+    For modules without a probe, in which it does not matter how a program is made, and nothing changes what is traced.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ProgramStore, "load", lambda store, name: kept_programs.get((*store.about, name)))

@@ -258,6 +258,9 @@ class ModelRunner:
         """Load or compile every batch shape; returns the largest temporary memory in bytes."""
         self._plan_programs()
         shapes = self.buckets.all_shapes()
+        if self.num_shards > 1:
+            by_kernels = self.steps.peers and self.on_gpu
+            logger.info("small sums over devices: by %s", "their kernels" if by_kernels else "collectives")
         if self.config.enforce_eager:
             logger.warning("enforce_eager=True: steps run un-jitted, for debugging; expect them to be slow")
             self.programs = {shape: partial(_eager_step, self.steps.function(shape)) for shape in shapes}
@@ -275,8 +278,6 @@ class ModelRunner:
             time.perf_counter() - start,
             workspace / GIB,
         )
-        if self.num_shards > 1:
-            logger.info("small sums over devices: %s", "by their kernels" if self.steps.peers else "by collectives")
         return workspace
 
     def _program_store(self) -> ProgramStore:

@@ -82,9 +82,7 @@ class StepPrograms:
     def peers(self) -> Peers | None:
         """Shapes and shardings of what devices exchange sums by; None if they do it by collectives alone."""
         config, model = self.settings.config, self.settings.model_config
-        # A probe reads the sums, and which device would add a bias to its part? The others have no need of speed.
-        apart = config.probe or model.attention_bias or config.deterministic or config.enforce_eager
-        if apart or not self.settings.reach:
+        if not self.settings.reach or config.enforce_eager or model.attention_bias:  # which each would add to its part
             return None
         return peers_layout(self.mesh, model.hidden_size, self.settings.dtype)
 
