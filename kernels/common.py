@@ -224,18 +224,29 @@ def exp2_of_line(x: jax.Array, slope: float | jax.Array, shift: jax.Array, fused
     """
     if not fused:
         return jnp.exp2(x * slope + shift)
-    assembly = "{ .reg .f32 line; fma.rn.f32 line, $1, $2, $3; ex2.approx.ftz.f32 $0, line; }"
-    return by_assembly(assembly, x, jnp.full_like(x, slope), jnp.broadcast_to(shift, x.shape))
+    code = "{ .reg .f32 line; fma.rn.f32 line, %x0, %slope0, %shift0; ex2.approx.ftz.f32 %out0, line; }"
+    return by_assembly(code, x.dtype, x=x, slope=jnp.full_like(x, slope), shift=jnp.broadcast_to(shift, x.shape))
 
 
-def by_assembly(code: str, *args: jax.Array) -> jax.Array:
-    """A float32 number $0 for each place of the args, float32 arrays of one shape, of their numbers $1, $2, ..."""
+def by_assembly(code: str, dtype: jax.typing.DTypeLike, pack: int = 1, **args: jax.Array) -> jax.Array:
+    """Numbers %out of this dtype, one for each place of the args, arrays of one shape.
+
+    Code sees `pack` places at a time, of each array as so many registers of 4 bytes as they fill: %name0, %name1, ...
+    It is taken for a function of its args: what it does besides is done if its result is used, after what they need.
+    """
+    [shape] = {arg.shape for arg in args.values()}
+    out, constraints = jax.ShapeDtypeStruct(shape, dtype), []
+    for name, array in {"out": out, **args}.items():
+        kind = "f" if array.dtype == jnp.float32 else "r"
+        for register in range(pl.cdiv(pack * array.dtype.itemsize, 4)):
+            code = code.replace(f"%{name}{register}", f"${len(constraints)}")
+            constraints.append(f"={kind}" if name == "out" else kind)
     [y] = plgpu.elementwise_inline_asm(
         code,
-        args=list(args),
-        constraints=",".join(["=f", *["f"] * len(args)]),
-        pack=1,
-        result_shape_dtypes=[jax.ShapeDtypeStruct(args[0].shape, jnp.float32)],
+        args=list(args.values()),
+        constraints=",".join(constraints),
+        pack=pack,
+        result_shape_dtypes=[out],
     )
     return y
 

@@ -21,7 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from .common import named_pallas_call, rounded
+from .common import by_assembly, named_pallas_call, rounded
 
 MOST_DEVICES = 8
 MOST_BYTES = 4 << 20  # that a device sends: larger sums are NCCL's
@@ -63,16 +63,16 @@ def _row_bytes(features: int, itemsize: int) -> int:
     return 2 * features * itemsize  # half of it is flags
 
 
-AT = ".reg .b64 at, more; mov.b64 at, {%low0, %high0}; cvt.u64.u32 more, %offset0; add.u64 at, at, more; "
-READ_COUNTER = AT + "ld.relaxed.gpu.global.u32 %out0, [at];"
-SET_COUNTER = AT + "st.relaxed.gpu.global.u32 [at], %flag0; mov.b32 %out0, %data0;"
+AT = "{ .reg .b64 at, more; mov.b64 at, {%low0, %high0}; cvt.u64.u32 more, %offset0; add.u64 at, at, more; "
+READ_COUNTER = AT + "ld.relaxed.gpu.global.u32 %out0, [at]; }"
+SET_COUNTER = AT + "st.relaxed.gpu.global.u32 [at], %flag0; mov.b32 %out0, %data0; }"
 SEND = (
     AT
     + """.reg .b64 first, second; .reg .pred live;
     setp.ge.s32 live, %offset0, 0;
     mov.b64 first, {%data0, %flag0}; mov.b64 second, {%data1, %flag0};
     @live st.relaxed.sys.global.v2.b64 [at], {first, second};
-    mov.b32 %out0, %data0; mov.b32 %out1, %data1;"""
+    mov.b32 %out0, %data0; mov.b32 %out1, %data1; }"""
 )
 RECEIVE = (
     AT
@@ -83,32 +83,8 @@ RECEIVE = (
     mov.b64 {a, flag_a}, first; mov.b64 {b, flag_b}, second;
     setp.ne.b32 p, flag_a, %flag0; @p bra AGAIN;
     setp.ne.b32 p, flag_b, %flag0; @p bra AGAIN;
-    END: mov.b32 %out0, a; mov.b32 %out1, b;"""
+    END: mov.b32 %out0, a; mov.b32 %out1, b; }"""
 )
-
-
-def _assembly(code: str, dtype: jnp.dtype, pack: int = 1, **args: jax.Array) -> jax.Array:
-    """Numbers %out of this dtype, one for each place of the args, arrays of one shape.
-
-    Such code is taken for a function of its arguments: what it does besides is done where its result is read, after its
-    arguments are there. It sees `pack` places at a time, as so many registers of 4 bytes as they fill: %name0, ...
-    """
-    [shape] = {arg.shape for arg in args.values()}
-    out = jax.ShapeDtypeStruct(shape, dtype)
-    constraints = []
-    for name, array in {"out": out, **args}.items():
-        kind = "f" if array.dtype == jnp.float32 else "r"
-        for register in range(pl.cdiv(pack * array.dtype.itemsize, 4)):
-            code = code.replace(f"%{name}{register}", f"${len(constraints)}")
-            constraints.append(f"={kind}" if name == "out" else kind)
-    [y] = plgpu.elementwise_inline_asm(
-        f"{{ {code} }}",
-        args=list(args.values()),
-        constraints=",".join(constraints),
-        pack=pack,
-        result_shape_dtypes=[out],
-    )
-    return y
 
 
 def _all_reduce_norm_kernel(ref, *, width: int, rows: int, eps: float):
@@ -130,7 +106,7 @@ def _all_reduce_norm_kernel(ref, *, width: int, rows: int, eps: float):
     me = table[0, 0]
     low, high = (jnp.broadcast_to(half, (1,)) for half in address(me))
     counter = dict(low=low, high=high, offset=jnp.broadcast_to(4 * row, (1,)))
-    flag = _assembly(READ_COUNTER, jnp.int32, **counter) + 1
+    flag = by_assembly(READ_COUNTER, jnp.int32, **counter) + 1
 
     # A thread has 16 bytes of a row, two pairs: the first ones lie side by side, and so do the second ones.
     pair, half = column // per_pair, features // per_pair // 2
@@ -145,10 +121,10 @@ def _all_reduce_norm_kernel(ref, *, width: int, rows: int, eps: float):
 
     sent = own
     for device in range(devices):
-        sent = _assembly(SEND, dtype, per_pair, data=sent, **message(device, source=me))
+        sent = by_assembly(SEND, dtype, per_pair, data=sent, **message(device, source=me))
     total = jnp.zeros((width,), jnp.float32)
     for source in range(devices):  # in the same order on all of them
-        received = _assembly(RECEIVE, dtype, per_pair, sent=sent, **message(me, source))
+        received = by_assembly(RECEIVE, dtype, per_pair, sent=sent, **message(me, source))
         total += jnp.where(source == me, own, received).astype(jnp.float32)
 
     wide = rounded(load(ref["x"].at[at]).astype(jnp.float32) + rounded(total, dtype), dtype)
@@ -156,7 +132,7 @@ def _all_reduce_norm_kernel(ref, *, width: int, rows: int, eps: float):
     wide = jnp.where(used, wide, 0)
     scale = jnp.broadcast_to(lax.rsqrt((wide * wide).sum() / features + eps), (1,))
     # All threads have read the counter: what they have received is in the sum.
-    scale = _assembly(SET_COUNTER, jnp.float32, data=scale, flag=flag, **counter)
+    scale = by_assembly(SET_COUNTER, jnp.float32, data=scale, flag=flag, **counter)
     normed = rounded(wide * spread(scale), dtype)  # where transformers rounds
     gain = plgpu.load(ref["gain"].at[pl.ds(0, width)], mask=used, other=0)
     store(ref["normed"].at[at], (normed * gain.astype(jnp.float32)).astype(dtype))

@@ -20,7 +20,7 @@ BLOCK = 512  # entries to a tile, on an H200
 
 
 def _log2(x: jax.Array, on_gpu: bool) -> jax.Array:
-    return by_assembly("lg2.approx.ftz.f32 $0, $1;", x) if on_gpu else jnp.log2(x)
+    return by_assembly("lg2.approx.ftz.f32 %out0, %x0;", x.dtype, x=x) if on_gpu else jnp.log2(x)
 
 
 def _gumbel(bits: jax.Array, on_gpu: bool) -> jax.Array:

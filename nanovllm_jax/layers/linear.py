@@ -110,11 +110,10 @@ class Linear(nnx.Module):
         weight = self.weight[...]
         if self.is_plain and weight.ndim == 2 and (peers or not is_summed_over(self.in_axis)):
             if kernels.is_few_rows(x, weight):
-                return Parts(kernels.few_linear(x, weight[None]), peers)
-            if _is_halved(x, weight):
-                return Parts(_halved_matmul(x, weight), peers)
-            if peers:
-                return Parts(self.matmul(x, weight)[None], peers)
+                here = kernels.few_linear(x, weight[None])
+            else:
+                here = _halved_matmul(x, weight) if _is_halved(x, weight) else self.matmul(x, weight)[None]
+            return Parts(here, peers)
         return Parts(self(x)[None])
 
     def no_parts(self, leading: tuple[int, ...], peers: Peers | None = None) -> jax.Array:

@@ -56,7 +56,7 @@ class Memory:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_one_device_of_several(case, monkeypatch):
     memory = Memory()
-    monkeypatch.setattr(exchange, "_assembly", memory.assembly)
+    monkeypatch.setattr(exchange, "by_assembly", memory.assembly)
     check(memory.device, *case, interpret=True)
 
 
