@@ -18,7 +18,15 @@ MANY = 2048
 ROWS = 64  # of one warpgroup's matrix product
 COMPUTE = 2  # warpgroups; the one after them loads
 LOADER = COMPUTE
-SWIZZLED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # how tensor cores read 16-bit shared memory
+
+
+def swizzled(columns: int) -> tuple:
+    """How 16-bit shared memory with so many columns, a multiple of 16, is laid out for copies and tensor cores."""
+    line = next(size for size in (128, 64, 32) if 2 * columns % size == 0)  # bytes
+    return plgpu.TilingTransform((8, line // 2)), plgpu.SwizzleTransform(line)
+
+
+SWIZZLED = swizzled(64)  # as tensor cores read it best
 
 
 def hopper_call(

@@ -15,21 +15,63 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .common import SMS, gated, rounded
-from .hopper import COMPUTE, MANY, ROWS, SWIZZLED, hopper_call, in_roles, program, slot_of, warpgroup
+from .hopper import COMPUTE, MANY, ROWS, SWIZZLED, hopper_call, in_roles, program, slot_of, swizzled, warpgroup
 
-HALF = COMPUTE * ROWS  # rows of a tile, which are one program's
-FEATURES = 128
+HALF = COMPUTE * ROWS  # rows of a program's tile
+FEATURES = (128, 112, 96, 80, 64, 48, 32)  # that a tile may have
 DEPTH = 64  # that is loaded at a time
-STAGES = 4  # and how many of these loads there is room for
+SHARED_MEMORY = 226 * 1024  # bytes for loads and what goes out; barriers need a few more
 PAIR = 2  # programs that share loads
 ROWS_TOGETHER = 8  # tiles of rows that pairs side by side have, so that they find rows and weights in the L2 cache
+SHALLOW = 2048  # Below MANY rows, but for one tile's, cuBLAS is as fast on an H200 where products are deeper than this.
 
 
 def fits(x: jax.Array, weight: jax.Array) -> bool:
-    """Whether the kernel is for x [T, D] and weights [2, F, D]: many rows of 16 bits, weights in whole tiles."""
+    """Whether the kernel is for x [T, D] and weights [2, F, D]: 16 bits, and many rows, or fewer in whole tiles."""
     if x.ndim != 2 or x.dtype.itemsize != 2 or weight.dtype != x.dtype:
         return False
-    return x.shape[0] >= MANY and x.shape[0] % 8 == 0 and x.shape[1] % DEPTH == 0 and weight.shape[1] % FEATURES == 0
+    rows, depth = x.shape
+    whole = rows == HALF or (rows % (PAIR * HALF) == 0 and depth <= SHALLOW)
+    enough = whole or (rows >= MANY and rows % 8 == 0)
+    return enough and depth % DEPTH == 0 and weight.shape[1] % FEATURES[0] == 0
+
+
+class Tiles(NamedTuple):
+    """How a problem is cut: by pairs of programs."""
+
+    features: int
+    """Of a tile, of each product."""
+    rows_are_shared: bool
+    """A pair's tiles are of the same rows and of features side by side; else the other way round."""
+    grid: tuple[int, int]
+    """How many pairs of tiles there are, by rows and by features."""
+
+    @classmethod
+    def of(cls, rows: int, features: int) -> "Tiles":
+        """Those that keep all SMs at work: as little as can be for those that have the most."""
+
+        def cut(width):
+            if rows <= HALF:
+                return cls(width, True, (1, pl.cdiv(features, PAIR * width)))
+            return cls(width, False, (pl.cdiv(rows, PAIR * HALF), pl.cdiv(features, width)))
+
+        def cost(tiles):  # loads of rows, which narrow tiles have more of, as 32 features
+            return pl.cdiv(tiles.grid[0] * tiles.grid[1], SMS // PAIR) * (tiles.features + 32)
+
+        return min(map(cut, FEATURES), key=cost)
+
+    def starts(self, row: jax.Array, feature: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Where the tile begins that this program has of a pair of the grid."""
+        own = lax.axis_index("pair")
+        if self.rows_are_shared:
+            return row * HALF, (feature * PAIR + own) * self.features
+        return (row * PAIR + own) * HALF, feature * self.features
+
+    @property
+    def stages(self) -> int:
+        """How many loads there is room for."""
+        out, load = HALF * self.features, (HALF + 2 * self.features) * DEPTH
+        return (SHARED_MEMORY // 2 - out) // load
 
 
 class Memory(NamedTuple):
@@ -42,46 +84,47 @@ class Memory(NamedTuple):
     free: jax.Array
 
     @classmethod
-    def types(cls, dtype: jnp.dtype) -> "Memory":
-        """What to allocate: 224 KiB."""
-        x, weights, out = (STAGES, HALF, DEPTH), (STAGES, 2 * FEATURES, DEPTH), (COMPUTE, ROWS, FEATURES)
-        arrays = (plgpu.SMEM(shape, dtype, transforms=SWIZZLED) for shape in (x, weights, out))
-        full = plgpu.Barrier(num_arrivals=3, num_barriers=STAGES)
-        free = plgpu.ClusterBarrier(collective_axes=("pair",), num_arrivals=COMPUTE, num_barriers=STAGES)
-        return cls(*arrays, full, free)
+    def types(cls, dtype: jnp.dtype, features: int, stages: int) -> "Memory":
+        """What to allocate."""
+        loads = (plgpu.SMEM((stages, n, DEPTH), dtype, transforms=SWIZZLED) for n in (HALF, 2 * features))
+        out = plgpu.SMEM((COMPUTE, ROWS, features), dtype, transforms=swizzled(features))
+        full = plgpu.Barrier(num_arrivals=3, num_barriers=stages)
+        free = plgpu.ClusterBarrier(collective_axes=("pair",), num_arrivals=COMPUTE, num_barriers=stages)
+        return cls(*loads, out, full, free)
 
 
 def swiglu(x: jax.Array, weight: jax.Array, *, interpret: object = None) -> jax.Array:
     """nanovllm_jax.kernels.swiglu for what `fits`."""
-    (rows, depth), features, dtype = x.shape, weight.shape[1], x.dtype
-    tiles, steps = (pl.cdiv(rows, PAIR * HALF), features // FEATURES), depth // DEPTH
+    (rows, depth), dtype, tiles = x.shape, x.dtype, Tiles.of(x.shape[0], weight.shape[1])
+    features, stages, steps, grid = tiles.features, tiles.stages, depth // DEPTH, tiles.grid
 
     def for_each_tile(take):
-        """take(row, feature) of this program's halves of tiles, one after the other."""
+        """take(row, feature) of this program's tiles, one after the other."""
         pairs = SMS // PAIR
 
-        @pl.loop(0, lax.div(tiles[0] * tiles[1] - program() + (pairs - 1), jnp.int32(pairs)))
+        @pl.loop(0, lax.div(grid[0] * grid[1] - program() + (pairs - 1), jnp.int32(pairs)))
         def _(turn):
-            row, feature = plgpu.planar_snake(turn * pairs + program(), tiles, 0, ROWS_TOGETHER)
-            take((row * PAIR + lax.axis_index("pair")) * HALF, feature * FEATURES)
+            take(*tiles.starts(*plgpu.planar_snake(turn * pairs + program(), grid, 0, ROWS_TOGETHER)))
 
     def load(x_ref, w_ref, memory: Memory):
         """The loading warpgroup: rows and weights into shared memory as soon as there is room."""
+        rows_for, weights_for = ("pair", None) if tiles.rows_are_shared else (None, "pair")
 
         def take(row, feature):
             @pl.loop(0, steps)
             def _(k):
-                slot, part = slot_of(k, STAGES), pl.ds(k * DEPTH, DEPTH)
+                slot, part = slot_of(k, stages), pl.ds(k * DEPTH, DEPTH)
                 full = memory.full.at[slot]
                 plgpu.barrier_wait(memory.free.at[slot])
-                plgpu.copy_gmem_to_smem(x_ref.at[pl.ds(row, HALF), part], memory.x.at[slot], full)
+                source = x_ref.at[pl.ds(row, HALF), part]
+                plgpu.copy_gmem_to_smem(source, memory.x.at[slot], full, collective_axes=rows_for)
                 for i in range(2):
-                    to = memory.weights.at[slot].at[pl.ds(i * FEATURES, FEATURES)]
-                    source = w_ref.at[i].at[pl.ds(feature, FEATURES), part]
-                    plgpu.copy_gmem_to_smem(source, to, full, collective_axes="pair")
+                    to = memory.weights.at[slot].at[pl.ds(i * features, features)]
+                    source = w_ref.at[i].at[pl.ds(feature, features), part]
+                    plgpu.copy_gmem_to_smem(source, to, full, collective_axes=weights_for)
 
         for_each_tile(take)
-        for slot in range(STAGES):  # until the other program has had its loads, and has told this one
+        for slot in range(stages):  # until the other program has had its loads, and has told this one
             plgpu.barrier_wait(memory.free.at[slot])
 
     def compute(o_ref, memory: Memory):
@@ -92,26 +135,26 @@ def swiglu(x: jax.Array, weight: jax.Array, *, interpret: object = None) -> jax.
             def multiply(sums):
                 @pl.loop(0, steps)
                 def _(k):
-                    slot = slot_of(k, STAGES)
+                    slot = slot_of(k, stages)
                     plgpu.barrier_wait(memory.full.at[slot])
                     lines = memory.x.at[slot].at[pl.ds(own * ROWS, ROWS)]
                     plgpu.wgmma(sums, lines, memory.weights.at[slot].transpose((1, 0)))
                     plgpu.wgmma_wait(1)  # for those of the load before, whose memory is free then
-                    pl.when(k > 0)(lambda: plgpu.barrier_arrive(memory.free.at[slot_of(k - 1, STAGES)]))
+                    pl.when(k > 0)(lambda: plgpu.barrier_arrive(memory.free.at[slot_of(k - 1, stages)]))
 
                 total = sums[...]  # waits for all of them
-                plgpu.barrier_arrive(memory.free.at[slot_of(jnp.int32(steps - 1), STAGES)])
+                plgpu.barrier_arrive(memory.free.at[slot_of(jnp.int32(steps - 1), stages)])
                 return total
 
-            both = pl.run_scoped(multiply, plgpu.ACC((ROWS, 2 * FEATURES), jnp.float32))
-            gate, up = rounded(both[:, :FEATURES], dtype), rounded(both[:, FEATURES:], dtype)
+            both = pl.run_scoped(multiply, plgpu.ACC((ROWS, 2 * features), jnp.float32))
+            gate, up = rounded(both[:, :features], dtype), rounded(both[:, features:], dtype)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             memory.out[own] = gated(gate, up, dtype).astype(dtype)
             plgpu.commit_smem()
-            to = o_ref.at[pl.ds(row + own * ROWS, ROWS), pl.ds(feature, FEATURES)]
+            to = o_ref.at[pl.ds(row + own * ROWS, ROWS), pl.ds(feature, features)]
             plgpu.copy_smem_to_gmem(memory.out.at[own], to)
 
-        for slot in range(STAGES):
+        for slot in range(stages):
             plgpu.barrier_arrive(memory.free.at[slot])
         for_each_tile(take)
         plgpu.wait_smem_to_gmem(0)
@@ -120,7 +163,7 @@ def swiglu(x: jax.Array, weight: jax.Array, *, interpret: object = None) -> jax.
         def run(memory):
             in_roles(lambda: load(x_ref, w_ref, memory), lambda: compute(o_ref, memory))
 
-        pl.run_scoped(run, Memory.types(dtype), collective_axes="wg")
+        pl.run_scoped(run, Memory.types(dtype, features, stages), collective_axes="wg")
 
-    out_type = (jax.ShapeDtypeStruct((rows, features), dtype),)
+    out_type = (jax.ShapeDtypeStruct((rows, weight.shape[1]), dtype),)
     return hopper_call(hopper_swiglu, x, weight, out_type=out_type, pair=PAIR, interpret=interpret)[0]

@@ -114,10 +114,12 @@ def swiglu_args(rows, depth, features, dtype=jnp.bfloat16):
 @MULTIPLIES
 @pytest.mark.parametrize("programs", [2, 4, 10])
 @pytest.mark.parametrize(
-    ("rows", "depth", "features"), [(8, 64, 128), (2400, 64, 128), (600, 128, 256), (600, 448, 384)]
+    ("rows", "depth", "features"),
+    [(8, 64, 128), (72, 128, 384), (128, 448, 640), (136, 448, 640), (2400, 64, 128), (600, 128, 256), (600, 448, 384)],
 )
 def test_swiglu_of_any_number_of_tiles_in_any_number_of_programs(rows, depth, features, programs, monkeypatch):
-    """Fewer tiles than pairs of programs and more, fewer loads than there is room for and more.
+    """Fewer tiles than pairs of programs and more, of the same rows and of others, and tiles that end beyond the last
+    feature; fewer loads than there is room for and more.
 
     Here products take no time and nothing is shared: whether memory is free too early shows on a GPU alone.
     """
@@ -135,9 +137,26 @@ def test_swiglu_of_any_number_of_tiles_in_any_number_of_programs(rows, depth, fe
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize(("depth", "features"), [(1024, 3072), (2560, 9728), (4096, 1536), (5120, 17408)])
 def test_swiglu_lowers_to_one_kernel(depth, features, dtype):
-    for rows in (1024, 1056, 16384):
+    for rows in (72, 128, 256, 1024, 1056, 16384):
         [call] = custom_calls(lowered_for_cuda(hopper_swiglu.swiglu, *swiglu_args(rows, depth, features, dtype)))
         assert call.startswith("mosaic_gpu")
+
+
+def test_how_swiglu_is_cut(monkeypatch):
+    """Into tiles that keep an H200 at work, and that fit in its shared memory."""
+    use_programs(monkeypatch, 132)
+
+    def cut(rows, features):
+        tiles = hopper_swiglu.Tiles.of(rows, features)
+        assert tiles.stages >= 4
+        return tiles.features, tiles.rows_are_shared, tiles.grid
+
+    assert cut(128, 9728) == (80, True, (1, 61))  # of 66 pairs
+    assert cut(72, 3072) == (32, True, (1, 48))
+    assert cut(256, 12288) == (96, False, (1, 128))  # twice 66 pairs, but for 4
+    assert cut(136, 3072) == (48, False, (1, 64))
+    for features in (3072, 6144, 9728, 12288, 17408):
+        assert cut(16384, features)[0] == 128
 
 
 def test_swiglu_and_its_derivative_are_the_oracles_here():
@@ -163,6 +182,11 @@ def test_what_they_are_for(monkeypatch):
     many = hopper.MANY
     for args in ((many - 8, 128, 256), (many + 4, 128, 256), (many, 96, 256), (many, 128, 200)):
         assert not is_many_rows(*swiglu_args(*args))
+    for rows in (128, 256, 1024):  # whole tiles, of which deep ones are few
+        assert is_many_rows(*swiglu_args(rows, 1024, 256))
+        assert is_many_rows(*swiglu_args(rows, 2560, 256)) == (rows == 128)
+    for rows in (64, 120, 136, 384, 1056):
+        assert not is_many_rows(*swiglu_args(rows, 1024, 256))
     assert not is_many_rows(*swiglu_args(many, 128, 256, jnp.float32))
     assert not is_many_rows(jax.ShapeDtypeStruct((2, many, 128), jnp.bfloat16), weight)
 
