@@ -30,10 +30,10 @@ def fits(x: jax.Array, weight: jax.Array) -> bool:
     """Whether the kernel is for x [T, D] and weights [2, F, D]: 16 bits, and many rows, or fewer in whole tiles."""
     if x.ndim != 2 or x.dtype.itemsize != 2 or weight.dtype != x.dtype:
         return False
-    rows, depth = x.shape
+    (rows, depth), features = x.shape, weight.shape[1]
     whole = rows == HALF or (rows % (PAIR * HALF) == 0 and depth <= SHALLOW)
-    enough = whole or (rows >= MANY and rows % 8 == 0)
-    return enough and depth % DEPTH == 0 and weight.shape[1] % FEATURES[0] == 0
+    enough = (rows >= MANY and rows % 8 == 0) or (whole and Tiles.of(rows, features).are_enough)
+    return enough and depth % DEPTH == 0 and features % FEATURES[0] == 0
 
 
 class Tiles(NamedTuple):
@@ -66,6 +66,11 @@ class Tiles(NamedTuple):
         if self.rows_are_shared:
             return row * HALF, (feature * PAIR + own) * self.features
         return (row * PAIR + own) * HALF, feature * self.features
+
+    @property
+    def are_enough(self) -> bool:
+        """Whether they give two thirds of the SMs something to do."""
+        return 3 * self.grid[0] * self.grid[1] >= 2 * (SMS // PAIR)
 
     @property
     def stages(self) -> int:

@@ -149,6 +149,7 @@ def test_how_swiglu_is_cut(monkeypatch):
     def cut(rows, features):
         tiles = hopper_swiglu.Tiles.of(rows, features)
         assert tiles.stages >= 4
+        assert tiles.are_enough
         return tiles.features, tiles.rows_are_shared, tiles.grid
 
     assert cut(128, 9728) == (80, True, (1, 61))  # of 66 pairs
@@ -157,6 +158,7 @@ def test_how_swiglu_is_cut(monkeypatch):
     assert cut(136, 3072) == (48, False, (1, 64))
     for features in (3072, 6144, 9728, 12288, 17408):
         assert cut(16384, features)[0] == 128
+    assert not hopper_swiglu.Tiles.of(128, 1536).are_enough
 
 
 def test_swiglu_and_its_derivative_are_the_oracles_here():
