@@ -17,6 +17,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -34,6 +35,7 @@ from nanovllm_jax.checkpoints.orbax import FOLDER
 from nanovllm_jax.config import ModelConfig
 
 SCRIPTS = Path(__file__).parent
+INTERRUPTED = "interrupted"
 
 
 def parse_args(arguments: list[str] | None) -> argparse.Namespace:
@@ -87,6 +89,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     try:
         if not args.report:
             args.model = prepare_model(args)
+            args.config = ModelConfig.from_pretrained(args.model)
     except (argparse.ArgumentTypeError, ValueError, OSError, RuntimeError) as error:
         parser.error(str(error))
     return args
@@ -109,8 +112,8 @@ def recorded(text: str) -> dict[str, Any]:
     try:
         record = json.loads(Path(text).read_text())
         report.notes(record)
-        report.rows(record)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        report.table(record)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, ArithmeticError) as error:
         raise argparse.ArgumentTypeError(f"{text!r} is no record of this script: {error!r}") from error
     return record
 
@@ -134,8 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure; returns the record."""
     pythons = dict.fromkeys(ENGINES, sys.executable) | dict(args.python)
-    options, model = dict(args.options), args.model
-    config = ModelConfig.from_pretrained(model)
+    options, model, config = dict(args.options), args.model, args.config
     sizes = Sizes(
         vocab_size=config.vocab_size,
         max_model_len=resolve_max_model_len(args, config),
@@ -152,13 +154,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "model_config": {name: value for name, value in asdict(config).items() if name != "rope"},
         "sizes": asdict(sizes),
         "machine": machine.describe(),
-        "card": measure_card(args),
+        "card": measure_card(args, sys.executable if report.OURS in missing else pythons[report.OURS]),
         "missing": missing,
         "failed": {},
         "engines": {},
     }
     for reason in missing.items():
         print(*reason, sep=": ", flush=True)
+    keep(record, args.json)
     common = {"max_model_len": sizes.max_model_len, "gpu_memory_utilization": args.gpu_memory_utilization}
     if args.load_format != "auto":
         common["load_format"] = args.load_format
@@ -168,11 +171,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             print(f"round {number + 1}: {engine}", flush=True)
             own_job = job | {"engine": engine, "options": common | options.get(engine, {})}
             run_engine(record, own_job, pythons[engine], args.verbose)
-            record["summary"] = [row.summary() for row in report.rows(record)]
-            if args.json:
-                with writing(args.json):
-                    args.json.write_text(json.dumps(record, indent=1))
+            keep(record, args.json)
+            if record["failed"].get(engine) == INTERRUPTED:
+                return record
     return record
+
+
+def keep(record: dict[str, Any], path: Path | None) -> None:
+    """Write what there is so far, with its summary."""
+    record["summary"] = [row.summary() for row in report.rows(record)]
+    if path:
+        with writing(path):
+            path.write_text(json.dumps(record, indent=1))
 
 
 def prepare_model(args: argparse.Namespace) -> Path:
@@ -184,7 +194,8 @@ def prepare_model(args: argparse.Namespace) -> Path:
         return checkpoint(args.model or TINY_MODEL)
     path = args.random_weights / "config.json" if args.random_weights.is_dir() else args.random_weights
     name = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
-    directory = Path(args.model or Path.home() / ".cache" / "nanovllm_jax" / "random-weights" / name).resolve()
+    default = f"~/.cache/nanovllm_jax/random-weights/{name}"
+    directory = Path(args.model or default).expanduser().resolve()
     wanted, there = read_config(path), directory / "config.json"
     if there.exists() and read_config(there) != wanted:
         raise ValueError(f"{directory} holds another model than {path}: give another --model")
@@ -236,15 +247,18 @@ def has_module(python: str, name: str) -> bool:
         return False
 
 
-def measure_card(args: argparse.Namespace) -> dict[str, Any]:
-    """The rates that are given, and the others measured."""
+def measure_card(args: argparse.Namespace, python: str) -> dict[str, Any]:
+    """The rates that are given, and the others measured, by an interpreter with JAX."""
     given = {"bytes_per_second": args.bandwidth, "flops_per_second": args.flops}
     given = {name: 1e12 * value for name, value in given.items() if value}
     if len(given) == 2:
         return {"device": machine.describe()["gpu"]} | given
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "card.json"
-        run_module(sys.executable, "benchmark.card", [path], args.verbose)
+        try:
+            run_module(python, "benchmark.card", [path], args.verbose)
+        except RuntimeError as error:
+            raise SystemExit(f"{error}error: the card cannot be measured: give --bandwidth and --flops") from error
         return json.loads(path.read_text()) | given
 
 
@@ -258,6 +272,8 @@ def run_engine(record: dict[str, Any], job: dict[str, Any], python: str, verbose
         except RuntimeError as error:
             record["failed"][job["engine"]] = str(error)
             print(f"{job['engine']} failed: {error}", flush=True)
+        except KeyboardInterrupt:
+            record["failed"][job["engine"]] = INTERRUPTED
         if result_path.exists():
             record["engines"].setdefault(job["engine"], []).append(json.loads(result_path.read_text()))
         elif job["engine"] not in record["failed"]:
@@ -280,4 +296,5 @@ def run_module(python: str, module: str, arguments: list[Path], verbose: bool) -
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the engine ends, what it has is kept
     sys.exit(main())

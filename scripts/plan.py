@@ -7,7 +7,7 @@ A prediction: rates and costs are measured ones of docs/performance.md, on one H
 """
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmark import limits
@@ -56,6 +56,15 @@ def published(size: str) -> ModelConfig:
     )
 
 
+def over(config: ModelConfig, devices: int) -> ModelConfig:
+    """What so many devices have of a model together: copied kv heads are heads of their own.
+
+    Raises ValueError for a number that cannot share it.
+    """
+    split = split_config(config, devices)
+    return replace(split, num_key_value_heads=split.kv_heads, kv_copies=1)
+
+
 @dataclass(frozen=True)
 class Step:
     """One step of one model over some devices, on each of them."""
@@ -91,7 +100,7 @@ class Step:
 
 def decode_step(config: ModelConfig, devices: int, sequences: int, context: int, itemsize: int = 2) -> Step:
     """One token of each sequence, with so many tokens in the cache. Raises ValueError for impossible sizes."""
-    config = split_config(config, devices)
+    config = over(config, devices)
     phases = limits.decode_phases(config, itemsize, [context] * sequences)
     read = limits.weight_bytes(config, itemsize) + phases["attend"].bytes
     flops = sum(phase.flops for phase in phases.values())
@@ -102,7 +111,7 @@ def decode_step(config: ModelConfig, devices: int, sequences: int, context: int,
 
 def prefill_step(config: ModelConfig, devices: int, tokens: int, prompt: int, itemsize: int = 2) -> Step:
     """So many tokens of new prompts, each `prompt` long."""
-    config, count = split_config(config, devices), max(1, tokens // prompt)
+    config, count = over(config, devices), max(1, tokens // prompt)
     phases = limits.prefill_phases(config, itemsize, [prompt] * count, [0] * count).values()
     flops = sum(phase.flops for phase in phases) / devices
     overhead = flops / H200.flops * (1 / PREFILL_SHARE - 1)
@@ -129,7 +138,7 @@ def exchange(config: ModelConfig, devices: int, tokens: int, rows: int, itemsize
 
 def most_sequences(config: ModelConfig, devices: int, context: int, itemsize: int = 2) -> int:
     """Sequences of this length whose keys and values fit beside the weights."""
-    config = split_config(config, devices)
+    config = over(config, devices)
     free = MEMORY - config.num_parameters * itemsize / devices
     return max(0, int(free / (context * config.kv_bytes_per_token(itemsize) / devices)))
 
@@ -165,6 +174,8 @@ def main() -> None:
             models = {args.model: models[args.model] if known else ModelConfig.from_pretrained(Path(args.model))}
         except ValueError as error:
             parser.error(str(error))
+    if (most := min(config.max_context for config in models.values())) < args.context:
+        parser.error(f"--context {args.context} is more than the {most} tokens of the model")
     columns = "model", "GPUs", "GB read", "TFLOP", "MB sent", "compute ms", "link ms", "step ms"
     print(f"| {' | '.join((*columns, '1 sequence ms', 'prefill ms', 'fit'))} |")
     print("|---" * 11 + "|")

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from benchmark.limits import Card, Cost, decode_phases, prefill_phases
-from options import above_zero, checkpoint, count, picture, writing
+from options import above_zero, checkpoint, count, picture, refusals, writing
 
 from nanovllm_jax import LLM, SamplingParams
 from nanovllm_jax.checkpoints.load import TINY_MODEL
@@ -82,7 +82,8 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--bandwidth", type=above_zero, default=4.4, help="the card's measured TB/s (H200: 4.4)")
     parser.add_argument("--flops", type=above_zero, default=790, help="the card's measured TFLOP/s (H200, bf16: 790)")
     args = parser.parse_args(arguments)
-    longest, most = args.context + output_tokens(args), ModelConfig.from_pretrained(args.model).max_context
+    with refusals():
+        longest, most = args.context + output_tokens(args), ModelConfig.from_pretrained(args.model).max_context
     if longest > most:
         parser.error(f"--context {args.context} and the tokens of all steps are {longest}, the model's most are {most}")
     return args
@@ -92,8 +93,9 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def make_llm(args: argparse.Namespace) -> LLM:
-    longest = args.context + output_tokens(args)
-    return LLM(args.model, load_format=args.load_format, max_model_len=longest, max_num_seqs=args.max_num_seqs)
+    options = dict(max_model_len=args.context + output_tokens(args), max_num_seqs=args.max_num_seqs)
+    with refusals():
+        return LLM(args.model, load_format=args.load_format, **options)
 
 
 def output_tokens(args: argparse.Namespace) -> int:
@@ -101,6 +103,8 @@ def output_tokens(args: argparse.Namespace) -> int:
 
     And for the first of them to go on while the others' prompts are computed.
     """
+    if args.phase == "prefill":
+        return 1
     return 64 * args.steps + args.batch * args.context // 1024
 
 

@@ -11,7 +11,6 @@ from benchmark.workloads import SWEEP_STEPS
 from nanovllm_jax.config import ModelConfig
 
 OURS = "ours"
-ITEMSIZE = 2  # bfloat16
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ class Record:
         self.results = record["engines"]
         self.config = ModelConfig(**record["model_config"])
         card = Card(record["card"]["bytes_per_second"], record["card"]["flops_per_second"])
-        self.limits = self.config, ITEMSIZE, card
+        self.limits = self.config, itemsize(record), card
 
     def calls(self, workload: str) -> dict[str, dict[str, Any]]:
         """Every call that any engine ran, with its lengths."""
@@ -92,6 +91,11 @@ class Record:
             if found and None not in found:
                 values[engine] = found
         return values
+
+
+def itemsize(record: dict[str, Any]) -> int:
+    """Bytes of a number as our engine had it; a peer's default is bfloat16."""
+    return 4 if any(run["flags"].get("dtype") == "float32" for run in record["engines"].get(OURS, [])) else 2
 
 
 def rows(record: dict[str, Any]) -> list[Row]:
@@ -214,7 +218,8 @@ def notes(record: dict[str, Any]) -> str:
     lines = [
         f"{machine['gpu'] or card['device'] or 'no GPU'}; commit {machine['commit']}",
         f"model: {record['model']}, {config.num_parameters / 1e9:.3g} billion parameters",
-        f"limit: memory at {terabytes:.3g} TB/s, matmuls at {teraflops:.3g} TFLOP/s, of numbers of {ITEMSIZE} bytes",
+        f"limit: memory at {terabytes:.3g} TB/s, matmuls at {teraflops:.3g} TFLOP/s ({card['device'] or 'no GPU'}), of "
+        f"numbers of {itemsize(record)} bytes",
     ]
     for engine, rounds in record["engines"].items():
         versions = ", ".join(f"{package} {version}" for package, version in rounds[0]["versions"].items())

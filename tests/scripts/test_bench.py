@@ -1,8 +1,12 @@
 """bench.py: what it runs, what it calls the limit, how it times, and what it reports."""
 
 import json
+import os
 import random
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import bench
@@ -280,7 +284,17 @@ def test_table_and_notes(record):
     notes = report.notes(record)
     assert "KV cache of 384 tokens" in notes
     assert "memory at 0.00694 TB/s" in notes
+    assert "of numbers of 2 bytes" in notes
     assert "failed" not in notes
+
+
+def test_the_limit_is_of_numbers_as_large_as_ours(record):
+    (before,) = (row for row in report.rows(record) if row.name == "after it")
+    for result in record["engines"]["ours"]:
+        result["flags"]["dtype"] = "float32"
+    (after,) = (row for row in report.rows(record) if row.name == "after it")
+    assert after.limit == pytest.approx(2 * before.limit, rel=0.01)
+    assert "of numbers of 4 bytes" in report.notes(record)
 
 
 def test_notes_say_what_is_not_in_the_table(record):
@@ -394,7 +408,10 @@ def test_bad_options_are_refused_before_anything_runs(capsys, options, message):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("broken", ["{", "{}", "[1]"])
+WITHOUT_A_CARD = json.dumps(json.loads(RECORDED.read_text()) | {"card": {"bytes_per_second": 0}})
+
+
+@pytest.mark.parametrize("broken", ["{", "{}", "[1]", WITHOUT_A_CARD])
 def test_what_is_no_record_is_refused(tmp_path, capsys, broken):
     (tmp_path / "run.json").write_text(broken)
     with pytest.raises(SystemExit, match="2"):
@@ -432,6 +449,45 @@ def test_an_engine_that_is_not_there_is_named(tmp_path, monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert "nanovllm: not installed in /nowhere/python" in shown
     assert "vllm: not installed" in shown
+
+
+def test_another_kind_of_model_is_refused(tmp_path, capsys):
+    config = json.loads((TINY_MODEL / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaForCausalLM"]}))
+    with pytest.raises(SystemExit, match="2"):
+        bench.main(["--model", str(tmp_path)])
+    assert "LlamaForCausalLM" in capsys.readouterr().err
+
+
+def test_a_card_that_cannot_be_measured(monkeypatch):
+    """By our engine's own interpreter, here one that finds every module and has none."""
+    monkeypatch.setattr(bench, "has_module", lambda python, name: True)
+    with pytest.raises(SystemExit, match="give --bandwidth and --flops"):
+        bench.main(["--engines", "ours", "--python", "ours=/usr/bin/false"])
+
+
+def test_what_was_measured_before_an_interrupt_is_kept(tmp_path):
+    """On SIGTERM or Ctrl-C in the second workload the first is in the record, and shown; nothing runs on."""
+    model, path = write_checkpoint(tmp_path / "model"), tmp_path / "run.json"
+    options = {"max_num_seqs": 4, "max_num_batched_tokens": 256, "block_size": 32, "num_kvcache_blocks": 20}
+    command = [sys.executable, bench.__file__, "--model", model, "--engines", "ours", "--workload", "prefill", "nano"]
+    command += ["--requests", "2", "--repeats", "200", "--max-model-len", "128", "--bandwidth", "1", "--flops", "1"]
+    command += ["--json", path, "--options", f"ours={json.dumps(options)}"]
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as run:
+        for _ in range(600):
+            results = [file.read_text() for file in tmp_path.glob("*/result.json")]
+            if any('"prefill"' in result for result in results):
+                break
+            time.sleep(0.1)
+        run.terminate()
+        shown, errors = run.communicate(timeout=60)
+    assert run.returncode == 1, errors
+    assert "prefill: prompts" in shown
+    assert "ours failed: interrupted" in shown
+    record = json.loads(path.read_text())
+    assert list(record["engines"]["ours"][0]["workloads"]) == ["prefill"]
+    assert not list(tmp_path.glob("*/job.json")), "nothing is left behind"
 
 
 def test_an_engine_that_ends_without_a_result_has_failed(monkeypatch, capsys):

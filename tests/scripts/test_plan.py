@@ -45,6 +45,16 @@ def test_copies_of_kv_heads_are_read_too():
     assert many.bytes > 0.9 * few.bytes
 
 
+@pytest.mark.parametrize("size", ["0.6B", "32B"])
+def test_copies_of_kv_projections_are_weights_too(size):
+    """As large as the model that the engine makes of the config."""
+    config = plan.published(size)
+    heads = 16 * config.num_hidden_layers * config.hidden_size * config.head_dim  # of 8 kv heads, keys and values
+    weights = plan.decode_step(config, 16, 1, 1).bytes * 16 - plan.decode_step(config, 8, 1, 1).bytes * 8
+    keys_and_values = config.kv_bytes_per_token(2)
+    assert weights == pytest.approx(2 * heads + keys_and_values)
+
+
 def test_what_fits():
     assert plan.most_sequences(plan.published("32B"), 1, 1000) > 0
     assert plan.most_sequences(plan.published("32B"), 8, 1000) > 8 * plan.most_sequences(plan.published("32B"), 1, 1000)
@@ -57,7 +67,7 @@ def test_the_command(capsys, monkeypatch):
     assert [row.split(" | ")[:2] for row in lines[2:]] == [["| 8B", "1"], ["| 8B", "8"]]
 
 
-@pytest.mark.parametrize("arguments", [["--model", "8B", "--devices", "3"], ["--context", "0"]])
+@pytest.mark.parametrize("arguments", [["--model", "8B", "--devices", "3"], ["--context", "0"], ["--context", "40961"]])
 def test_what_cannot_be(arguments, monkeypatch):
     monkeypatch.setattr("sys.argv", ["plan.py", *arguments])
     with pytest.raises(SystemExit):

@@ -6,6 +6,8 @@ from benchmark.limits import Card, Cost
 from profile_step import Kernel
 from small_model import write_checkpoint
 
+from nanovllm_jax.config import ModelConfig
+
 HLO = """HloModule jit__step
 %fused (p: f32[4]) -> f32[4] {
   ROOT %inner.1 = f32[4]{0} add(%p, %p), metadata={op_name="jit(_step)/mlp/add" source_line=3}
@@ -75,6 +77,14 @@ def test_timeline_shows_the_first_step(tmp_path):
         profile_step.draw_timeline(kernels, steps, tmp_path / f"{steps}.svg")
     one, two = ((tmp_path / f"{steps}.svg").read_text() for steps in (1, 2))
     assert one.count("<path") - two.count("<path") == 3, "the second step's kernels are not drawn"
+
+
+def test_a_prefill_needs_no_room_for_more_than_its_tokens(directory):
+    most = ModelConfig.from_pretrained(directory).max_context
+    arguments = f"--model {directory} --context {most - 1} --phase".split()
+    assert profile_step.parse_args([*arguments, "prefill"]).context == most - 1
+    with pytest.raises(SystemExit, match="2"):
+        profile_step.parse_args([*arguments, "decode"])
 
 
 def test_a_batch_that_does_not_run_at_a_time_is_refused(directory):
