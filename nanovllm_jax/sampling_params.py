@@ -11,7 +11,7 @@ from nanovllm_jax.values import integer, is_integer, number, plain
 MAX_LOGPROBS = 20  # kernels/ has the same number, and a test says so
 """Most likely tokens that `logprobs` and `prompt_logprobs` can ask for."""
 
-FLOAT32_MAX = 3.4e38
+FLOAT32_MAX, FLOAT32_TINY = 3.4e38, 1.1754944e-38  # the least that no GPU takes for 0
 POSITIVE = math.ulp(0.0)
 NUMBERS = {  # least, most, and both in words
     "temperature": (0, FLOAT32_MAX, f"0 (greedy) or a positive number up to {FLOAT32_MAX}"),
@@ -104,6 +104,7 @@ class SamplingParams:
         if 0 < self.temperature < 1e-2:
             # As in vLLM: logits divided by less than this overflow in float32.
             self._set("temperature", 1e-2)
+        self._set("top_p", max(self.top_p, FLOAT32_TINY))  # as float32, too, a share that is more than nothing
         self._check_contradictions()
 
     def _set(self, name: str, value: Any) -> None:

@@ -285,11 +285,12 @@ def test_a_seeded_request_draws_the_same_alone_and_in_a_batch(llm):
 
 def test_unseeded_requests_draw_from_the_engines_seed(directory):
     sampled = SamplingParams(temperature=1.5, max_tokens=8, ignore_eos=True)
-    first, again, other = (small_llm(directory, seed=seed) for seed in (5, 5, 6))
+    first, again, *others = (small_llm(directory, seed=seed) for seed in (5, 5, 6, -5))
     draws = [generate(first, [PROMPT] * 3, sampled) for _ in range(2)]
     assert len({tuple(tokens) for tokens in draws[0] + draws[1]}) == 6, "requests differ from each other"
     assert [generate(again, [PROMPT] * 3, sampled) for _ in range(2)] == draws
-    assert generate(other, [PROMPT] * 3, sampled) != draws[0]
+    for other in others:
+        assert generate(other, [PROMPT] * 3, sampled) != draws[0]
 
 
 def test_a_seed_of_ones_own_does_not_change_the_others(directory):

@@ -32,7 +32,7 @@ STORAGE = dict(use_ocdbt=True, use_zarr3=True, use_compression=False)
 def saved_weights(directory: Path) -> Path | None:
     """The folder of the last complete save in a checkpoint's directory."""
     folder = directory / FOLDER
-    saves = [path for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
+    saves = [path for path in folder.iterdir() if path.name.isdecimal()] if folder.is_dir() else []
     return max(saves, key=lambda path: int(path.name), default=None)
 
 

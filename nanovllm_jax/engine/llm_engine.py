@@ -93,7 +93,7 @@ class LLMEngine(OneThread):
         self._ready: list[RequestOutput] = []  # for the next `step` to return
         self._request_numbers = count()
         self._seq_ids = count()
-        self._seeds = random.Random(config.seed)
+        self._seeds = random.Random(config.seed % 2**64)  # it takes -5 for 5
         self._calls: list[tuple] = []  # in several processes: what was asked since the last step
         self._is_broken = False  # something is half done, or was when an exception came
 

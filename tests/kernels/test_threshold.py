@@ -10,6 +10,8 @@ from nanovllm_jax.kernels import noisy_argmax, sampling_threshold, threshold, vo
 from sampling_array import sampling_array
 from sampling_cases import Rows, distribution, kept, random_rows, rows_of
 
+from nanovllm_jax import SamplingParams
+
 inf = np.inf
 
 
@@ -44,6 +46,7 @@ BY_HAND = [
     ([0.1, 0.2, 0.3, 0.4], (1, 0, 0.6, 0), [2, 3]),  # the one that crosses p stays
     ([0.1, 0.2, 0.3, 0.4], (1, 0, 0.3, 0), [3]),
     ([0.1, 0.2, 0.3, 0.4], (1, 0, 1e-9, 0), [3]),
+    ([0.1, 0.2, 0.3, 0.4], (1, 0, SamplingParams(top_p=1e-300).top_p, 0), [3]),
     ([0.5, 0.25, 0.25], (1, 0, 0.5, 0), [0]),  # p met exactly
     ([0.5, 0.25, 0.125, 0.125], (1, 0, 0.75, 0), [0, 1]),
     ([0.5, 0.25, 0.25], (1, 0, 0.75, 0), [0, 1, 2]),  # of equal ones all or none
