@@ -161,7 +161,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
     for reason in missing.items():
         print(*reason, sep=": ", flush=True)
-    keep(record, args.json)
+    if not engines:
+        keep(record, args.json)
     common = {"max_model_len": sizes.max_model_len, "gpu_memory_utilization": args.gpu_memory_utilization}
     if args.load_format != "auto":
         common["load_format"] = args.load_format

@@ -444,8 +444,9 @@ def test_an_engine_that_is_not_there_is_named(tmp_path, monkeypatch, capsys):
     """No interpreter, and a folder that happens to have its name; with no engine left nothing was measured."""
     (tmp_path / "vllm").mkdir()
     monkeypatch.chdir(tmp_path)
-    command = "--engines nanovllm vllm --bandwidth 1 --flops 1 --python nanovllm=/nowhere/python"
+    command = "--engines nanovllm vllm --bandwidth 1 --flops 1 --python nanovllm=/nowhere/python --json run.json"
     assert bench.main(command.split()) == 1
+    assert set(json.loads(Path("run.json").read_text())["missing"]) == {"nanovllm", "vllm"}
     shown = capsys.readouterr().out
     assert "nanovllm: not installed in /nowhere/python" in shown
     assert "vllm: not installed" in shown
