@@ -24,7 +24,7 @@ from jax.experimental.pallas import triton as plgpu
 from .common import by_assembly, named_pallas_call, rounded
 
 MOST_DEVICES = 8
-MOST_BYTES = 4 << 20  # that a device sends: larger sums are NCCL's
+MOST_BYTES = 4 << 20  # of numbers that a device sends, without flags: larger sums are NCCL's
 PAIR = 16  # bytes of two words, which are sent at once
 LEAST_BYTES = 1024  # of a row: then each thread has 16 of them, or more
 

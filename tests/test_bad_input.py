@@ -63,6 +63,7 @@ BAD_PROMPTS = {
     "set": ({1, 2}, TypeError, "a prompt is a string, .*not {1, 2}"),
     "half a surrogate pair": ("a\ud800", ValueError, r"'a\\ud800' is not valid Unicode text"),
     "unknown key": ({"text": "a"}, ValueError, r"has the key 'prompt_token_ids' or 'prompt', not \['text'\]"),
+    "one more key": ({"prompt": "a", "cache_salt": "b"}, ValueError, r"'prompt', not \['cache_salt'\]"),
     "empty dict": ({}, ValueError, r"has the key 'prompt_token_ids' or 'prompt', not \[\]"),
     "keys of several kinds": ({1: 2, "a": 3}, ValueError, r"not \[1, 'a'\]"),
     "text as token ids": ({"prompt_token_ids": "a"}, TypeError, "not {'prompt_token_ids': 'a'}"),

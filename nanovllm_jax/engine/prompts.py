@@ -25,7 +25,8 @@ def read_prompt(prompt: Prompt, tokenizer: Any | None) -> tuple[str | None, list
     elif prompt and set(prompt) <= PROMPT_KEYS:
         fields = {key: value for key, value in prompt.items() if value is not None}  # an output's own, given back
     else:
-        raise ValueError(f"a prompt dict has the key 'prompt_token_ids' or 'prompt', not {list(prompt)}")
+        unknown = [key for key in prompt if key not in PROMPT_KEYS]
+        raise ValueError(f"a prompt dict has the key 'prompt_token_ids' or 'prompt', not {unknown}")
     text, tokens = fields.get("prompt"), plain(fields.get("prompt_token_ids"))
     good_text = isinstance(text, str) or "prompt" not in fields
     good_tokens = isinstance(tokens, (list, tuple)) or "prompt_token_ids" not in fields
