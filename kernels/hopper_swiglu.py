@@ -56,7 +56,7 @@ class Tiles(NamedTuple):
             return cls(width, False, (pl.cdiv(rows, PAIR * HALF), pl.cdiv(features, width)))
 
         def cost(tiles):  # What rows and a tile's end take counts as 32 features.
-            return pl.cdiv(tiles.grid[0] * tiles.grid[1], SMS // PAIR) * (tiles.features + 32)
+            return pl.cdiv(tiles.number, SMS // PAIR) * (tiles.features + 32)
 
         return min(map(cut, FEATURES), key=cost)
 
@@ -68,9 +68,14 @@ class Tiles(NamedTuple):
         return (row * PAIR + own) * HALF, feature * self.features
 
     @property
+    def number(self) -> int:
+        """Of pairs of tiles."""
+        return self.grid[0] * self.grid[1]
+
+    @property
     def are_enough(self) -> bool:
         """Whether they give two thirds of the SMs something to do."""
-        return 3 * self.grid[0] * self.grid[1] >= 2 * (SMS // PAIR)
+        return 3 * self.number >= 2 * (SMS // PAIR)
 
     @property
     def stages(self) -> int:
@@ -101,15 +106,15 @@ class Memory(NamedTuple):
 def swiglu(x: jax.Array, weight: jax.Array, *, interpret: object = None) -> jax.Array:
     """nanovllm_jax.kernels.swiglu for what `fits`."""
     (rows, depth), dtype, tiles = x.shape, x.dtype, Tiles.of(x.shape[0], weight.shape[1])
-    features, stages, steps, grid = tiles.features, tiles.stages, depth // DEPTH, tiles.grid
+    features, stages, steps = tiles.features, tiles.stages, depth // DEPTH
 
     def for_each_tile(take):
         """take(row, feature) of this program's tiles, one after the other."""
         pairs = SMS // PAIR
 
-        @pl.loop(0, lax.div(grid[0] * grid[1] - program() + (pairs - 1), jnp.int32(pairs)))
+        @pl.loop(0, lax.div(tiles.number - program() + (pairs - 1), jnp.int32(pairs)))
         def _(turn):
-            take(*tiles.starts(*plgpu.planar_snake(turn * pairs + program(), grid, 0, ROWS_TOGETHER)))
+            take(*tiles.starts(*plgpu.planar_snake(turn * pairs + program(), tiles.grid, 0, ROWS_TOGETHER)))
 
     def load(x_ref, w_ref, memory: Memory):
         """The loading warpgroup: rows and weights into shared memory as soon as there is room."""

@@ -22,6 +22,8 @@ from nanovllm_jax.checkpoints.tokenizer import load_tokenizer
 from nanovllm_jax.config import ModelConfig
 
 RECORDED = Path(__file__).parent / "recorded_run.json"
+# Options of an engine that is ready at once.
+SMALL = {"max_num_seqs": 4, "max_num_batched_tokens": 256, "block_size": 32, "num_kvcache_blocks": 20}
 H200 = limits.Card(4.4e12, 790e12)
 FULL = workloads.Sizes(vocab_size=151_936, max_model_len=40_960, cache_tokens=1_156_096, max_num_seqs=512)
 # hidden, mlp, layers, query heads, tied; and the limits that were published for an H200: seconds of nano-vllm's
@@ -330,12 +332,11 @@ def test_plot(record, tmp_path):
 def test_whole_run_on_a_cpu(tmp_path, monkeypatch, capsys):
     (tmp_path / "nanovllm.py").write_text("raise ImportError('no flash-attn here')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    options = {"max_num_seqs": 4, "max_num_batched_tokens": 256, "block_size": 32, "num_kvcache_blocks": 20}
     model = write_checkpoint(tmp_path / "model")
     command = f"--model {model} --workload nano single prefill sweep shared online --requests 2 --repeats 1"
     command += " --max-model-len 128 --batches 1 2 --contexts 16 --rates 50 --bandwidth 0.01 --flops 0.1 --rounds 1"
     command += f" --python vllm=/usr/bin/false --json {tmp_path}/run.json --options"
-    assert bench.main([*command.split(), f"ours={json.dumps(options)}"]) == 1
+    assert bench.main([*command.split(), f"ours={json.dumps(SMALL)}"]) == 1
     shown = capsys.readouterr().out
     assert "vllm: not installed in /usr/bin/false. pip install vllm; or name another environment with --python" in shown
     assert "nanovllm failed" in shown
@@ -470,10 +471,9 @@ def test_a_card_that_cannot_be_measured(monkeypatch):
 def test_what_was_measured_before_an_interrupt_is_kept(tmp_path):
     """On SIGTERM or Ctrl-C in the second workload the first is in the record, and shown; nothing runs on."""
     model, path = write_checkpoint(tmp_path / "model"), tmp_path / "run.json"
-    options = {"max_num_seqs": 4, "max_num_batched_tokens": 256, "block_size": 32, "num_kvcache_blocks": 20}
     command = [sys.executable, bench.__file__, "--model", model, "--engines", "ours", "--workload", "prefill", "nano"]
     command += ["--requests", "2", "--repeats", "200", "--max-model-len", "128", "--bandwidth", "1", "--flops", "1"]
-    command += ["--json", path, "--options", f"ours={json.dumps(options)}"]
+    command += ["--json", path, "--options", f"ours={json.dumps(SMALL)}"]
     environment = os.environ | {"TMPDIR": str(tmp_path)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as run:
         for _ in range(600):

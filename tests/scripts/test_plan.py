@@ -47,7 +47,7 @@ def test_copies_of_kv_heads_are_read_too():
 
 @pytest.mark.parametrize("size", ["0.6B", "32B"])
 def test_copies_of_kv_projections_are_weights_too(size):
-    """As large as the model that the engine makes of the config."""
+    """Each of 16 devices has a kv head's keys and values, where 8 devices share 8 heads: twice the projections."""
     config = plan.published(size)
     heads = 16 * config.num_hidden_layers * config.hidden_size * config.head_dim  # of 8 kv heads, keys and values
     weights = plan.decode_step(config, 16, 1, 1).bytes * 16 - plan.decode_step(config, 8, 1, 1).bytes * 8
