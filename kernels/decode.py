@@ -35,6 +35,7 @@ from .common import (
 )
 
 LARGE_BATCH = 1024  # programs without any cut: from here on the GPU is full
+COMBINED = 16  # parts that are added up at a time: few contexts of a batch have more
 
 
 class Tiles(NamedTuple):
@@ -173,18 +174,29 @@ def _take_in_token(ref, b, head, row, owns, *, eps: float) -> jax.Array:
     return rotated
 
 
-def _combine_kernel(part_ref, lse_ref, cut_ref, _, o_ref, *, batch: int, rows: int):
-    """Sum a query head's partial results, weighted by their share of the softmax's denominator."""
+def _combine_kernel(part_ref, lse_ref, cut_ref, _, o_ref, *, batch: int, most: int):
+    """Sum a query head's partial results, at most so many, weighted by their share of the softmax's denominator."""
     head, cut = pl.program_id(0), pl.program_id(1)
     b, first, count = (cut_ref[cut, i] for i in range(3))
 
+    def load(start, number):
+        live = start + jnp.arange(number, dtype=jnp.int32) < count
+        at = pl.ds(first + start, number)
+        return plgpu.load(lse_ref.at[at, head], mask=live, other=NEG_INF), live, at
+
     @pl.when(b < batch)
     def _():
-        live = jnp.arange(rows, dtype=jnp.int32) < count
-        lse = plgpu.load(lse_ref.at[pl.ds(first, rows), head], mask=live, other=NEG_INF)
-        part = plgpu.load(part_ref.at[pl.ds(first, rows), head, :], mask=live[:, None], other=0)
-        weight = jnp.exp2(lse - lse.max(axis=0))
-        o_ref[b, head, :] = ((part * weight[:, None]).sum(axis=0) / weight.sum(axis=0)).astype(o_ref.dtype)
+        lse, _, _ = load(0, most)
+        top = lse.max(axis=0)
+
+        def step(i, acc):
+            lse, live, at = load(i * COMBINED, COMBINED)
+            part = plgpu.load(part_ref.at[at, head, :], mask=live[:, None], other=0)
+            return acc + (part * jnp.exp2(lse - top)[:, None]).sum(axis=0)
+
+        steps = lax.div(count + (COMBINED - 1), jnp.int32(COMBINED))
+        acc = lax.fori_loop(0, steps, step, jnp.zeros((part_ref.shape[2],), jnp.float32))
+        o_ref[b, head, :] = (acc / jnp.exp2(lse - top).sum(axis=0)).astype(o_ref.dtype)
 
 
 def paged_decode_attention(
@@ -266,6 +278,6 @@ def _decode(args: dict[str, jax.Array], shape: tuple[int, int, int], *, scale, e
         num_warps=4,
         interpret=interpret,
         batch=batch,
-        rows=pl.next_power_of_2(tiles.extra),
+        most=pl.next_power_of_2(tiles.extra),
     )
     return results | {"out": out}

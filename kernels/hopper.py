@@ -12,9 +12,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .common import SMS
 
-# Rows from which on they are used. A program with them takes half a second longer to lower, and at 1,024 rows it is
-# little faster.
-MANY = 2048
 ROWS = 64  # of one warpgroup's matrix product
 COMPUTE = 2  # warpgroups; the one after them loads
 LOADER = COMPUTE

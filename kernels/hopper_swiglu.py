@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from .common import SMS, gated, rounded
-from .hopper import COMPUTE, MANY, ROWS, SWIZZLED, hopper_call, in_roles, program, slot_of, swizzled, warpgroup
+from .hopper import COMPUTE, ROWS, SWIZZLED, hopper_call, in_roles, program, slot_of, swizzled, warpgroup
 
 HALF = COMPUTE * ROWS  # rows of a program's tile
 FEATURES = (128, 112, 96, 80, 64, 48, 32)  # that a tile may have
@@ -23,7 +23,8 @@ DEPTH = 64  # that is loaded at a time
 SHARED_MEMORY = 226 * 1024  # bytes for loads and what goes out; barriers need a few more
 PAIR = 2  # programs that share loads
 ROWS_TOGETHER = 8  # tiles of rows that pairs side by side have, so that they find rows and weights in the L2 cache
-SHALLOW = 2048  # In deeper products of fewer than MANY rows cuBLAS is as fast on an H200, but for 128 of them.
+# With fewer rows cuBLAS is as fast on an H200, but for whole tiles of products that are not deep, and for 128 rows.
+MANY, SHALLOW = 2048, 2048
 
 
 def fits(x: jax.Array, weight: jax.Array) -> bool:

@@ -15,7 +15,7 @@ from nanovllm_jax.parallel.sharding import is_summed_over, sum_over
 
 STDDEV = 0.02  # of random weights, as Qwen3's initializer_range
 # On an H200 cuBLAS is faster where it need not add halves of sums up, for so many rows of 0.6B to 8B.
-HALVED_ROWS, HALVED_FEATURES = range(33, 257), 4096
+HALVED_ROWS, HALVED_FEATURES = range(17, 257), 4096
 
 
 class Parts(NamedTuple):

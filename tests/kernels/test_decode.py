@@ -45,6 +45,14 @@ def test_kernel_equals_float64_attention(shape, extra):
     np.testing.assert_allclose(out, decode_expected(q, cache, scale), atol=2e-6)
 
 
+@pytest.mark.parametrize("parts", [16, 17, 32, 33])
+def test_any_number_of_parts_is_combined(parts):
+    q, cache, scale = case([16 * parts - 5, 40], 1, 2, 16, 16)
+    tiles = decode.Tiles(block_k=16, extra=64, num_warps=4, num_stages=2)
+    out = decode.paged_decode_attention(q, *cache, scale=scale, tiles=tiles, interpret=True)
+    np.testing.assert_allclose(out, decode_expected(q, cache, scale), atol=2e-6)
+
+
 @pytest.mark.parametrize("contexts", [CONTEXTS, EDGES], ids=["mixed", "edges"])
 @pytest.mark.parametrize(
     ("shape", "extra"), [(SHAPES[0], 4), (SHAPES[1], 1), (SHAPES[2], 64), ((2, 16, 16, 16, 16), 2)]

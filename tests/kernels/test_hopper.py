@@ -177,11 +177,11 @@ def test_swiglu_and_its_derivative_are_the_oracles_here():
 
 
 def test_what_they_are_for(monkeypatch):
-    x, weight = swiglu_args(hopper.MANY, 128, 256)
+    many = hopper_swiglu.MANY
+    x, weight = swiglu_args(many, 128, 256)
     assert not is_many_rows(x, weight)  # no GPU here
     monkeypatch.setattr(common, "is_hopper", lambda: True)
     assert is_many_rows(x, weight)
-    many = hopper.MANY
     for args in ((many - 8, 128, 256), (many + 4, 128, 256), (many, 96, 256), (many, 128, 200)):
         assert not is_many_rows(*swiglu_args(*args))
     for rows in (128, 256, 1024):  # whole tiles, of which deep ones are few
@@ -201,11 +201,11 @@ def test_which_prefill_is_lowered(monkeypatch):
         f, args = prefill_case(tokens, 3, 2, pool)
         return custom_calls(lowered_for_cuda(functools.partial(f, **options), *args))
 
-    many = hopper.MANY + 8
+    many = hopper_prefill.MANY
     assert call(many, cache())[-1].startswith("mosaic_gpu")
     assert call(many, cache(block_size=128))[-1].startswith("mosaic_gpu")
     assert call(many, cache(), fixed=True) == [PALLAS]
-    for tokens, pool in ((hopper.MANY - 8, cache()), (many, cache(block_size=64)), (many, cache(head_dim=64))):
+    for tokens, pool in ((many - 8, cache()), (many, cache(block_size=64)), (many, cache(head_dim=64))):
         assert call(tokens, pool) == [PALLAS]
     assert call(many, cache(jnp.float32)) == [PALLAS]
 
