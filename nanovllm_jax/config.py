@@ -181,10 +181,17 @@ def _read_rope(raw: dict[str, Any], max_position_embeddings: int) -> RopeConfig:
     if not isinstance(settings, dict):
         raise ValueError(f"config.json: rope settings must be an object, not {settings!r}")
     settings = {name: value for name, value in settings.items() if value is not None}
+    if any(isinstance(value, dict) for value in settings.values()):
+        raise ValueError(f"config.json: rope settings must be those of all layers, not of some kinds: {settings!r}")
     settings = {"rope_theta": raw.get("rope_theta", 10000.0), **settings}
     rope_type = settings.get("rope_type") or settings.get("type") or "default"
     if rope_type not in ("default", "linear", "yarn"):
         raise ValueError(f"config.json: rope_type={rope_type!r} is not supported, only default, linear and yarn")
+    top = raw.get("original_max_position_embeddings")
+    if rope_type == "yarn" and top is not None and settings.setdefault("original_max_position_embeddings", top) != top:
+        raise ValueError(
+            f"config.json has original_max_position_embeddings={top!r}, and another in its rope settings: {settings!r}"
+        )
     names = {field.name for field in fields(RopeConfig)} - {"rope_type"}
     values = {name: value for name, value in settings.items() if name in names and value is not None}
     for name, value in values.items():

@@ -50,10 +50,12 @@ class Probe:
         capture = self.capture
         if isinstance(capture, str) or not isinstance(capture, Iterable) or not isinstance(self.edit, Mapping):
             raise TypeError(f"capture is a list or a dict of places, edit is a dict, not {capture!r} and {self.edit!r}")
+        capture = capture if isinstance(capture, Mapping) else list(capture)
+        for place in [*capture, *self.edit]:
+            _layer_of(place)
         capture = dict(capture) if isinstance(capture, Mapping) else dict.fromkeys(capture)
         object.__setattr__(self, "capture", capture)
         for place, function in [*capture.items(), *self.edit.items()]:
-            _layer_of(place)
             if not (callable(function) or function is None):
                 raise TypeError(f"{place!r} needs a function, not {function!r}")
         for place, function in self.edit.items():

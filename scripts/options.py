@@ -23,13 +23,25 @@ def count(text: str) -> int:
 
 def above_zero(text: str) -> float:
     """A positive number."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
+    number = _number(text)
     if not 0 < number < math.inf:
         raise ArgumentTypeError(f"{text!r} is no number above 0")
     return number
+
+
+def from_zero(text: str) -> float:
+    """A number that is not negative."""
+    number = _number(text)
+    if not 0 <= number < math.inf:
+        raise ArgumentTypeError(f"{text!r} is no number from 0 on")
+    return number
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def checkpoint(text: str) -> Path:

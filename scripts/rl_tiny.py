@@ -23,7 +23,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
-from options import above_zero, count, picture, writing
+from options import above_zero, count, from_zero, picture, writing
 
 from nanovllm_jax import LLM, RequestOutput, SamplingParams
 from nanovllm_jax.checkpoints.load import TINY_MODEL, load_model
@@ -248,8 +248,8 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=above_zero, default=math.inf, help="stop after this many steps")
     parser.add_argument("--prompts", type=count, default=128 if on_gpu else 16, help="questions a step")
     parser.add_argument("--samples", type=int, default=16 if on_gpu else 8, help="answers to each")
-    parser.add_argument("--learning-rate", type=float, default=5e-5)
-    parser.add_argument("--kl", type=float, default=0.0, help="weight of the divergence from the first weights")
+    parser.add_argument("--learning-rate", type=above_zero, default=5e-5)
+    parser.add_argument("--kl", type=from_zero, default=0.0, help="weight of the divergence from the first weights")
     parser.add_argument("--plot", type=picture, help="write a plot to this file")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)

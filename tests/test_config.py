@@ -157,6 +157,14 @@ def test_rope_scaling_extends_the_context(read, scaling, context):
     assert read(published("8B") | {"rope_scaling": scaling}).max_context == context
 
 
+def test_yarns_first_context_may_be_beside_its_settings(read):
+    """As transformers 5 has it."""
+    scaling = {"rope_type": "yarn", "factor": 4.0}
+    beside = read(published("8B") | {"rope_scaling": scaling, "original_max_position_embeddings": 32768})
+    assert beside == read(published("8B") | {"rope_scaling": scaling | {"original_max_position_embeddings": 32768}})
+    assert beside.max_context == 131072
+
+
 BAD_CONFIGS = {
     "another architecture": (
         {"architectures": ["LlamaForCausalLM"], "model_type": "llama"},
@@ -188,6 +196,17 @@ BAD_CONFIGS = {
     "rope factor": (
         {"rope_scaling": {"rope_type": "yarn", "factor": "4"}},
         "factor must be a number from 1 to 1e\\+06, not '4'",
+    ),
+    "rope by kind of layer": (
+        {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}},
+        "rope settings must be those of all layers, .*full_attention",
+    ),
+    "rope's first context twice": (
+        {
+            "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256},
+            "original_max_position_embeddings": 128,
+        },
+        "original_max_position_embeddings=128, and another in its rope settings.*256",
     ),
     "linear without a factor": ({"rope_scaling": {"rope_type": "linear"}}, "'linear' needs a factor"),
     "quantized": ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config.*fp8"),

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from small_model import SMALL, assert_idle, small_llm, write_checkpoint
+from small_model import SMALL, assert_idle, random_tensors, small_llm, write_checkpoint
 
 from nanovllm_jax import Probe, SamplingParams
 from nanovllm_jax.checkpoints.load import load_model
@@ -55,8 +55,15 @@ def llm(directory):
 
 @pytest.fixture(scope="module")
 def expected(directory):
-    """expected(tokens, steering) -> every place's activations of a whole text, by the training forward."""
-    model = load_model(directory, SMALL, dtype=jnp.float32, mesh=make_mesh(1))
+    return by_training_forward(load(directory))
+
+
+def load(directory):
+    return load_model(directory, SMALL, dtype=jnp.float32, mesh=make_mesh(1))
+
+
+def by_training_forward(model):
+    """expected(tokens, steering) -> every place's activations of a whole text."""
 
     @jax.jit
     def run(tokens, steering):
@@ -99,6 +106,32 @@ def test_a_capturing_request_computes_what_the_prefix_cache_holds(llm, expected)
     assert (second.num_cached_tokens, third.num_cached_tokens) == (0, 80)
     assert first.outputs[0].activations is third.outputs[0].activations is None
     assert_captured(second, expected)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_other_weights_in_the_middle_of_a_prompt(llm, directory, tmp_path, expected, steps, n):
+    """Of a prompt that is not computed to its end all is captured again, of others nothing."""
+    other = load(write_checkpoint(tmp_path, tensors=random_tensors(SMALL, seed=1)))
+    prompt = prompts(3)[2]  # of two chunks
+    llm.add_request(prompt, replace(greedy(3, capture=True), temperature=1, n=n))
+    for _ in range(steps):
+        llm.step()
+    llm.update_weights(other, in_flight="recompute")
+    try:
+        outputs = []
+        while llm.has_unfinished_requests():
+            outputs += llm.step()
+        [output] = outputs
+        assert len(output.outputs) == n
+        for text in output.outputs:
+            wanted = by_training_forward(other)(prompt + text.token_ids[:-1])["residual.1"]
+            if steps == 2 and text.index == 0:
+                wanted = np.concatenate((expected(prompt)["residual.1"], wanted[len(prompt) :]))
+            np.testing.assert_allclose(text.activations["residual.1"], wanted, atol=2e-4, rtol=2e-4)
+        assert_idle(llm)
+    finally:
+        llm.update_weights(load(directory))
 
 
 def test_n_texts(llm, expected):
@@ -239,6 +272,7 @@ BAD_PROBES = {
         "no 'residual.2': the model's layers are 0 to 1",
     ),
     "an_edit_of_such_a_layer": (dict(edit={"residual.9": lambda x, s: x}), "no 'residual.9': the model's layers are"),
+    "no_name": (dict(capture=[["residual.0"]]), r"\['residual.0'\] is no place"),
     "no_place": (dict(capture=["mlp.0"]), "'mlp.0' is no place"),
     "a_negative_layer": (dict(capture=["residual.-1"]), "'residual.-1' is no place"),
     "a_number_written_another_way": (dict(capture=["residual.00"]), "'residual.00' is no place"),

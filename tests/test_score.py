@@ -176,9 +176,9 @@ def test_options_for_gpus():
         devices = np.array([SimpleNamespace(platform=platform)] * devices)
         return compiler_options(SimpleNamespace(devices=devices, size=devices.size), rows)
 
-    assert of("cpu", 8, 256) == of("gpu", 1, 32) == {}
+    assert of("cpu", 8, 256) == of("gpu", 1, 16) == {}
     cublas = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_enable_cublaslt": True, "xla_gpu_autotune_level": 2}
-    assert of("gpu", 1, 33) == cublas
+    assert of("gpu", 1, 17) == cublas
     for rows in (1, 256):
         several = of("gpu", 2, rows)
         assert several.items() > of("gpu", 1, rows).items()

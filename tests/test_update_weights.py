@@ -1,6 +1,7 @@
 """Weights swapped in a running engine: what is shared, what is computed again, and what is refused."""
 
 import itertools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -237,7 +238,15 @@ def deleted():
         (jnp.ones(17), r"layers\.1\.self_attn\.q_norm\.weight has shape \(17,\), not \(16,\)"),
         (jnp.ones(16, jnp.int32), r"layers\.1\.self_attn\.q_norm\.weight has dtype int32, not one of bfloat16"),
         (deleted(), r"layers\.1\.self_attn\.q_norm\.weight has been deleted"),
-        ("ones", r"layers\.1\.self_attn\.q_norm\.weight must be an array, not 'ones'"),
+        ("ones", r"q_norm\.weight must be a NumPy or JAX array, not 'ones'"),
+        (
+            jax.ShapeDtypeStruct((16,), jnp.float32),
+            r"q_norm\.weight must be a NumPy or JAX array, not ShapeDtypeStr",
+        ),
+        (
+            SimpleNamespace(shape=(16,), dtype="torch.float32"),
+            r"q_norm\.weight must be a NumPy or JAX array, not namesp",
+        ),
     ],
 )
 def test_bad_arrays_are_named(llm, models, expected, array, message):
@@ -262,6 +271,10 @@ def test_bad_names(llm, models):
 def test_what_is_no_weights(llm, models):
     with pytest.raises(TypeError, match="weights must be a Qwen3ForCausalLM or a dict of arrays by path, not <class"):
         llm.update_weights(llm.runner.weights.leaves)
+    with pytest.raises(ValueError, match=r"embed_tokens\.weight must be a NumPy or JAX array, not ShapeDtypeStr"):
+        llm.update_weights(nnx.eval_shape(lambda: models[1]))
+    with pytest.raises(ValueError, match=r"embed_tokens\.weight must be a NumPy or JAX array, not "):
+        jax.jit(lambda arrays: llm.update_weights(arrays))(arrays_of(models[1]))
     with pytest.raises(TypeError, match=r"of an nnx\.State make one by nnx\.merge\(graph, state\)"):
         llm.update_weights(nnx.state(llm.model))
     with pytest.raises(ValueError, match="in_flight must be None, 'finish' or 'recompute', not 'now'"):

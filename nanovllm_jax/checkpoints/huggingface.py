@@ -21,9 +21,12 @@ from xxhash import xxh3_128
 
 from nanovllm_jax.checkpoints.orbax import FOLDER
 from nanovllm_jax.config import ModelConfig, read_json
-from nanovllm_jax.models.parameters import ParameterPath, parameters_of
+from nanovllm_jax.models.parameters import FLOAT_DTYPES, ParameterPath, check_model, parameters_of
 from nanovllm_jax.models.qwen3 import Qwen3ForCausalLM
 
+HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
+ROWS_COMPARED = 4096  # at a time
+OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 STORED_DTYPES = {"BF16": jnp.bfloat16, "F16": jnp.float16, "F32": jnp.float32, "F64": jnp.float64}
 
 Index = tuple[slice, ...]
@@ -91,11 +94,11 @@ def parameter_sources(config: ModelConfig) -> dict[ParameterPath, Source]:
     c = config
     d, f, q_width = c.hidden_size, c.intermediate_size, c.num_attention_heads * c.head_dim
     sources: dict[ParameterPath, Source] = {
-        ("embed_tokens", "weight"): _copied("model.embed_tokens.weight", (c.vocab_size, d)),
+        ("embed_tokens", "weight"): _copied(TABLE, (c.vocab_size, d)),
         ("norm", "weight"): _copied("model.norm.weight", (d,)),
     }
     if not c.tie_word_embeddings:
-        sources["lm_head", "weight"] = _copied("lm_head.weight", (c.vocab_size, d))
+        sources["lm_head", "weight"] = _copied(HEAD, (c.vocab_size, d))
     for i in range(c.num_hidden_layers):
         layer, attention = f"model.layers.{i}", f"model.layers.{i}.self_attn"
         parts = {
@@ -129,8 +132,11 @@ class CheckpointFiles:
         self.files = {}
         for path in self._paths():
             try:
-                file = safe_open(path, framework="numpy")
+                with path.open("rb"):  # safetensors finds no file where it may not read one
+                    file = safe_open(path, framework="numpy")
                 names = file.keys()
+            except PermissionError as error:
+                raise ValueError(f"cannot read {path}: {error.strerror}") from error
             except (OSError, ValueError, SafetensorError) as error:  # ValueError: a name that no file can have
                 raise ValueError(f"{path} is missing, truncated or corrupt: {error}") from error
             for name in names:
@@ -143,7 +149,7 @@ class CheckpointFiles:
         if single.is_file():  # before an index, which an older, sharded checkpoint may have left; as in transformers
             return [single]
         if not index.is_file():
-            raise ValueError(f"{self.directory} holds neither {single.name} nor {index.name}")
+            raise ValueError(f"{self.directory} holds neither {single.name} nor {index.name}{self._other_weights()}")
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise ValueError(f"{index}: weight_map must map tensor names to file names")
@@ -152,6 +158,11 @@ class CheckpointFiles:
                 raise ValueError(f"{index}: {name!r} is not the name of a safetensors file in the same directory")
         return [self.directory / name for name in sorted(set(weight_map.values()))]
 
+    def _other_weights(self) -> str:
+        """For a message: what is there in place of a checkpoint."""
+        found = sorted(path.name for path in self.directory.iterdir() if path.suffix in OTHER_WEIGHTS)
+        return f", but {found[0]}: load it with transformers, and save it by save_pretrained" if found else ""
+
     def check(self, config: ModelConfig) -> None:
         """Raise ValueError naming the tensors that are missing, unexpected, of another shape or no fractions.
 
@@ -159,8 +170,9 @@ class CheckpointFiles:
         """
         sources = parameter_sources(config).values()
         expected = {name: shape for source in sources for name, shape in source.shapes.items()}
-        ignored = {"lm_head.weight"} if config.tie_word_embeddings else set()
-        problems = [f"{name} is missing" for name in expected if name not in self.files]
+        ignored = {HEAD} if config.tie_word_embeddings else set()
+        missing = [f"{name} is missing" for name in expected if name not in self.files]
+        problems = []
         for name, file in self.files.items():
             if name not in expected:
                 if name not in ignored and not name.endswith("rotary_emb.inv_freq"):
@@ -172,10 +184,26 @@ class CheckpointFiles:
                 problems.append(f"{name} has shape {shape}, config.json asks for {expected[name]}")
             if stored not in STORED_DTYPES:
                 problems.append(f"{name} is stored as {stored}, not as one of {', '.join(STORED_DTYPES)}")
-        if problems:
-            more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
-            raise ValueError(f"{self.directory} does not fit its config.json: {'; '.join(problems[:8])}{more}")
+        if missing or problems:
+            shown = (missing[: 8 - min(len(problems), 4)] + problems)[:8]
+            rest = len(missing) + len(problems) - len(shown)
+            more = f" and {rest} more" if rest else ""
+            raise ValueError(f"{self.directory} does not fit its config.json: {'; '.join(shown)}{more}")
+        if ignored & self.files.keys() and not self._are_equal(HEAD, TABLE):
+            raise ValueError(
+                f"{self.directory}: {HEAD} differs from {TABLE}, and by config.json's tie_word_embeddings=true it is "
+                f"not read: set that to false, or take {HEAD} out of the checkpoint"
+            )
         self.files = {name: self.files[name] for name in expected}
+
+    def _are_equal(self, one: str, other: str) -> bool:
+        """Whether two tensors are the same, of which the second is of a known dtype."""
+        tensors = [self.files[name].get_slice(name) for name in (one, other)]
+        (shape, dtype), expected = ((tuple(tensor.get_shape()), tensor.get_dtype()) for tensor in tensors)
+        if (shape, dtype) != expected:
+            return False
+        parts = (slice(row, min(row + ROWS_COMPARED, shape[0])) for row in range(0, shape[0], ROWS_COMPARED))
+        return all(self.read(one, (part,)).tobytes() == self.read(other, (part,)).tobytes() for part in parts)
 
     def sample(self) -> bytes:
         """A digest of each tensor's name and first row: another checkpoint has other ones."""
@@ -232,8 +260,12 @@ def make_target(directory: str | Path) -> Path:
 def save_pretrained(model: Qwen3ForCausalLM, directory: str | Path, dtype: np.dtype | None = None) -> None:
     """Write config.json and model.safetensors that transformers opens; the tokenizer's files are the caller's.
 
-    Raises as `make_target` does, and OSError where the disk is full.
+    Raises as `make_target` does, TypeError for what is no Qwen3ForCausalLM, ValueError for a dtype that no checkpoint
+    has, and OSError where the disk is full.
     """
+    check_model(model)
+    if dtype is not None and jnp.dtype(dtype).name not in FLOAT_DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(FLOAT_DTYPES)}, not {dtype!r}")
     directory = make_target(directory)
     sources, tensors = parameter_sources(model.config), {}
     for path, param in parameters_of(model).items():

@@ -20,6 +20,7 @@ from nanovllm_jax.models.qwen3 import Qwen3ForCausalLM
 
 TINY_MODEL = Path(__file__).parent.parent / "assets" / "tiny-qwen3"
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
+UNUSED_HUB_FILES = ["*/*.json", "*/*.safetensors", "*/*.txt", "consolidated*"]  # what a training run left, and copies
 
 
 def find_checkpoint(model: str | Path) -> Path:
@@ -30,21 +31,31 @@ def find_checkpoint(model: str | Path) -> Path:
     if not isinstance(model, (str, Path)):
         raise TypeError(f"model must be a directory or a Hub id, not {model!r}")
     directory = Path(os.path.expanduser(model))
-    if model != "" and directory.is_dir():
-        if not (directory / "config.json").is_file():
-            raise ValueError(f"{directory} is no checkpoint: it has no config.json")
-        return directory
+    if model != "" and os.path.isdir(directory):
+        return _with_config(directory)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
         raise ValueError(f"model {str(model)!r} is neither a directory nor a Hub id of the form 'organisation/name'")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(model), allow_patterns=HUB_FILES))
+        files = dict(allow_patterns=HUB_FILES, ignore_patterns=UNUSED_HUB_FILES)
+        snapshot = Path(snapshot_download(str(model), **files))
     except Exception as error:  # the Hub's client raises many kinds: offline, unknown, gated, no space
         raise ValueError(
             f"model {str(model)!r} is not a local directory, and it could not be had from the Hugging Face Hub or its "
             f"local cache ({type(error).__name__}: {error}). Offline, pass the directory of a downloaded checkpoint."
         ) from error
+    return _with_config(snapshot)
+
+
+def _with_config(directory: Path) -> Path:
+    if not os.access(directory, os.R_OK | os.X_OK):
+        raise ValueError(f"cannot read {directory}: no permission")
+    if os.path.isfile(directory / "config.json"):
+        return directory
+    if os.path.isfile(directory / "adapter_config.json"):
+        raise ValueError(f"{directory} is an adapter: merge it into its base model, and save that, as by PEFT")
+    raise ValueError(f"{directory} is no checkpoint: it has no config.json")
 
 
 def open_weights(directory: Path) -> CheckpointFiles | OrbaxWeights:

@@ -20,7 +20,14 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
 from nanovllm_jax.config import ModelConfig
-from nanovllm_jax.models.parameters import ParameterPath, check_parameters, name_of, parameters_of, with_copies
+from nanovllm_jax.models.parameters import (
+    ParameterPath,
+    check_model,
+    check_parameters,
+    name_of,
+    parameters_of,
+    with_copies,
+)
 from nanovllm_jax.models.qwen3 import Qwen3ForCausalLM
 
 FOLDER = "orbax"
@@ -39,9 +46,10 @@ def saved_weights(directory: Path) -> Path | None:
 def save_weights(model: Qwen3ForCausalLM, directory: str | Path) -> None:
     """Write a model's weights; an older save in the directory goes when this one is complete.
 
-    The other files of a checkpoint, config.json and the tokenizer's, are the caller's. Raises ValueError for a model of
-    an engine with more devices than kv heads.
+    The other files of a checkpoint, config.json and the tokenizer's, are the caller's. Raises TypeError for what is no
+    Qwen3ForCausalLM, and ValueError for a model of an engine with more devices than kv heads.
     """
+    check_model(model)
     if model.config.kv_copies > 1:
         raise ValueError(
             f"each kv head is there {model.config.kv_copies} times, as the engine has more devices than kv heads: save "
@@ -94,7 +102,7 @@ class OrbaxWeights:
         paths = {name_of(path): path for path in targets}
         stored = {paths.get(name, name): array for name, array in self.stored.items()}
         try:
-            check_parameters(stored, _as_saved(config, targets))
+            check_parameters(stored, _as_saved(config, targets), kinds=object)  # as yet without their numbers
         except ValueError as error:
             raise ValueError(f"{self.path} holds another model: {error}") from error
 

@@ -13,6 +13,8 @@ class CapturedRows(NamedTuple):
     """Where a capturing sequence is in a step."""
 
     seq: Sequence
+    activations: "Activations"
+    """Of the sequence, when the step was dispatched: it may have begun with new ones since."""
     first_row: int
     """Of its tokens, among the step's B + T."""
     num_rows: int
@@ -27,13 +29,13 @@ def captured_rows(schedule: Schedule, decode_rows: int) -> list[CapturedRows]:
     captured, steps = [], schedule.num_steps
     for row, seq in enumerate(schedule.decodes):
         if seq.params.capture:
-            captured.append(CapturedRows(seq, row, 1, seq.num_computed - steps, row))
+            captured.append(CapturedRows(seq, seq.activations, row, 1, seq.num_computed - steps, row))
     first = decode_rows
     for row, chunk in enumerate(schedule.prefills):
         seq, count = chunk.seq, chunk.num_tokens
         if seq.params.capture:
             logits_row = decode_rows + row if chunk.samples else None
-            captured.append(CapturedRows(seq, first, count, seq.num_computed - count, logits_row))
+            captured.append(CapturedRows(seq, seq.activations, first, count, seq.num_computed - count, logits_row))
         first += count
     return captured
 

@@ -47,7 +47,7 @@ class DispatchedStep:
                     seq.logprobs.append(logprobs[number][row])
             for part in self.captured:
                 if not part.seq.is_finished:
-                    part.seq.activations.take(part, number, activations)
+                    part.activations.take(part, number, activations)
             yield [tokens[row] for row in decode_rows], [tokens[row] for row in prefill_rows]
 
     def _read_scores(self, runner: ModelRunner) -> None:

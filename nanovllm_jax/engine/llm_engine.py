@@ -356,7 +356,7 @@ class LLMEngine(OneThread):
         with self._all_or_nothing():  # there may be no memory for the next array: nothing may run on what is half new
             self.scheduler.preempt_all()  # what dispatched steps have drawn will still be read
             for request in self._requests.values():
-                request.score_again()
+                request.read_prompt_again()
             self.runner.weights.update(arrays, donate)
 
     # ------------------------------------------------------------ failures

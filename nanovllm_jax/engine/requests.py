@@ -148,11 +148,17 @@ class Request:
         self.completions.append(Completion(len(self.completions), seq, self.tokenizer))
         self.num_unfinished += 1
 
-    def score_again(self) -> None:
-        """Forget the log probabilities of a prompt that is not computed to its end, those to be read included."""
+    def read_prompt_again(self) -> None:
+        """Forget the log probabilities and activations of a prompt that is not computed to its end.
+
+        What dispatched steps have of them, and is to be read yet, is forgotten too.
+        """
         seq, scored = self.completions[0].seq, self.scored
         if scored and not scored.is_complete and not seq.num_pending:
             seq.scored = self.scored = replace(scored, logprobs=[])
+        for seq in (completion.seq for completion in self.completions):
+            if seq.activations and not seq.num_pending and not seq.num_completion_tokens:
+                seq.activations = Activations()
 
     @property
     def has_news(self) -> bool:

@@ -16,7 +16,16 @@ from nanovllm_jax.models.qwen3 import Qwen3ForCausalLM
 from nanovllm_jax.parallel.sharding import RULES
 
 ParameterPath = tuple[str | int, ...]
+ARRAYS = np.ndarray, jax.Array
 FLOAT_DTYPES = ("bfloat16", "float16", "float32", "float64")
+
+
+def check_model(model: Any) -> None:
+    """Raise TypeError for what is no Qwen3ForCausalLM."""
+    if isinstance(model, nnx.State):
+        raise TypeError("weights must be a Qwen3ForCausalLM: of an nnx.State make one by nnx.merge(graph, state)")
+    if not isinstance(model, Qwen3ForCausalLM):
+        raise TypeError(f"weights must be a Qwen3ForCausalLM, not {type(model)}")
 
 
 def parameters_of(model: nnx.Module) -> dict[ParameterPath, nnx.Param]:
@@ -63,40 +72,46 @@ def checked_weights(
     if isinstance(weights, Qwen3ForCausalLM):
         copies = max(1, config.kv_copies // weights.config.kv_copies)
         check_same_model(replace(weights.config, kv_copies=weights.config.kv_copies * copies), config)
-        weights = {path: param[...] for path, param in parameters_of(weights).items()}
+        weights = {path: param.get_value() for path, param in parameters_of(weights).items()}
         if copies > 1:
-            fused = {path: array for path, array in weights.items() if "qkv_proj" in path and not _is_deleted(array)}
+            fused = {path: array for path, array in weights.items() if "qkv_proj" in path and _is_usable(array)}
             weights |= {path: with_copies(array, copies) for path, array in fused.items()}
     if isinstance(weights, nnx.State):
-        raise TypeError("weights must be a Qwen3ForCausalLM: of an nnx.State make one by nnx.merge(graph, state)")
+        check_model(weights)
     if not isinstance(weights, Mapping):
         raise TypeError(f"weights must be a Qwen3ForCausalLM or a dict of arrays by path, not {type(weights)}")
+    weights = {path: array.get_value() if isinstance(array, nnx.Variable) else array for path, array in weights.items()}
     check_parameters(weights, targets)
     return weights
 
 
-def check_parameters(arrays: Mapping[ParameterPath, Any], targets: dict[ParameterPath, jax.ShapeDtypeStruct]) -> None:
-    """Raise ValueError naming the arrays that are missing, unexpected, of another shape, no fractions or deleted."""
+def check_parameters(
+    arrays: Mapping[ParameterPath, Any], targets: dict[ParameterPath, jax.ShapeDtypeStruct], kinds: Any = ARRAYS
+) -> None:
+    """Raise ValueError naming the arrays that are missing, unexpected, of another shape, no fractions or deleted.
+
+    `kinds`: of which types they may be.
+    """
     problems = [f"{name_of(path)} is missing" for path in targets if path not in arrays]
     for path, array in arrays.items():
         name, target = name_of(path), targets.get(path)
         if target is None:
             problems.append(f"{name} is unexpected")
-        elif not hasattr(array, "shape") or not hasattr(array, "dtype"):
-            problems.append(f"{name} must be an array, not {short_repr(array)}")
+        elif not isinstance(array, kinds) or isinstance(array, jax.core.Tracer):
+            problems.append(f"{name} must be a NumPy or JAX array, not {short_repr(array)}")
         elif tuple(array.shape) != target.shape:
             problems.append(f"{name} has shape {tuple(array.shape)}, not {target.shape}")
         elif jnp.dtype(array.dtype).name not in FLOAT_DTYPES:
             problems.append(f"{name} has dtype {array.dtype}, not one of {', '.join(FLOAT_DTYPES)}")
-        elif _is_deleted(array):
+        elif not _is_usable(array):
             problems.append(f"{name} has been deleted: it was donated to a jitted function")
     if problems:
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise ValueError(f"these weights do not fit the model: {'; '.join(problems[:8])}{more}")
 
 
-def _is_deleted(array: Any) -> bool:
-    return isinstance(array, jax.Array) and array.is_deleted()
+def _is_usable(array: Any) -> bool:
+    return not isinstance(array, jax.ShapeDtypeStruct) and not (isinstance(array, jax.Array) and array.is_deleted())
 
 
 def check_same_model(found: ModelConfig, expected: ModelConfig) -> None:

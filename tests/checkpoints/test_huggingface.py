@@ -16,6 +16,7 @@ from small_model import SMALL, random_tensors, write_checkpoint
 from nanovllm_jax.checkpoints import huggingface
 from nanovllm_jax.checkpoints.huggingface import CheckpointFiles, save_pretrained
 from nanovllm_jax.checkpoints.load import load_model
+from nanovllm_jax.checkpoints.orbax import save_weights
 from nanovllm_jax.config import ModelConfig
 from nanovllm_jax.models.parameters import parameter_targets, parameters_of
 from nanovllm_jax.models.qwen3 import Qwen3ForCausalLM
@@ -116,9 +117,23 @@ def test_what_tied_models_carry_along_is_ignored(tmp_path):
     """A copy of the head, and the rotary frequencies that old versions saved."""
     write_checkpoint(tmp_path, BIASED)
     expected = load(tmp_path)
-    extra = {"lm_head.weight": np.ones((512, 48), np.float32), "model.rotary_emb.inv_freq": np.ones(8, np.float32)}
-    change_tensors(tmp_path, extra)
+    head = load_file(tmp_path / MODEL)["model.embed_tokens.weight"]
+    change_tensors(tmp_path, {"lm_head.weight": head, "model.rotary_emb.inv_freq": np.ones(8, np.float32)})
     assert_equal(load(tmp_path), expected)
+
+
+@pytest.mark.parametrize("change", ["a number", "shape", "dtype"])
+def test_a_head_of_its_own_in_a_tied_model(tmp_path, monkeypatch, change):
+    """transformers 5 does not tie such a model, and 4 does: one of them would give another model's answers."""
+    monkeypatch.setattr(huggingface, "ROWS_COMPARED", 100)
+    write_checkpoint(tmp_path, BIASED)
+    head = load_file(tmp_path / MODEL)["model.embed_tokens.weight"].copy()
+    if change == "a number":
+        head[-1, -1] += 1
+    head = {"a number": head, "shape": head[:-1], "dtype": head.astype(np.float16)}[change]
+    change_tensors(tmp_path, {"lm_head.weight": head})
+    with pytest.raises(ValueError, match=r"lm_head.weight differs from .*tie_word_embeddings=true .*: set that"):
+        load(tmp_path)
 
 
 def test_a_single_file_goes_before_a_stale_index(tmp_path):
@@ -181,6 +196,22 @@ BAD_SINGLE = {
 }
 
 
+def other_weights(name):
+    return lambda d: (d / MODEL).rename(d / name)
+
+
+def without_model(directory):
+    tensors = {name.removeprefix("model."): tensor for name, tensor in load_file(directory / MODEL).items()}
+    save_file(tensors, directory / MODEL)
+
+
+BAD_SINGLE |= {
+    "PyTorch's weights": (other_weights("pytorch_model.bin"), "nor .*, but pytorch_model.bin: load it with transform"),
+    "another name": (other_weights("model.fp16.safetensors"), "nor .*, but model.fp16.safetensors: load it with"),
+    "other names": (without_model, "model.norm.weight is missing; .*; embed_tokens.weight is unexpected; .* more$"),
+}
+
+
 @pytest.mark.parametrize("case", BAD_SINGLE)
 def test_bad_checkpoint(tmp_path, case):
     spoil, message = BAD_SINGLE[case]
@@ -188,6 +219,16 @@ def test_bad_checkpoint(tmp_path, case):
     with pytest.raises(ValueError, match=message) as caught:
         load(tmp_path)
     assert str(tmp_path) in str(caught.value)
+
+
+def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    write_checkpoint(tmp_path)
+    monkeypatch.setattr(type(tmp_path), "open", refuse)  # as root one may read anything
+    with pytest.raises(ValueError, match=f"cannot read {tmp_path / MODEL}: Permission denied"):
+        CheckpointFiles(tmp_path)
 
 
 SECOND = "model-00002-of-00003.safetensors"
@@ -246,6 +287,25 @@ def test_saving_in_another_dtype(tmp_path):
     assert (tmp_path / "bfloat16" / MODEL).stat().st_size < 0.6 * (tmp_path / "float32" / MODEL).stat().st_size
     for path, array in arrays_of(load(tmp_path / "bfloat16")).items():
         np.testing.assert_array_equal(array, arrays_of(model)[path].astype(jnp.bfloat16).astype(np.float32))
+
+
+@pytest.mark.parametrize("save", [save_pretrained, save_weights])
+def test_what_is_no_model_is_not_saved(tmp_path, save):
+    model = load(write_checkpoint(tmp_path / "model"))
+    with pytest.raises(TypeError, match="weights must be a Qwen3ForCausalLM, not <class 'dict'>"):
+        save(parameters_of(model), tmp_path / "saved")
+    with pytest.raises(TypeError, match=r"of an nnx.State make one by nnx.merge\(graph, state\)"):
+        save(nnx.state(model), tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize("dtype", [np.int8, bool, jnp.float8_e4m3fn])
+def test_what_no_checkpoint_is_saved_in(tmp_path, dtype):
+    model = load(write_checkpoint(tmp_path))
+    before = (tmp_path / MODEL).read_bytes()
+    with pytest.raises(ValueError, match="dtype must be one of bfloat16, float16, float32, float64, not"):
+        save_pretrained(model, tmp_path, dtype=jnp.dtype(dtype))
+    assert (tmp_path / MODEL).read_bytes() == before
 
 
 def test_who_may_read_what_is_saved(tmp_path):

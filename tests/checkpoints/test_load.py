@@ -7,9 +7,10 @@ import huggingface_hub.constants as hub
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 from small_model import SMALL, write_checkpoint
 
-from nanovllm_jax.checkpoints.load import TINY_MODEL, find_checkpoint, load_model
+from nanovllm_jax.checkpoints.load import HUB_FILES, TINY_MODEL, UNUSED_HUB_FILES, find_checkpoint, load_model
 from nanovllm_jax.models.parameters import parameters_of
 from nanovllm_jax.parallel.sharding import make_mesh
 
@@ -41,6 +42,25 @@ def test_a_hub_id_that_is_cached(offline_hub):
     assert find_checkpoint("some/model") == repo / "snapshots" / commit
 
 
+def test_a_hub_id_of_an_adapter(offline_hub):
+    snapshot = offline_hub / "models--some--adapter" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text(snapshot.name)
+    (snapshot / "adapter_config.json").write_text("{}")
+    for model in ("some/adapter", snapshot):
+        with pytest.raises(ValueError, match=f"{snapshot} is an adapter: merge it into its base model"):
+            find_checkpoint(model)
+
+
+def test_what_is_downloaded():
+    """What the model is loaded from, and not what training left beside it."""
+    ours = ["config.json", "model-00001-of-00002.safetensors", "merges.txt", "additional_chat_templates/tools.jinja"]
+    others = ["checkpoint-500/model.safetensors", "onnx/config.json", "consolidated.safetensors", "pytorch_model.bin"]
+    kept = filter_repo_objects(ours + others, allow_patterns=HUB_FILES, ignore_patterns=UNUSED_HUB_FILES)
+    assert list(kept) == ours
+
+
 def test_a_hub_id_offline_and_not_cached(offline_hub):
     message = r"'some/model' is not a local directory.*Hub or its local cache.*Offline, pass the directory"
     with pytest.raises(ValueError, match=re.compile(message, re.DOTALL)):
@@ -52,6 +72,7 @@ BAD_MODELS = [
     ("/no/such/directory", ValueError, "'/no/such/directory' is neither a directory nor a Hub id"),
     ("~no-such-user/model", ValueError, "'~no-such-user/model' is neither a directory nor a Hub id"),
     ("", ValueError, "model '' is neither a directory nor a Hub id"),
+    ("x" * 5000, ValueError, "is neither a directory nor a Hub id"),
     ("a/b/c", ValueError, "'a/b/c' is neither a directory nor a Hub id"),
     ("some/model ", ValueError, "'some/model ' is neither a directory nor a Hub id"),
     (None, TypeError, "model must be a directory or a Hub id, not None"),

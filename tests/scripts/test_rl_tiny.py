@@ -96,6 +96,8 @@ def test_the_reward_rises(monkeypatch):
         ([], "--minutes or --steps"),
         (["--steps", "3", "--samples", "1"], "--samples must be 2 or more"),
         (["--steps", "0"], "--steps: '0' is no number above 0"),
+        (["--steps", "1", "--learning-rate", "-1"], "--learning-rate: '-1' is no number above 0"),
+        (["--steps", "1", "--kl", "nan"], "--kl: 'nan' is no number from 0 on"),
         (["--minutes", "-1"], "--minutes: '-1' is no number above 0"),
         (["--steps", "nan", "--minutes", "1"], "--steps: 'nan' is no number above 0"),
         (["--steps", "3", "--prompts", "0"], "--prompts: '0' is no integer from 1 on"),
