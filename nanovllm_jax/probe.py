@@ -50,10 +50,10 @@ class Probe:
         capture = self.capture
         if isinstance(capture, str) or not isinstance(capture, Iterable) or not isinstance(self.edit, Mapping):
             raise TypeError(f"capture is a list or a dict of places, edit is a dict, not {capture!r} and {self.edit!r}")
-        capture = capture if isinstance(capture, Mapping) else list(capture)
-        for place in [*capture, *self.edit]:
+        places = list(capture)
+        for place in [*places, *self.edit]:
             _layer_of(place)
-        capture = dict(capture) if isinstance(capture, Mapping) else dict.fromkeys(capture)
+        capture = dict(capture) if isinstance(capture, Mapping) else dict.fromkeys(places)
         object.__setattr__(self, "capture", capture)
         for place, function in [*capture.items(), *self.edit.items()]:
             if not (callable(function) or function is None):

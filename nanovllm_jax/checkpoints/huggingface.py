@@ -160,7 +160,8 @@ class CheckpointFiles:
 
     def _other_weights(self) -> str:
         """For a message: what is there in place of a checkpoint."""
-        found = sorted(path.name for path in self.directory.iterdir() if path.suffix in OTHER_WEIGHTS)
+        files = (path for path in self.directory.iterdir() if path.is_file())
+        found = sorted(path.name for path in files if path.suffix in OTHER_WEIGHTS)
         return f", but {found[0]}: load it with transformers, and save it by save_pretrained" if found else ""
 
     def check(self, config: ModelConfig) -> None:
