@@ -8,6 +8,7 @@ from typing import Any
 from nanovllm_jax.engine.prompts import Prompt, encode
 
 Message = dict[str, Any]
+ROLES = ("system", "user", "assistant", "tool")  # that Qwen3's template knows
 OWN_ARGUMENTS = ("add_generation_prompt", "chat_template", "continue_final_message", "conversation", "max_length")
 OWN_ARGUMENTS += ("padding", "return_dict", "return_tensors", "tokenize", "tools", "truncation")
 
@@ -55,6 +56,8 @@ def chat_prompt(
         )
     except Exception as error:  # a template raises what it likes
         raise ValueError(f"the chat template refuses the messages or their options: {error}") from error
+    if chat_template is None:
+        _check_all_are_in(text, messages)
     # The template has written the special tokens.
     return {"prompt": text, "prompt_token_ids": encode(tokenizer, text, add_special_tokens=False)}
 
@@ -72,6 +75,16 @@ def _check_messages(messages: list[Message]) -> None:
         content = message.get("content")
         if content is not None and not isinstance(content, str):  # templates leave out what is no text
             raise TypeError(f"message {i} must have a 'content' that is a string, not {content!r}")
+
+
+def _check_all_are_in(text: str, messages: list[Message]) -> None:
+    for i, message in enumerate(messages):
+        role, content = message["role"], message.get("content") or ""
+        if role not in ROLES and content.strip() not in text:
+            raise ValueError(
+                f"message {i}: the chat template leaves out what has the role {role!r}: give it one of "
+                f"{', '.join(ROLES)}"
+            )
 
 
 def _with_objects(message: Message) -> Message:

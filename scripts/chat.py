@@ -104,6 +104,8 @@ def main() -> None:
     args = parser.parse_args()
     if sys.stdin is None:
         parser.error("standard input is closed: there is nobody to chat with")
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="surrogateescape")  # what is no text in its encoding is refused as a question is
 
     asked = {"max_tokens": args.max_tokens}
     if args.temperature is not None:

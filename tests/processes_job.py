@@ -42,6 +42,10 @@ def scaled(weights, factor):
     return {path: array if array.ndim == 1 else factor * array for path, array in weights.items()}
 
 
+def without_one(weights):
+    return dict(list(weights.items())[1:])
+
+
 def spread(weights):
     """As a training loop has them: over all devices along the last dimension, in another mesh and dtype."""
     mesh = Mesh(np.array(jax.devices()), "trainer")
@@ -78,6 +82,7 @@ def refused(llm, weights, directory):
     wrong = [
         lambda: llm.update_weights(scaled(weights, 1 + mine)),
         lambda: llm.update_weights(spread(weights) if mine else weights),
+        lambda: llm.update_weights(without_one(weights) if mine else weights),
         lambda: llm.generate([[1, mine]], GREEDY, use_tqdm=False),
         lambda: llm.score([[1]], [[2, mine]], use_tqdm=False),
         lambda: llm.update_weights(weights, in_flight="finish" if mine else "recompute"),
@@ -85,7 +90,7 @@ def refused(llm, weights, directory):
     for call in wrong:
         try:
             call()
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             said.append(str(error))
         assert_idle(llm)
     sizes = dict(tensor_parallel_size=jax.device_count(), num_kvcache_blocks=9)

@@ -177,6 +177,11 @@ BAD_MESSAGES = {
         TypeError,
         r"message 1 must have a 'content' that is a string, not \[{'type'",
     ),
+    "a role that the template does not know": (
+        [{"role": "developer", "content": "Be brief."}, USER],
+        ValueError,
+        "message 0: the chat template leaves out what has the role 'developer': give it one of system, user",
+    ),
     "half a surrogate pair": ([{"role": "user", "content": "\ud800"}], ValueError, "is not valid Unicode text"),
 }
 

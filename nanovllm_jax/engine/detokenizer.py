@@ -76,6 +76,9 @@ class Detokenizer:
                 self._num_known -= len(before)
             elif not after and before == self._decoded:
                 del self._window[self._cut :]
+            else:  # it may be inside a character, which has few tokens
+                self._cut += 1
+                return
         self._cut = len(self._window)
 
     def _find_stop(self, start: int) -> None:

@@ -4,7 +4,7 @@ import logging
 import random
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -324,9 +324,10 @@ class LLMEngine(OneThread):
         """Go on with other weights, from the next step on; nothing is compiled anew, and cached prefixes are dropped.
 
         `weights`: a Qwen3ForCausalLM, or a dict of all its arrays by path (models/parameters.py), of any float dtype
-        and on any devices. An array with the engine's own dtype and sharding is shared, not copied: the engine fails if
-        a jitted function donates it later, unless other weights have come in meanwhile. Others are cast and moved one
-        by one. `donate`: the engine may take the memory of `weights`, which are of no use to the caller afterwards.
+        and on any devices; with more devices than kv heads a dict has their copies (`with_copies`). An array with the
+        engine's own dtype and sharding is shared, not copied: the engine fails if a jitted function donates it later,
+        unless other weights have come in meanwhile. Others are cast and moved one by one. `donate`: the engine may take
+        the memory of `weights`, which are of no use to the caller afterwards.
 
         `in_flight` says what becomes of unfinished requests. "finish": they are run to their end on the old weights,
         and the next `step` returns their outputs. "recompute": they keep their tokens, and go on from them with the
@@ -338,6 +339,19 @@ class LLMEngine(OneThread):
         Raises TypeError or ValueError, naming the array, for weights that do not fit, and RuntimeError with unfinished
         requests and no `in_flight`, and for other weights than another process has: the engine is then as it was.
         """
+        with self._refusal_is_told():
+            arrays = self._check_update(weights, in_flight, donate)
+        if self.runner.num_processes > 1:
+            self.runner.check_agreement([*self._calls, in_flight], arrays)
+        while self._requests and in_flight == "finish":
+            self._ready += self._step()
+        with self._all_or_nothing():  # there may be no memory for the next array: nothing may run on what is half new
+            self.scheduler.preempt_all()  # what dispatched steps have drawn will still be read
+            for request in self._requests.values():
+                request.read_prompt_again()
+            self.runner.weights.update(arrays, donate)
+
+    def _check_update(self, weights: Any, in_flight: str | None, donate: bool) -> Any:
         if in_flight not in (None, "finish", "recompute"):
             raise ValueError(f"in_flight must be None, 'finish' or 'recompute', not {in_flight!r}")
         if type(donate) is not bool:
@@ -349,15 +363,18 @@ class LLMEngine(OneThread):
                 f"{len(self._requests)} requests are unfinished: say what becomes of them, by in_flight='finish' (they "
                 "are run to their end on the old weights) or in_flight='recompute' (they go on with the new ones)"
             )
-        if self.runner.num_processes > 1:
-            self.runner.check_agreement([*self._calls, in_flight], arrays)
-        while self._requests and in_flight == "finish":
-            self._ready += self._step()
-        with self._all_or_nothing():  # there may be no memory for the next array: nothing may run on what is half new
-            self.scheduler.preempt_all()  # what dispatched steps have drawn will still be read
-            for request in self._requests.values():
-                request.read_prompt_again()
-            self.runner.weights.update(arrays, donate)
+        return arrays
+
+    @contextmanager
+    def _refusal_is_told(self) -> Iterator[None]:
+        """To the other processes, which wait for this one's word, and go on without the weights as well."""
+        try:
+            yield
+        except (TypeError, ValueError, RuntimeError) as error:
+            if self.runner.num_processes > 1:
+                with suppress(RuntimeError):  # they were given others, or refuse them in other words
+                    self.runner.check_agreement([*self._calls, repr(error)])
+            raise
 
     # ------------------------------------------------------------ failures
 

@@ -37,10 +37,11 @@ def readable_logprobs(
     Without a tokenizer, `decoded_token` stays None.
     """
     texts: dict[int, str | None] = {}
+    options = dict(clean_up_tokenization_spaces=False)  # as in the text that the tokens make
 
     def logprob(token: int, value: float, rank: int) -> Logprob:
         if token not in texts:  # mostly the same few hundred
-            texts[token] = None if tokenizer is None else tokenizer.decode([token])
+            texts[token] = None if tokenizer is None else tokenizer.decode([token], **options)
         return Logprob(value, rank, texts[token])
 
     readable = []

@@ -101,6 +101,7 @@ def test_a_token_costs_a_few_tokens_however_long_the_text():
     """Broken characters and special tokens included, which give the window no good place to start."""
     special = TOKENIZER.eos_token_id
     cases = [TOKENIZER.encode(EMOJI * 40), byte_tokens(b"\x80" * 600), byte_tokens("é".encode()) * 300]
+    cases += [byte_tokens(text.encode()) for text in ("a" + "é" * 300, "a" + "😀" * 150)]  # no eighth token ends one
     for tokens in (*cases, [special] * 600, [*TOKENIZER.encode("a word"), *[special] * 600, *TOKENIZER.encode("more")]):
         counting = CountingTokenizer()
         assert "".join(increments(tokens, SamplingParams(), counting)[0]) == decode(tokens)
