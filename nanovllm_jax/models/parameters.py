@@ -72,15 +72,15 @@ def checked_weights(
     if isinstance(weights, Qwen3ForCausalLM):
         copies = max(1, config.kv_copies // weights.config.kv_copies)
         check_same_model(replace(weights.config, kv_copies=weights.config.kv_copies * copies), config)
-        weights = {path: param.get_value() for path, param in parameters_of(weights).items()}
+        weights = {path: _numbers(param) for path, param in parameters_of(weights).items()}
         if copies > 1:
-            fused = {path: array for path, array in weights.items() if "qkv_proj" in path and _is_usable(array)}
-            weights |= {path: with_copies(array, copies) for path, array in fused.items()}
+            fused = {path: array for path, array in weights.items() if "qkv_proj" in path and isinstance(array, ARRAYS)}
+            weights |= {path: with_copies(array, copies) for path, array in fused.items() if not _is_deleted(array)}
     if isinstance(weights, nnx.State):
         check_model(weights)
     if not isinstance(weights, Mapping):
         raise TypeError(f"weights must be a Qwen3ForCausalLM or a dict of arrays by path, not {type(weights)}")
-    weights = {path: array.get_value() if isinstance(array, nnx.Variable) else array for path, array in weights.items()}
+    weights = {path: _numbers(array) for path, array in weights.items()}
     check_parameters(weights, targets)
     return weights
 
@@ -103,15 +103,23 @@ def check_parameters(
             problems.append(f"{name} has shape {tuple(array.shape)}, not {target.shape}")
         elif jnp.dtype(array.dtype).name not in FLOAT_DTYPES:
             problems.append(f"{name} has dtype {array.dtype}, not one of {', '.join(FLOAT_DTYPES)}")
-        elif not _is_usable(array):
+        elif _is_deleted(array):
             problems.append(f"{name} has been deleted: it was donated to a jitted function")
     if problems:
         more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise ValueError(f"these weights do not fit the model: {'; '.join(problems[:8])}{more}")
 
 
-def _is_usable(array: Any) -> bool:
-    return not isinstance(array, jax.ShapeDtypeStruct) and not (isinstance(array, jax.Array) and array.is_deleted())
+def _numbers(array: Any) -> Any:
+    """A variable's array; an abstract one has none, and stays what it is."""
+    try:
+        return array[...] if isinstance(array, nnx.Variable) else array
+    except TypeError:
+        return array
+
+
+def _is_deleted(array: Any) -> bool:
+    return isinstance(array, jax.Array) and array.is_deleted()
 
 
 def check_same_model(found: ModelConfig, expected: ModelConfig) -> None:
