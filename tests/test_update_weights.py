@@ -238,7 +238,7 @@ def deleted():
         (jnp.ones(17), r"layers\.1\.self_attn\.q_norm\.weight has shape \(17,\), not \(16,\)"),
         (jnp.ones(16, jnp.int32), r"layers\.1\.self_attn\.q_norm\.weight has dtype int32, not one of bfloat16"),
         (deleted(), r"layers\.1\.self_attn\.q_norm\.weight has been deleted"),
-        ("ones", r"q_norm\.weight must be a NumPy or JAX array, not 'ones'"),
+        ("ones", r"layers\.1\.self_attn\.q_norm\.weight must be a NumPy or JAX array, not 'ones'"),
         (
             jax.ShapeDtypeStruct((16,), jnp.float32),
             r"q_norm\.weight must be a NumPy or JAX array, not ShapeDtypeStr",

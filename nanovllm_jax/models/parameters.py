@@ -69,18 +69,19 @@ def checked_weights(
 
     Raises TypeError for what is neither, and ValueError, naming the array or setting, for what does not fit.
     """
+    copies = 1
     if isinstance(weights, Qwen3ForCausalLM):
         copies = max(1, config.kv_copies // weights.config.kv_copies)
         check_same_model(replace(weights.config, kv_copies=weights.config.kv_copies * copies), config)
-        weights = {path: _numbers(param) for path, param in parameters_of(weights).items()}
-        if copies > 1:
-            fused = {path: array for path, array in weights.items() if "qkv_proj" in path and isinstance(array, ARRAYS)}
-            weights |= {path: with_copies(array, copies) for path, array in fused.items() if not _is_deleted(array)}
+        weights = parameters_of(weights)
     if isinstance(weights, nnx.State):
-        check_model(weights)
+        check_model(weights)  # says what to make of one
     if not isinstance(weights, Mapping):
         raise TypeError(f"weights must be a Qwen3ForCausalLM or a dict of arrays by path, not {type(weights)}")
     weights = {path: _numbers(array) for path, array in weights.items()}
+    if copies > 1:
+        fused = {path: array for path, array in weights.items() if "qkv_proj" in path and isinstance(array, ARRAYS)}
+        weights |= {path: with_copies(array, copies) for path, array in fused.items() if not _is_deleted(array)}
     check_parameters(weights, targets)
     return weights
 

@@ -33,20 +33,23 @@ def test_a_directory(tmp_path, monkeypatch):
     assert find_checkpoint("~/Qwen/Qwen3-0.6B/") == directory
 
 
-def test_a_hub_id_that_is_cached(offline_hub):
-    """Laid out as huggingface_hub keeps its downloads."""
-    repo, commit = offline_hub / "models--some--model", "0" * 40
+def snapshot_of(name, hub):
+    """Where a repository's files go, laid out as huggingface_hub keeps its downloads."""
+    repo, commit = hub / f"models--some--{name}", "0" * 40
     (repo / "refs").mkdir(parents=True)
     (repo / "refs" / "main").write_text(commit)
-    shutil.copytree(TINY_MODEL, repo / "snapshots" / commit)
-    assert find_checkpoint("some/model") == repo / "snapshots" / commit
+    return repo / "snapshots" / commit
+
+
+def test_a_hub_id_that_is_cached(offline_hub):
+    snapshot = snapshot_of("model", offline_hub)
+    shutil.copytree(TINY_MODEL, snapshot)
+    assert find_checkpoint("some/model") == snapshot
 
 
 def test_a_hub_id_of_an_adapter(offline_hub):
-    snapshot = offline_hub / "models--some--adapter" / "snapshots" / ("0" * 40)
+    snapshot = snapshot_of("adapter", offline_hub)
     snapshot.mkdir(parents=True)
-    (snapshot.parents[1] / "refs").mkdir()
-    (snapshot.parents[1] / "refs" / "main").write_text(snapshot.name)
     (snapshot / "adapter_config.json").write_text("{}")
     for model in ("some/adapter", snapshot):
         with pytest.raises(ValueError, match=f"{snapshot} is an adapter: merge it into its base model"):
