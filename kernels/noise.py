@@ -35,16 +35,19 @@ def _noisy_argmax_kernel(*refs, tiles: Tiles, on_gpu: bool):
     logits_ref, sampling_ref, position_ref, threshold_ref, best_ref, entry_ref = refs
     program, row, vocab = pl.program_id(0), pl.program_id(1), logits_ref.shape[1]
     [temperature], threshold = settings(sampling_ref, ["temperature"], row), threshold_ref[row]
-    key, greedy = row_key(sampling_ref, position_ref, row), temperature == 0
-    scale = 1 / jnp.where(greedy, 1, temperature)
+    key, scale = row_key(sampling_ref, position_ref, row), 1 / temperature
     lane = jnp.arange(tiles.block, dtype=jnp.int32)
 
     def take_in(tile, state):
         best, best_entry = state
         entry = tile * tiles.block + lane
         x = plgpu.load(logits_ref.at[row, pl.ds(tile * tiles.block, tiles.block)], mask=entry < vocab, other=-jnp.inf)
-        noise = _gumbel(noise_bits(key, entry.astype(jnp.uint32)), on_gpu)
-        score = jnp.where(x < threshold, -jnp.inf, jnp.where(greedy, x, x * scale + noise))
+
+        def noisy():
+            return x * scale + _gumbel(noise_bits(key, entry.astype(jnp.uint32)), on_gpu)
+
+        # Noise takes longer than reading the logits: greedy rows, which padding is too, do without.
+        score = jnp.where(x < threshold, -jnp.inf, lax.cond(temperature == 0, lambda: x, noisy))
         score = jnp.where(score == score, score, jnp.inf)  # NaN is as large as infinity
         return jnp.where(score > best, score, best), jnp.where(score > best, entry, best_entry)
 

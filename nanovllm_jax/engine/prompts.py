@@ -56,18 +56,18 @@ def check_token_ids(tokens: list, vocab_size: int, what: str = "prompt") -> tupl
 
     A prompt may have 100,000: the good ones never meet a Python loop.
     """
-    if set(map(type, tokens)) != {int}:
-        for token in tokens:
-            if not is_integer(plain(token)):
-                raise TypeError(f"{what} token ids must be integers, not {token!r}; one {what} is wanted here")
-        tokens = list(map(int, tokens))  # NumPy's and JAX'
-    with suppress(OverflowError):
-        ids = array("i", tokens)
+    with suppress(OverflowError, TypeError):
+        ids = array("i", tokens)  # of integers of any kind, and also of True and False, as 1 and 0
         numbers = np.frombuffer(ids, np.intc)
-        if numbers.min() >= 0 and numbers.max() < vocab_size:
-            return tokens, ids
-    wrong = next(token for token in tokens if not 0 <= token < vocab_size)
-    raise ValueError(f"{what} token id {wrong} is not in the vocabulary: 0 to {vocab_size - 1}")
+        least, most = numbers.min(), numbers.max()
+        if least >= 0 and most < vocab_size and (least > 1 or set(map(type, tokens)) == {int}):
+            return ids.tolist(), ids
+    for token in tokens:
+        if not is_integer(plain(token)):
+            raise TypeError(f"{what} token ids must be integers, not {token!r}; one {what} is wanted here")
+        if not 0 <= token < vocab_size:
+            raise ValueError(f"{what} token id {token} is not in the vocabulary: 0 to {vocab_size - 1}")
+    return ids.tolist(), ids  # NumPy's and JAX', with a 0 or a 1 among them
 
 
 def check_params(params: SamplingParams, vocab_size: int, tokenizer: Any | None, eos_token_ids: frozenset[int]) -> None:
