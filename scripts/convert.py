@@ -18,7 +18,8 @@ from nanovllm_jax.checkpoints.orbax import FOLDER, save_weights
 from nanovllm_jax.config import ModelConfig, read_json
 from nanovllm_jax.parallel.sharding import make_mesh
 
-OTHER_FILES = ("*.json", "*.txt", "*.jinja")  # what a checkpoint has beside its weights
+# What a checkpoint has beside its weights.
+OTHER_FILES = ("*.json", "*.txt", "*.jinja", "additional_chat_templates/*.jinja")
 
 
 def loader_of(source: Path) -> ModelLoader:
@@ -48,7 +49,9 @@ def convert(source: Path, target: Path) -> None:
     for pattern in OTHER_FILES:
         for file in source.glob(pattern):
             if not file.name.endswith(".safetensors.index.json"):
-                shutil.copy(file, target)
+                copy = target / file.relative_to(source)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copy(file, copy)
 
 
 def main() -> None:

@@ -20,13 +20,13 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=128)
     args = parser.parse_args()
 
+    conversations = [[{"role": "user", "content": prompt}] for prompt in args.prompt]
     try:
         params = SamplingParams(temperature=args.temperature, max_tokens=args.max_tokens)
         llm = LLM(args.model)
+        outputs = llm.chat(conversations, params, chat_template_kwargs={"enable_thinking": False})
     except ValueError as error:
         parser.error(str(error))
-    conversations = [[{"role": "user", "content": prompt}] for prompt in args.prompt]
-    outputs = llm.chat(conversations, params, chat_template_kwargs={"enable_thinking": False})
     for prompt, output in zip(args.prompt, outputs):
         print(f"\n{prompt}\n  {output.outputs[0].text.strip()}")
 

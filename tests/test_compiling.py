@@ -209,6 +209,20 @@ def test_a_helper_that_does_not_start(programs, store, helped, monkeypatch, capl
     assert caplog.text.count("a helper process") == 2
 
 
+def test_helpers_keep_no_memory_of_a_gpu_from_one_another(programs, store, monkeypatch):
+    """Beside a large model there is little of it. Whatever pool the user has for this process, they have none."""
+    environments = []
+
+    def note(*args, env, **options):
+        environments.append(env)
+        raise OSError("no process")
+
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_ALLOCATOR", "cuda_async")
+    monkeypatch.setattr(subprocess, "Popen", note)
+    assert list(compile_all(programs, ONE, store, 2)) == ONE
+    assert [env["XLA_PYTHON_CLIENT_ALLOCATOR"] for env in environments] == ["platform"] * 2
+
+
 def test_any_path_of_modules(programs, store, by_helpers, monkeypatch):
     """What imports ignore, and what goes by the working directory, which a helper must not look into by itself."""
     monkeypatch.setattr(sys, "path", [*sys.path, Path("/tmp"), "relative", ""])

@@ -145,14 +145,15 @@ class Helper(Thread):
         super().__init__(daemon=True)
         self.job = jax.config.values, programs.settings, store.settings, store.about
         self.todo, self.done, self.store = todo, done, store
-        # It finds the same modules (-P: and none in the working directory), and takes no share of a GPU's memory.
+        # It finds the same modules (-P: and none in the working directory), and takes of a GPU's memory what it needs
+        # for as long as it does: XLA's own pool would keep it from the others, which would wait a minute to be refused.
         paths = os.pathsep.join(os.path.abspath(path) for path in sys.path if isinstance(path, str))
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-c", f"from {__name__} import be_a_helper; be_a_helper()"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env=os.environ | {"PYTHONPATH": paths, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
+            env=os.environ | {"PYTHONPATH": paths, "XLA_PYTHON_CLIENT_ALLOCATOR": "platform"},
         )
         try:
             self.start()

@@ -69,6 +69,19 @@ def copy(saved, tmp_path):
 # --- there and back ---
 
 
+def test_all_chat_templates_come_along(tmp_path):
+    """Also those that transformers keeps in a folder, beside the default one."""
+    source = write_checkpoint(tmp_path / "source")
+    names = ["chat_template.jinja", "additional_chat_templates/tool_use.jinja"]
+    (source / "additional_chat_templates").mkdir()
+    for name in names:
+        (source / name).write_text(f"the template {name}")
+    for _ in range(2):  # and once more over what is there
+        convert.convert(source, tmp_path / "orbax")
+        for name in names:
+            assert (tmp_path / "orbax" / name).read_text() == f"the template {name}"
+
+
 @pytest.mark.parametrize("shape", ["group2_tied", "group5_bias"])
 def test_round_trip(checkpoint, tmp_path, shape):
     """Bit-equal tensors, and transformers opens the result and computes the same."""

@@ -112,6 +112,17 @@ def test_the_embedded_model(tmp_path):
     assert cached[2] >= 32
 
 
+def test_an_example_that_the_model_refuses(monkeypatch, capsys):
+    def refuse(self, *args, **options):
+        raise ValueError("the prompt has 5013 tokens")
+
+    monkeypatch.setattr(example, "LLM", type("LLM", (), {"__init__": lambda *args: None, "chat": refuse}))
+    monkeypatch.setattr(sys, "argv", ["example.py", "--prompt", "a"])
+    with pytest.raises(SystemExit):
+        example.main()
+    assert capsys.readouterr().err.splitlines()[-1].endswith("error: the prompt has 5013 tokens")
+
+
 @pytest.mark.parametrize("script", [chat, example])
 @pytest.mark.parametrize("given", ["--max-tokens 0", "--temperature -1", "--model no/model/here"])
 def test_bad_arguments(script, given, monkeypatch, capsys):
