@@ -163,6 +163,9 @@ def _refuse_unsupported(raw: dict[str, Any]) -> None:
         raise ValueError(f"config.json: hidden_act={activation!r} is not supported, only 'silu'")
     if raw.get("use_sliding_window"):
         raise ValueError("config.json: use_sliding_window=true is not supported; no published Qwen3 sets it")
+    kinds = raw.get("layer_types")
+    if kinds is not None and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)):
+        raise ValueError(f"config.json: layer_types={kinds!r} is not supported, only layers of 'full_attention'")
     quantization = raw.get("quantization_config")
     if quantization is not None:
         raise ValueError(
@@ -191,6 +194,11 @@ def _read_rope(raw: dict[str, Any], max_position_embeddings: int) -> RopeConfig:
     if rope_type == "yarn" and top is not None and settings.setdefault("original_max_position_embeddings", top) != top:
         raise ValueError(
             f"config.json has original_max_position_embeddings={top!r}, and another in its rope settings: {settings!r}"
+        )
+    if rope_type != "default" and settings.get("partial_rotary_factor", 1) != 1:  # the default type has no use for it
+        raise ValueError(
+            f"config.json: partial_rotary_factor={settings['partial_rotary_factor']!r} is not supported: whole heads "
+            "are rotated"
         )
     names = {field.name for field in fields(RopeConfig)} - {"rope_type"}
     values = {name: value for name, value in settings.items() if name in names and value is not None}

@@ -182,6 +182,11 @@ BAD_CONFIGS = {
     "heads do not divide": ({"num_attention_heads": 10, "num_key_value_heads": 4}, "=10 must be a multiple.*=4"),
     "activation": ({"hidden_act": "gelu"}, "hidden_act='gelu'.*only 'silu'"),
     "sliding window": ({"use_sliding_window": True, "sliding_window": 4096}, "use_sliding_window"),
+    "sliding layers": (
+        {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 4096},
+        "layer_types=.*'sliding_attention'.*only layers of 'full_attention'",
+    ),
+    "kinds of layers of a wrong type": ({"layer_types": "full_attention"}, "layer_types='full_attention'"),
     "dtype": ({"torch_dtype": "int8"}, "dtype must be one of.*not 'int8'"),
     "flag of a wrong type": ({"tie_word_embeddings": "yes"}, "tie_word_embeddings.*yes"),
     "negative eps": ({"rms_norm_eps": -1}, "rms_norm_eps.*-1"),
@@ -196,6 +201,10 @@ BAD_CONFIGS = {
     "rope factor": (
         {"rope_scaling": {"rope_type": "yarn", "factor": "4"}},
         "factor must be a number from 1 to 1e\\+06, not '4'",
+    ),
+    "rope of a part": (
+        {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "partial_rotary_factor": 0.5}},
+        "partial_rotary_factor=0.5 is not supported: whole heads",
     ),
     "rope by kind of layer": (
         {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}},
@@ -219,6 +228,13 @@ def test_bad_config(read, case):
     with pytest.raises(ValueError, match=message) as caught:
         read(published("0.6B") | change)
     assert "config.json" in str(caught.value)
+
+
+def test_what_says_the_same_in_more_words(read):
+    """As transformers 5 writes it, and a setting of which its default rope makes no use."""
+    words = {"layer_types": ["full_attention"] * published("0.6B")["num_hidden_layers"]}
+    words |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1000000, "partial_rotary_factor": 0.5}}
+    assert read(published("0.6B") | words) == read(published("0.6B"))
 
 
 @pytest.mark.parametrize("name", ["hidden_size", "vocab_size", "num_hidden_layers"])
