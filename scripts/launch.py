@@ -36,18 +36,29 @@ def main() -> int:
 
 
 def launch(args: argparse.Namespace) -> int:
-    """Start the processes and wait for them; the exit code of the first that fails, or 0."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # as Ctrl-C: JAX makes the children deaf to it
+    """Start the processes and wait for them; the exit code of the first that fails, or 0, or 1 when told to end.
+
+    JAX makes the children deaf to SIGTERM. Ctrl-C and SIGTERM are noted here and raise nothing, however many come: an
+    exception in the middle of this would leave children behind.
+    """
+    told_to_end = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: told_to_end.append(number))
     address = f"127.0.0.1:{free_port()}"
     with tempfile.TemporaryDirectory() as folder:
         logs = [Path(folder) / str(number) for number in range(args.processes)]
-        children = [start(args, address, number, logs[number]) for number in range(args.processes)]
+        children = []
         try:
-            failed = wait(children)
+            for number in range(args.processes):
+                children.append(start(args, address, number, logs[number]))
+            failed = wait(children, told_to_end)
         finally:
             for child in children:
                 child.kill()
+            for child in children:
                 child.wait()
+        if told_to_end:
+            return 1
         # The first to end need not be the one at fault: it may have been told of the fault before that one was through.
         for number in failed:
             print(f"process {number} of {args.processes} ended with {children[number].returncode}", file=sys.stderr)
@@ -72,15 +83,15 @@ def start(args: argparse.Namespace, address: str, number: int, log: Path) -> sub
         return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
 
 
-def wait(children: list[subprocess.Popen]) -> list[int]:
-    """Until all have ended, or GRACE_SECONDS after one failed; the numbers of those that failed, as they did."""
+def wait(children: list[subprocess.Popen], told_to_end: list[int]) -> list[int]:
+    """Until all have ended, or a signal comes, or GRACE_SECONDS after one failed; the numbers of those that failed."""
     failed, deadline = [], None
     while True:
         codes = [child.poll() for child in children]
         failed += [number for number, code in enumerate(codes) if code and number not in failed]
         if failed and deadline is None:
             deadline = time.monotonic() + GRACE_SECONDS
-        if None not in codes or (deadline and time.monotonic() > deadline):
+        if None not in codes or told_to_end or (deadline and time.monotonic() > deadline):
             return failed
         time.sleep(0.05)
 

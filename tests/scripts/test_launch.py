@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import launch
@@ -54,13 +55,44 @@ def test_one_that_goes_on_is_ended(run, monkeypatch, capfd):
     assert "process 0" not in error, "it did not fail"
 
 
+DEAF = """
+import os, signal, sys, time
+
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, signal.SIG_IGN)
+open(f'{sys.argv[1]}/{os.getpid()}.pid', 'w').close()
+time.sleep(1000)
+"""
+
+
+def has_children_left(tmp_path):
+    """Whether a process has the test's folder on its command line."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it has just ended
+            if str(tmp_path).encode() in path.read_bytes():
+                return True
+    return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("wait", [0.3, 0.4, 0.5, 3])
+def test_none_is_left_by_signals_at_any_time(tmp_path, number, wait):
+    """While they are started, and again while they are ended."""
+    script = tmp_path / "script.py"
+    script.write_text(DEAF)
+    launcher = subprocess.Popen([sys.executable, LAUNCH, "--processes", "4", str(script), str(tmp_path)])
+    time.sleep(wait)
+    for _ in range(50):
+        launcher.send_signal(number)
+        time.sleep(0.002)
+    assert launcher.wait(20) != 0
+    assert not has_children_left(tmp_path)
+
+
 def test_the_children_end_with_the_launcher(tmp_path):
     """Though JAX makes them deaf to SIGTERM."""
     script = tmp_path / "script.py"
-    script.write_text(
-        "import os, signal, sys, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-        "open(f'{sys.argv[1]}/{os.getpid()}.pid', 'w').close()\ntime.sleep(1000)\n"
-    )
+    script.write_text(DEAF)
     launcher = subprocess.Popen([sys.executable, LAUNCH, str(script), str(tmp_path)])
     while len(pids := [int(file.stem) for file in tmp_path.glob("*.pid")]) < 2:
         assert launcher.poll() is None
