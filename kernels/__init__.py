@@ -2,11 +2,11 @@
 and over several, linear layers of one row, of a few and of many, sampling.
 
 On an NVIDIA GPU each runs its Pallas kernel, anywhere else its plain-jnp oracle (in the files called reference, same
-signature, but for a `fixed` that it has no need of). Which one is settled when a program is lowered, or before it is
-traced (`traced_for`), so a compiled step holds one of the two. Each sits in a jit of its own: the layers of a model
-share one trace and one lowering. Of the functions for sampling, but for the draw itself, a row that asks for nothing
-takes next to no time. With `fixed`, a row's result is the same to the last bit whatever else is in the call. `sampling`
-[R, 12] int32 is how each row samples: `reference_sampling.settings` of it, by name.
+arguments, but for a `fixed` that one of the two has no need of, and a mesh's axis). Which one is settled when a program
+is lowered, or before it is traced (`traced_for`), so a compiled step holds one of the two. Each sits in a jit of its
+own: the layers of a model share one trace and one lowering. Of the functions for sampling, but for the draw itself, a
+row that asks for nothing takes next to no time. With `fixed`, a row's result is the same to the last bit whatever else
+is in the call. `sampling` [R, 12] int32 is how each row samples: `reference_sampling.settings` of it, by name.
 
 Shapes: T tokens, B sequences with one new token each, P sequences in prefill, N query heads, K kv heads, H head_dim,
 W blocks in a row of a block table, D hidden, R rows to sample, V vocabulary, S slots of running sequences (in a linear

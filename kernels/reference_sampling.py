@@ -1,4 +1,4 @@
-"""The sampling kernels' oracles in plain jnp: same signatures. They are what a CPU runs.
+"""The sampling kernels' oracles in plain jnp: same signatures, but for `fixed`. They are what a CPU runs.
 
 A step in which no row asks skips all but the draw. Shapes: R rows, V vocabulary, S slots.
 """

@@ -8,7 +8,7 @@
     python scripts/bench.py --report run.json --plot run.png        # an earlier run's table and picture
 
 Engines take turns, round by round, and every call is warmed up and then repeated; the prefix cache is emptied before
-each. No --model: the tiny model, on a CPU too.
+each, but in the sweep, whose prompts are in it. No --model: the tiny model, on a CPU too.
 """
 
 import argparse

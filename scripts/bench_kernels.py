@@ -1,8 +1,9 @@
-"""Time each kernel alone on a GPU, beside its jnp oracle, the limit of the card, and for prefill beside cuDNN.
+"""Time a layer's kernels alone on a GPU, beside their jnp oracles, the limit of the card, and for prefill beside cuDNN.
 
-Those of sampling have a script of their own, bench_sampling.py.
+Those of sampling have a script of their own, bench_sampling.py, and sums over devices are in check_devices.py. Left out
+are a row's plain layer, which is the normed one's kernel, and the one for deterministic=True.
 
-    python scripts/bench_kernels.py                         # every kernel as it is
+    python scripts/bench_kernels.py                         # all of them as they are
     python scripts/bench_kernels.py --sweep                 # the tile settings below against the default ones
     python scripts/bench_kernels.py --sweep --only decode
     python scripts/bench_kernels.py --group 4 --kv-heads 8 --block-size 16
@@ -112,7 +113,7 @@ def bench(case: Case, shape: Shape, args) -> None:
     print(line, flush=True)
 
 
-def settings(case: Case, shape: Shape) -> list:
+def settings(case: Case) -> list:
     """What to try on a case, its default first."""
     tokens = len(case.sets[0][0])
     cuts = {"prefill": PREFILL_CUTS, "store": STORE_CUTS, "norm": NORM_CUTS, "row": ROW_CUTS, "few": FEW_CUTS}
@@ -124,7 +125,7 @@ def settings(case: Case, shape: Shape) -> list:
     return list(dict.fromkeys([case.default, *tried]))
 
 
-def sweep(cases: list[Case], shape: Shape, args) -> None:
+def sweep(cases: list[Case], args) -> None:
     """All settings of all cases, compiled in parallel, then timed one after another; the best beside the default."""
 
     def build(case, tiles):
@@ -135,7 +136,7 @@ def sweep(cases: list[Case], shape: Shape, args) -> None:
 
     start = time.perf_counter()
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        jobs = [(case, [(t, threads.submit(build, case, t)) for t in settings(case, shape)]) for case in cases]
+        jobs = [(case, [(t, threads.submit(build, case, t)) for t in settings(case)]) for case in cases]
     print(f"compiled {sum(len(tried) for _, tried in jobs)} settings in {time.perf_counter() - start:.0f} s")
     summary = []
     for case, tried in jobs:
@@ -177,7 +178,7 @@ def main() -> None:
     print(f"limit: {args.bandwidth:g} TB/s, {args.flops:g} TFLOP/s")
     cases = make_cases(shape, args.tokens, args.only)
     if args.sweep:
-        return sweep([case for case in cases if case.default], shape, args)
+        return sweep([case for case in cases if case.default], args)
     for case in cases:
         bench(case, shape, args)
 

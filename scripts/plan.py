@@ -17,8 +17,9 @@ from options import count
 from nanovllm_jax.config import ModelConfig
 from nanovllm_jax.parallel.sizes import split_config
 
-H200 = limits.Card(bytes=4.4e12, flops=790e12)  # measured by scripts/benchmark/card.py
+H200 = limits.Card(bytes=4.4e12, flops=790e12)  # about what scripts/benchmark/card.py measures
 MEMORY = 0.9 * 141e9  # gpu_memory_utilization of an H200
+ITEMSIZE = 2  # of bfloat16
 # Measured on two H200s: of the 450 GB/s of NVLink 4 in each direction a large all-reduce reaches 235.
 LINK_BYTES = 235e9
 LINK_SECONDS = 25e-6  # of a collective that carries next to nothing
@@ -98,28 +99,28 @@ class Step:
         return self.compute_seconds + self.link_seconds
 
 
-def decode_step(config: ModelConfig, devices: int, sequences: int, context: int, itemsize: int = 2) -> Step:
+def decode_step(config: ModelConfig, devices: int, sequences: int, context: int) -> Step:
     """One token of each sequence, with so many tokens in the cache. Raises ValueError for impossible sizes."""
     config = over(config, devices)
-    phases = limits.decode_phases(config, itemsize, [context] * sequences)
-    read = limits.weight_bytes(config, itemsize) + phases["attend"].bytes
+    phases = limits.decode_phases(config, ITEMSIZE, [context] * sequences)
+    read = limits.weight_bytes(config, ITEMSIZE) + phases["attend"].bytes
     flops = sum(phase.flops for phase in phases.values())
     full = min(sequences, FULL_ROWS) / FULL_ROWS
     overhead = config.num_hidden_layers * (LAYER_SECONDS + full * (LAYER_SECONDS_FULL - LAYER_SECONDS))
-    return Step(read / devices, flops / devices, *exchange(config, devices, sequences, sequences, itemsize), overhead)
+    return Step(read / devices, flops / devices, *exchange(config, devices, sequences, sequences), overhead)
 
 
-def prefill_step(config: ModelConfig, devices: int, tokens: int, prompt: int, itemsize: int = 2) -> Step:
+def prefill_step(config: ModelConfig, devices: int, tokens: int, prompt: int) -> Step:
     """So many tokens of new prompts, each `prompt` long."""
     config, count = over(config, devices), max(1, tokens // prompt)
-    phases = limits.prefill_phases(config, itemsize, [prompt] * count, [0] * count).values()
+    phases = limits.prefill_phases(config, ITEMSIZE, [prompt] * count, [0] * count).values()
     flops = sum(phase.flops for phase in phases) / devices
     overhead = flops / H200.flops * (1 / PREFILL_SHARE - 1)
     read = sum(phase.bytes for phase in phases) / devices
-    return Step(read, flops, *exchange(config, devices, prompt * count, count, itemsize), overhead)
+    return Step(read, flops, *exchange(config, devices, prompt * count, count), overhead)
 
 
-def exchange(config: ModelConfig, devices: int, tokens: int, rows: int, itemsize: int) -> tuple[float, int, float, int]:
+def exchange(config: ModelConfig, devices: int, tokens: int, rows: int) -> tuple[float, int, float, int]:
     """What a device sends in a step, by collectives and in kernels, and in how many, as the tests count them.
 
     A sum for the embedding and two a layer, of a token's hidden state: of few tokens each device sends all others its
@@ -130,17 +131,17 @@ def exchange(config: ModelConfig, devices: int, tokens: int, rows: int, itemsize
         return 0.0, 0, 0.0, 0
     sums, share = 2 * config.num_hidden_layers + 1, (devices - 1) / devices
     drawn = 2 * share * rows * config.vocab_size * 4 / devices + share * rows * 172
-    part = tokens * config.hidden_size * itemsize
-    if not config.attention_bias and tokens <= capacity(devices, config.hidden_size, itemsize):
+    part = tokens * config.hidden_size * ITEMSIZE
+    if not config.attention_bias and tokens <= capacity(devices, config.hidden_size, ITEMSIZE):
         return drawn, 2, sums * 2 * (devices - 1) * part, sums
     return drawn + sums * 2 * share * part, sums + 2, 0.0, 0
 
 
-def most_sequences(config: ModelConfig, devices: int, context: int, itemsize: int = 2) -> int:
+def most_sequences(config: ModelConfig, devices: int, context: int) -> int:
     """Sequences of this length whose keys and values fit beside the weights."""
     config = over(config, devices)
-    free = MEMORY - config.num_parameters * itemsize / devices
-    return max(0, int(free / (context * config.kv_bytes_per_token(itemsize) / devices)))
+    free = MEMORY - config.num_parameters * ITEMSIZE / devices
+    return max(0, int(free / (context * config.kv_bytes_per_token(ITEMSIZE) / devices)))
 
 
 def line(name: str, config: ModelConfig, devices: int, sequences: int, context: int) -> str:
