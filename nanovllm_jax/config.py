@@ -195,11 +195,9 @@ def _read_rope(raw: dict[str, Any], max_position_embeddings: int) -> RopeConfig:
         raise ValueError(
             f"config.json has original_max_position_embeddings={top!r}, and another in its rope settings: {settings!r}"
         )
-    if rope_type != "default" and settings.get("partial_rotary_factor", 1) != 1:  # the default type has no use for it
-        raise ValueError(
-            f"config.json: partial_rotary_factor={settings['partial_rotary_factor']!r} is not supported: whole heads "
-            "are rotated"
-        )
+    partial = settings.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
+    if rope_type != "default" and partial not in (None, 1):  # the default type has no use for it
+        raise ValueError(f"config.json: partial_rotary_factor={partial!r} is not supported: whole heads are rotated")
     names = {field.name for field in fields(RopeConfig)} - {"rope_type"}
     values = {name: value for name, value in settings.items() if name in names and value is not None}
     for name, value in values.items():

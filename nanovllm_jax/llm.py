@@ -1,5 +1,6 @@
 """LLM: what users touch."""
 
+import math
 import time
 import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -235,13 +236,16 @@ class LLM(LLMEngine):
 
     def _start_all(self, requests: list[Request]) -> list[str]:
         """Start requests; the first step as soon as it is full, so that the device does not wait for all of them."""
-        num_missing = self.runner.max_num_batched_tokens * self.runner.config.data_parallel_size
-        request_ids = []
+        full = self.runner.max_num_batched_tokens * self.runner.config.data_parallel_size
+        request_ids, num_missing = [], full
         for request in requests:
             request_ids.append(self._call_itself(self.start_request, request))
-            was_missing, num_missing = num_missing > 0, num_missing - len(request.token_ids)
-            if was_missing and num_missing <= 0 and self.scheduler.fills_a_step():
-                self._call_itself(self.step)  # which only begins it: no other request is there to have outputs
+            num_missing -= len(request.token_ids)
+            if num_missing <= 0:
+                is_full, num_missing = self.scheduler.fills_a_step(), full  # else to be asked after as many again
+                if is_full:
+                    self._call_itself(self.step)  # which only begins it: no other request is there to have outputs
+                    num_missing = math.inf
         return request_ids
 
 

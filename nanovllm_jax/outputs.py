@@ -138,7 +138,7 @@ class EngineStats:
     num_finished_requests: int
     num_aborted_requests: int
     num_prefill_tokens: int
-    """Prompt tokens computed."""
+    """Tokens computed in chunks of prompts; after a preemption also those generated before it."""
     num_decode_tokens: int
     """Tokens computed one a step."""
     num_generated_tokens: int

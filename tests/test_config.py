@@ -206,6 +206,10 @@ BAD_CONFIGS = {
         {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "partial_rotary_factor": 0.5}},
         "partial_rotary_factor=0.5 is not supported: whole heads",
     ),
+    "rope of a part, beside its settings": (
+        {"rope_scaling": {"rope_type": "linear", "factor": 4.0}, "partial_rotary_factor": 0.5},
+        "partial_rotary_factor=0.5 is not supported: whole heads",
+    ),
     "rope by kind of layer": (
         {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}},
         "rope settings must be those of all layers, .*full_attention",
@@ -234,6 +238,7 @@ def test_what_says_the_same_in_more_words(read):
     """As transformers 5 writes it, and a setting of which its default rope makes no use."""
     words = {"layer_types": ["full_attention"] * published("0.6B")["num_hidden_layers"]}
     words |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1000000, "partial_rotary_factor": 0.5}}
+    words |= {"partial_rotary_factor": 0.5}
     assert read(published("0.6B") | words) == read(published("0.6B"))
 
 

@@ -98,10 +98,13 @@ def test_many_prompts_come_back_in_order(llm):
     assert_idle(llm)
 
 
-@pytest.mark.parametrize(("shared", "waits_for"), [(0, 2), (20, 5)])
+@pytest.mark.parametrize(("shared", "waits_for"), [([0] * 5, 2), ([20] * 5, 5), ([20, 20, 0, 0, 0], 4)])
 def test_the_first_step_begins_when_it_is_full(llm, monkeypatch, shared, waits_for):
-    """64 tokens are: those of the second prompt; where all begin alike it is known with the last."""
-    prompts = [PROMPT * (shared // 5) + [100 + number] * (40 - shared) for number in range(5)]
+    """64 tokens are: those of the second prompt; where all begin alike it is known with the last.
+
+    Where the first two do it is asked once more, after as many tokens again.
+    """
+    prompts = [PROMPT * (part // 5) + [100 + number] * (40 - part) for number, part in enumerate(shared)]
     alone = [generate(llm, prompt)[0] for prompt in prompts]
     calls = []
     for name in ("start_request", "step"):

@@ -208,6 +208,12 @@ def test_an_allocator_that_does_not_tell(monkeypatch):
         memory_stats(jax.devices("cpu")[0])
 
 
+def test_each_sequence_has_whole_blocks(tmp_path):
+    """Four of 20 tokens are 80, which five blocks hold, and none of them is for two."""
+    write_checkpoint(tmp_path)
+    assert small_llm(tmp_path, enforce_eager=True, max_model_len=20).runner.num_blocks == 8
+
+
 def test_a_cpu_takes_what_is_wanted_within_a_gibibyte():
     on_cpu = replace(plan(1), budget=None)
     config = EngineConfig(block_size=16)

@@ -199,8 +199,8 @@ class ModelRunner:
             workspace=workspace + self._state_bytes() + RESERVE,
             block=int(block * copies),
         )
-        wanted = self.max_num_seqs * (config.max_model_len or model.max_context)
-        self.num_blocks = decide_num_blocks(plan, config, wanted)
+        blocks_each = -(-(config.max_model_len or model.max_context) // config.block_size)
+        self.num_blocks = decide_num_blocks(plan, config, self.max_num_seqs * blocks_each * config.block_size)
         self.max_model_len = decide_max_model_len(config, model.max_context, self.num_blocks)
         logger.info(
             "memory a device: %.2f GiB weights, %.2f GiB workspace, %.2f GiB cache = %d blocks of %d tokens = "

@@ -162,7 +162,7 @@ class Request:
 
     @property
     def has_news(self) -> bool:
-        """Whether tokens have come since the last output."""
+        """Whether tokens, or the end of a text, have come since the last output."""
         return any(completion.has_news for completion in self.completions)
 
     @property
