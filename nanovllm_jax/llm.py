@@ -236,16 +236,16 @@ class LLM(LLMEngine):
 
     def _start_all(self, requests: list[Request]) -> list[str]:
         """Start requests; the first step as soon as it is full, so that the device does not wait for all of them."""
-        full = self.runner.max_num_batched_tokens * self.runner.config.data_parallel_size
-        request_ids, num_missing = [], full
+        request_ids, num_tokens = [], 0
+        ask_at = self.runner.max_num_batched_tokens * self.runner.config.data_parallel_size
         for request in requests:
             request_ids.append(self._call_itself(self.start_request, request))
-            num_missing -= len(request.token_ids)
-            if num_missing <= 0:
-                is_full, num_missing = self.scheduler.fills_a_step(), full  # else to be asked after as many again
-                if is_full:
+            num_tokens += len(request.token_ids)
+            if num_tokens >= ask_at:
+                ask_at *= 2  # the answer takes a look at all that wait
+                if self.scheduler.fills_a_step():
                     self._call_itself(self.step)  # which only begins it: no other request is there to have outputs
-                    num_missing = math.inf
+                    ask_at = math.inf
         return request_ids
 
 

@@ -102,7 +102,7 @@ def test_many_prompts_come_back_in_order(llm):
 def test_the_first_step_begins_when_it_is_full(llm, monkeypatch, shared, waits_for):
     """64 tokens are: those of the second prompt; where all begin alike it is known with the last.
 
-    Where the first two do it is asked once more, after as many tokens again.
+    Where the first two do it is asked once more, when there are twice as many tokens.
     """
     prompts = [PROMPT * (part // 5) + [100 + number] * (40 - part) for number, part in enumerate(shared)]
     alone = [generate(llm, prompt)[0] for prompt in prompts]
