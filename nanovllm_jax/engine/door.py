@@ -51,16 +51,16 @@ class Door:
         text, tokens = read_prompt(prompt, self.tokenizer)
         if not tokens:
             raise ValueError(f"the prompt {prompt!r} has no tokens; give at least one")
-        tokens, ids = check_token_ids(tokens, self.vocab_size)
+        ids = check_token_ids(tokens, self.vocab_size)
         if len(ids) >= self.max_model_len:
             raise ValueError(
                 f"the prompt has {len(ids)} tokens; with one generated token it must fit in max_model_len="
                 f"{self.max_model_len}. Shorten it, or raise max_model_len"
             )
         tokenizer = self.tokenizer if params.detokenize else None
-        request = Request(request_id, text, tokens, ids, params, tokenizer, metrics, stream)
+        request = Request(request_id, text, ids, params, tokenizer, metrics, stream)
         if params.prompt_logprobs is not None:
-            request.scored = Scored(1, tokens[1:], params.prompt_logprobs)
+            request.scored = Scored(1, ids[1:].tolist(), params.prompt_logprobs)
         return request
 
     def check_score(self, prompt: Prompt, completion: str | Sequence[int]) -> Request:
@@ -71,14 +71,14 @@ class Door:
             tokens = encode(self.tokenizer, completion, "completion", add_special_tokens=False)
         elif not isinstance(tokens, (list, tuple)):
             raise TypeError(f"a completion is a string or a list of token ids, not {completion!r}")
-        tokens, ids = check_token_ids(list(tokens), self.vocab_size, "completion") if tokens else ([], array("i"))
+        ids = check_token_ids(tokens, self.vocab_size, "completion") if tokens else array("i")
         length = len(request.token_ids)
         if length + len(ids) > self.max_model_len:
             raise ValueError(
                 f"prompt and completion have {length} + {len(ids)} tokens, which must fit in max_model_len="
                 f"{self.max_model_len}. Shorten them, or raise max_model_len"
             )
-        request.scored = Scored(length, tokens, num_top=0)
+        request.scored = Scored(length, ids.tolist(), num_top=0)
         request.token_ids += ids[:-1]  # nothing is wanted of what follows the last
         return request
 

@@ -2,6 +2,7 @@
 
 from array import array
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -98,14 +99,12 @@ class Completion:
         return output
 
 
-@dataclass(slots=True)
+@dataclass
 class Request:
     """A request that was checked and accepted."""
 
     request_id: str | None
     prompt: str | None
-    prompt_token_ids: list[int]
-    """What outputs tell of the prompt."""
     token_ids: array
     """What is to be computed: the prompt, and of a completion that is scored all but the last."""
     params: SamplingParams
@@ -159,6 +158,11 @@ class Request:
         for seq in (completion.seq for completion in self.completions):
             if seq.activations and not seq.num_pending and not seq.num_completion_tokens:
                 seq.activations = Activations()
+
+    @cached_property
+    def prompt_token_ids(self) -> list[int]:
+        """What outputs tell of the prompt: made for the first of them, and not while the device waits for a start."""
+        return self.token_ids.tolist()
 
     @property
     def has_news(self) -> bool:
