@@ -23,7 +23,8 @@ class Mailbox:
 
     def __init__(self, lock: threading.Lock):
         self.request_id: str | None = None
-        self.is_over = False  # the last output was taken
+        self.is_over = False  # the last output was taken,
+        self.is_left = False  # or the caller is gone
         self._lock = lock
         self._output: RequestOutput | None = None
         self._error: Exception | None = None
@@ -131,9 +132,10 @@ class AsyncLLM:
     ) -> None:
         """Go on with other weights, between two steps: LLM.update_weights, by which `in_flight` goes for all callers.
 
+        While requests "finish", their callers have what comes, and may leave; all else waits for the end of that.
         Raises as that does, and leaves everybody's requests as they are; a device that fails meanwhile ends them.
         """
-        await self._call(self._tell_if_it_fails, self._engine.update_weights, weights, in_flight, donate)
+        await self._call(self._tell_if_it_fails, self._update_weights, weights, in_flight, donate)
 
     async def stats(self) -> EngineStats:
         """The engine's `stats`, between two of its steps."""
@@ -162,10 +164,13 @@ class AsyncLLM:
         self._engine.check_process()
         loop = asyncio.get_running_loop()
         self._loop = self._loop or loop
-        if self._is_shut_down:
-            raise RuntimeError("this AsyncLLM was shut down: make a new one")
+        self._check_open()
         if self._loop is not loop:
             raise RuntimeError("this AsyncLLM belongs to another event loop, the first that used it: make a new one")
+
+    def _check_open(self) -> None:
+        if self._is_shut_down:
+            raise RuntimeError("this AsyncLLM was shut down: make a new one")
 
     @asynccontextmanager
     async def _started(self, check: Callable[[], Request]) -> AsyncGenerator[tuple[Request, Mailbox], None]:
@@ -175,6 +180,7 @@ class AsyncLLM:
             yield await self._call(self._start, mailbox, arrival, check), mailbox
         finally:
             if not mailbox.is_over:
+                mailbox.is_left = True
                 with suppress(RuntimeError):  # the thread has ended
                     self._thread.submit(self._abort, mailbox)
 
@@ -192,14 +198,22 @@ class AsyncLLM:
     # ------------------------------------------------------------ in the engine's thread
 
     def _start(self, mailbox: Mailbox, arrival: float, check: Callable[[], Request]) -> Request:
-        if self._is_shut_down:
-            raise RuntimeError("this AsyncLLM was shut down: make a new one")
+        self._check_open()
         request = check()
         request.metrics.arrival_time = arrival
         mailbox.request_id = self._tell_if_it_fails(self._engine.start_request, request)
         self._mailboxes[mailbox.request_id] = mailbox
         self._keep_stepping()
         return request
+
+    def _update_weights(self, weights: Any, in_flight: str | None, donate: bool) -> None:
+        self._engine.check_update(weights, in_flight, donate)
+        while in_flight == "finish" and self._mailboxes:
+            self._check_open()
+            self._deliver(self._engine.step())
+            for mailbox in [mailbox for mailbox in self._mailboxes.values() if mailbox.is_left]:
+                self._abort(mailbox)
+        self._engine.update_weights(weights, in_flight, donate)
 
     def _tell_if_it_fails(self, function: Callable, *args: Any) -> Any:
         """Call what may leave the engine empty where it fails: then all callers are to know."""

@@ -1,6 +1,7 @@
 """What a model is, as its config.json says."""
 
 import json
+import logging
 from collections import Counter
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 from nanovllm_jax.layers.rope import RopeConfig
 
+logger = logging.getLogger(__name__)
 DTYPES = {
     "float32": "float32",
     "float": "float32",
@@ -199,6 +201,12 @@ def _read_rope(raw: dict[str, Any], max_position_embeddings: int) -> RopeConfig:
     if rope_type != "default" and partial not in (None, 1):  # the default type has no use for it
         raise ValueError(f"config.json: partial_rotary_factor={partial!r} is not supported: whole heads are rotated")
     names = {field.name for field in fields(RopeConfig)} - {"rope_type"}
+    if rope_type == "yarn" and "attn_factor" in settings:  # DeepSeek-R1-0528-Qwen3-8B has it
+        logger.warning(
+            "config.json: the rope setting attn_factor=%s is read by vLLM, which multiplies by it, and not by transformers "
+            "or here: set attention_factor to (0.1 ln(factor) + 1) attn_factor for what vLLM makes of it",
+            settings["attn_factor"],
+        )
     values = {name: value for name, value in settings.items() if name in names and value is not None}
     for name, value in values.items():
         _check_rope_setting(name, value)

@@ -115,10 +115,10 @@ class LLM(LLMEngine):
     ) -> Generator[RequestOutput, None, None]:
         """Like `generate`, but an iterator of what has come: each output's texts and token_ids are increments.
 
-        A request's last output has `finished` set; its request_id tells it from the others, and counts up in the order
-        of the prompts. The first `next` starts the requests, and closing the iterator aborts what is left of them.
-        Until then the engine takes nothing else. Raises as `generate` does, at the call, and RuntimeError at the first
-        `next` where other requests have been started since.
+        A request's last output has `finished` set (one that is aborted has no such output); its request_id tells it
+        from the others, and counts up in the order of the prompts. The first `next` starts the requests, and closing
+        the iterator aborts what is left of them. Until then the engine takes nothing else. Raises as `generate` does,
+        at the call, and RuntimeError at the first `next` where other requests have been started since.
         """
         self._check_idle("stream()")
         alone = Alone("a stream() is open", self._check(prompts, sampling_params, stream=True))

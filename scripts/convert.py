@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--time", action="store_true", help="load source to the devices, and say how long it takes")
     args = parser.parse_args()
     if args.time == (args.target is not None):
-        parser.error("give a target directory, or --time")
+        parser.error("give a target directory or --time, one of them")
     if not args.time:
         jax.config.update("jax_platforms", "cpu")
     try:

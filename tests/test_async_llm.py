@@ -287,6 +287,45 @@ def test_other_weights(engine, tmp_path):
     assert recomputed != after
 
 
+def test_callers_have_what_comes_while_requests_finish_and_may_leave(engine, monkeypatch):
+    collect, aborted = engine.runner.collect, engine.metrics.num_aborted_requests
+    monkeypatch.setattr(engine.runner, "collect", lambda output: time.sleep(0.005) or collect(output))
+
+    async def main(llm):
+        kept, left = llm.generate(PROMPTS[2], LONG), llm.generate(PROMPTS[3], LONG)
+        text = await started(kept)
+        await started(left)
+        update = asyncio.create_task(llm.update_weights(engine.model, "finish"))
+        await asyncio.sleep(0)
+        await left.aclose()
+        text.add(await anext(kept))
+        assert len(text["token_ids"]) < 90, "a piece came before the end"
+        assert not update.done()
+        async for output in kept:
+            text.add(output)
+        await update
+        assert (await llm.stats()).num_aborted_requests == aborted + 1
+        return text["token_ids"]
+
+    assert run(engine, main) == engine.generate([PROMPTS[2]], LONG, use_tqdm=False)[0]["token_ids"]
+
+
+def test_shutdown_while_requests_finish(engine):
+    async def main():
+        llm = AsyncLLM(engine)
+        text = asyncio.create_task(complete(llm, PROMPTS[2], LONG))
+        while not (await llm.stats()).num_running:
+            pass
+        update = asyncio.create_task(llm.update_weights(engine.model, "finish"))
+        await asyncio.sleep(0)
+        await asyncio.to_thread(llm.shutdown)
+        for task in (update, text):
+            with pytest.raises(RuntimeError, match="was shut down"):
+                await task
+
+    asyncio.run(main())
+
+
 def test_who_comes_while_others_finish(engine):
     """Increments of many steps are delivered together: whoever was queued meanwhile goes on."""
 

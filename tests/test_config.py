@@ -242,6 +242,14 @@ def test_what_says_the_same_in_more_words(read):
     assert read(published("0.6B") | words) == read(published("0.6B"))
 
 
+def test_what_vllm_reads_and_transformers_does_not(read, caplog):
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    config = read(published("8B") | {"rope_scaling": yarn})
+    assert not caplog.records
+    assert read(published("8B") | {"rope_scaling": yarn | {"attn_factor": 0.878}}) == config
+    assert "attn_factor=0.878 is read by vLLM" in caplog.text
+
+
 @pytest.mark.parametrize("name", ["hidden_size", "vocab_size", "num_hidden_layers"])
 def test_a_size_left_out_is_named(read, name):
     """transformers would fill in its own default, which fits no weights."""

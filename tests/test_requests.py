@@ -54,6 +54,18 @@ def test_an_engine_that_is_dropped_is_gone(directory, options):
         gc.enable()
 
 
+def test_a_start_looks_for_garbage_once(directory):
+    """When all is made: a look takes tenths of a second, and the next would come while requests run."""
+    looks = []
+    gc.callbacks.append(lambda phase, info: looks.append((phase, info["generation"])))
+    try:
+        small_llm(directory)
+    finally:
+        gc.callbacks.pop()
+    assert looks == [("start", 2), ("stop", 2)]
+    assert gc.isenabled()
+
+
 def test_a_sequence_is_queued_with_all_that_is_wanted_of_it(llm, monkeypatch):
     """Where it goes depends on the prompt's tokens that it will find in a cache: with prompt_logprobs on none."""
     add, first_needed = llm.scheduler.add, []

@@ -6,6 +6,7 @@ than one parameter's shard beside the mapping.
 """
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -162,6 +163,8 @@ class CheckpointFiles:
         """For a message: what is there in place of a checkpoint."""
         files = (path for path in self.directory.iterdir() if path.is_file())
         found = sorted(path.name for path in files if path.suffix in OTHER_WEIGHTS)
+        if found and re.search(r"-of-\d+\.safetensors$", found[0]):
+            return f", but {found[0]}: the index of such parts is missing, get it from where they are from"
         return f", but {found[0]}: load it with transformers, and save it by save_pretrained" if found else ""
 
     def check(self, config: ModelConfig) -> None:
@@ -198,13 +201,14 @@ class CheckpointFiles:
         self.files = {name: self.files[name] for name in expected}
 
     def _are_equal(self, one: str, other: str) -> bool:
-        """Whether two tensors are the same, of which the second is of a known dtype."""
+        """Whether two tensors are the same, in the dtype of the second, which is a known one."""
         tensors = [self.files[name].get_slice(name) for name in (one, other)]
-        (shape, dtype), expected = ((tuple(tensor.get_shape()), tensor.get_dtype()) for tensor in tensors)
-        if (shape, dtype) != expected:
+        (shape, stored), (expected, dtype) = ((tuple(tensor.get_shape()), tensor.get_dtype()) for tensor in tensors)
+        if shape != expected or stored not in STORED_DTYPES:
             return False
         parts = (slice(row, min(row + ROWS_COMPARED, shape[0])) for row in range(0, shape[0], ROWS_COMPARED))
-        return all(self.read(one, (part,)).tobytes() == self.read(other, (part,)).tobytes() for part in parts)
+        pairs = ((self.read(one, (part,)), self.read(other, (part,))) for part in parts)
+        return all(part.astype(STORED_DTYPES[dtype]).tobytes() == known.tobytes() for part, known in pairs)
 
     def sample(self) -> bytes:
         """A digest of each tensor's name and first row: another checkpoint has other ones."""

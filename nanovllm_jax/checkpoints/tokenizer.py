@@ -97,8 +97,8 @@ def _types(value: Any) -> Iterator[str]:
             yield from _types(inner)
 
 
-def stop_token_ids(directory: Path, tokenizer: Any | None) -> frozenset[int]:
-    """Every token that ends a text: all of generation_config.json's eos_token_id, and the tokenizer's own.
+def stop_token_ids(directory: Path) -> frozenset[int]:
+    """The tokens that end a text, as the tokenizer's own eos_token_id does: all of generation_config.json's.
 
     Without a generation_config.json, config.json's. Raises ValueError for ids that cannot be.
     """
@@ -108,5 +108,4 @@ def stop_token_ids(directory: Path, tokenizer: Any | None) -> frozenset[int]:
     ids = listed if isinstance(listed, list) else [] if listed is None else [listed]
     if not all(type(token) is int and token >= 0 for token in ids):
         raise ValueError(f"{path}: eos_token_id must be an integer or a list of them, none below 0, not {listed!r}")
-    own = getattr(tokenizer, "eos_token_id", None)
-    return frozenset(ids if own is None else [*ids, own])
+    return frozenset(ids)

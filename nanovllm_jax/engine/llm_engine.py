@@ -4,6 +4,7 @@ import logging
 import random
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import count
@@ -28,6 +29,7 @@ from nanovllm_jax.engine.scheduler import Scheduler
 from nanovllm_jax.engine.sequence import Sequence
 from nanovllm_jax.engine.tables import token_tables
 from nanovllm_jax.engine_config import EngineConfig
+from nanovllm_jax.machine import garbage_collected_at_the_end
 from nanovllm_jax.outputs import EngineStats, RequestOutput
 from nanovllm_jax.parallel.backend import prepare_backend
 from nanovllm_jax.sampling_params import SamplingParams
@@ -48,6 +50,7 @@ class LLMEngine(OneThread):
     refused by a RuntimeError, and so is a signal's handler.
     """
 
+    @garbage_collected_at_the_end()
     def __init__(self, model: str | Path, **options: Any):
         """Options are EngineConfig's fields.
 
@@ -58,10 +61,14 @@ class LLMEngine(OneThread):
         directory = find_checkpoint(model)
         prepare_backend(config)
         self.model_config = ModelConfig.from_pretrained(directory)
-        self.tokenizer = load_tokenizer(directory)
-        self.eos_token_ids = stop_token_ids(directory, self.tokenizer)
         self.default_sampling_params = default_sampling_params(directory)
-        self.runner = runner = ModelRunner(directory, self.model_config, config)
+        self.eos_token_ids = stop_token_ids(directory)
+        with ThreadPoolExecutor(1) as thread:  # importing transformers takes a second, and with torch, as some do, six
+            loading = thread.submit(load_tokenizer, directory)
+            self.runner = runner = ModelRunner(directory, self.model_config, config)
+            self.tokenizer = loading.result()
+        if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
+            self.eos_token_ids |= {self.tokenizer.eos_token_id}
         runner.check_agreement([sorted(self.eos_token_ids)])  # by which sequences end
         self.max_model_len = runner.max_model_len
         self.door = Door(
@@ -340,7 +347,7 @@ class LLMEngine(OneThread):
         requests and no `in_flight`, and for other weights than another process has: the engine is then as it was.
         """
         with self._refusal_is_told():
-            arrays = self._check_update(weights, in_flight, donate)
+            arrays = self.check_update(weights, in_flight, donate)
         if self.runner.num_processes > 1:
             self.runner.check_agreement([*self._calls, in_flight], arrays)
         while self._requests and in_flight == "finish":
@@ -351,7 +358,8 @@ class LLMEngine(OneThread):
                 request.read_prompt_again()
             self.runner.weights.update(arrays, donate)
 
-    def _check_update(self, weights: Any, in_flight: str | None, donate: bool) -> Any:
+    def check_update(self, weights: Any, in_flight: str | None, donate: bool) -> Any:
+        """The arrays of an update. Raises as `update_weights` does in this process, and changes nothing."""
         if in_flight not in (None, "finish", "recompute"):
             raise ValueError(f"in_flight must be None, 'finish' or 'recompute', not {in_flight!r}")
         if type(donate) is not bool:

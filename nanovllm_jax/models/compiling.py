@@ -22,7 +22,7 @@ import jax
 from jax.stages import Compiled, Lowered
 
 from nanovllm_jax.engine.batch import BatchShape
-from nanovllm_jax.models.programs import ProgramStore, no_garbage_collection, packed, pool_of_threads
+from nanovllm_jax.models.programs import ProgramStore, packed, pool_of_threads
 from nanovllm_jax.models.step_programs import ProgramSettings, StepPrograms
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,6 @@ def compile_all(
 
     jobs: dict[BatchShape, Future] = {}
     with (
-        no_garbage_collection(),
         pool_of_threads() as pool,
         _helpers(num_helpers, programs, todo, done, store) as helpers,
     ):
@@ -98,8 +97,6 @@ def compile_all(
         if error := job.exception():  # many at a time may need more processes or memory than there are
             logger.warning("%r could not be compiled beside others (%s): once more, alone", shape, error)
         compiled[shape] = compile(shape, programs.lower(shape)) if error else job.result()
-    if compiled and gc.isenabled():
-        gc.collect()  # half a second, once: else it comes while requests run, as JAX keeps most of these objects
     return compiled
 
 

@@ -6,7 +6,6 @@ the card, the engine's settings and JAX's. The files are as trustworthy as the d
 it.
 """
 
-import gc
 import hashlib
 import logging
 import os
@@ -47,7 +46,7 @@ class ProgramStore:
 
     def load_all(self, names: list[Hashable]) -> dict[Hashable, Compiled]:
         """The programs of these names that are there and can be used."""
-        with pool_of_threads() as pool, no_garbage_collection():
+        with pool_of_threads() as pool:
             programs = dict(zip(names, pool.map(self.load, map(repr, names))))
         return {name: program for name, program in programs.items() if program is not None}
 
@@ -108,18 +107,6 @@ def pool_of_threads() -> Iterator[ThreadPoolExecutor]:
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-
-
-@contextmanager
-def no_garbage_collection() -> Iterator[None]:
-    """Tracing makes many objects and hardly a cycle of them, yet the collector looks through all, again and again."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 @cache

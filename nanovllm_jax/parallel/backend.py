@@ -28,7 +28,7 @@ def _process_of_backend() -> int:
 def prepare_backend(config: EngineConfig) -> None:
     """Join the other processes, share the GPU's memory out, name the compilation cache, and begin to start the devices.
 
-    Starting them takes seconds, and so does importing transformers, which the caller goes on to do for a tokenizer.
+    Starting them takes seconds, in which the caller reads what a checkpoint's files say.
     Raises RuntimeError in a process that was forked from one with an engine, and ValueError with 64-bit numbers.
     """
     if _process_of_backend() != os.getpid():

@@ -37,7 +37,8 @@ def spoiled(draw, content):
 def open_checkpoint(directory, load_format="auto"):
     """What an engine does with a directory before it compiles."""
     config = ModelConfig.from_pretrained(find_checkpoint(directory))
-    stop_token_ids(directory, load_tokenizer(directory))
+    load_tokenizer(directory)
+    stop_token_ids(directory)
     return load_model(directory, config, dtype=jnp.float32, mesh=make_mesh(1), load_format=load_format)
 
 

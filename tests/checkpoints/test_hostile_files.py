@@ -84,7 +84,7 @@ def test_text_that_is_hardly_json(directory, data, name):
     with rewritten(path, data.draw(spoiled(path.read_bytes()))):
         _, refusal = attempt(ModelConfig.from_pretrained, directory)
         assert refusal is None or CONFIG in refusal
-        tokens, refusal = attempt(stop_token_ids, directory, None)
+        tokens, refusal = attempt(stop_token_ids, directory)
         assert GENERATION in refusal if refusal else all(type(token) is int for token in tokens)
 
 
@@ -92,7 +92,7 @@ def test_text_that_is_hardly_json(directory, data, name):
 @given(listed=values | st.lists(values))
 def test_stop_tokens(directory, listed):
     with changed(directory / GENERATION, eos_token_id=listed):
-        tokens, refusal = attempt(stop_token_ids, directory, None)
+        tokens, refusal = attempt(stop_token_ids, directory)
     if refusal:
         assert f"{directory / GENERATION}: eos_token_id" in refusal
     else:

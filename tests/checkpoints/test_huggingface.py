@@ -118,8 +118,10 @@ def test_what_tied_models_carry_along_is_ignored(tmp_path):
     write_checkpoint(tmp_path, BIASED)
     expected = load(tmp_path)
     head = load_file(tmp_path / MODEL)["model.embed_tokens.weight"]
-    change_tensors(tmp_path, {"lm_head.weight": head, "model.rotary_emb.inv_freq": np.ones(8, np.float32)})
-    assert_equal(load(tmp_path), expected)
+    for dtype in (np.float32, np.float64):
+        extra = {"lm_head.weight": head.astype(dtype), "model.rotary_emb.inv_freq": np.ones(8, np.float32)}
+        change_tensors(tmp_path, extra)
+        assert_equal(load(tmp_path), expected)
 
 
 @pytest.mark.parametrize("change", ["a number", "shape", "dtype"])
@@ -208,6 +210,7 @@ def without_model(directory):
 BAD_SINGLE |= {
     "PyTorch's weights": (other_weights("pytorch_model.bin"), "nor .*, but pytorch_model.bin: load it with transform"),
     "another name": (other_weights("model.fp16.safetensors"), "nor .*, but model.fp16.safetensors: load it with"),
+    "parts": (other_weights("model-00001-of-00002.safetensors"), "nor .*, but .*: the index of such parts is missing"),
     "other names": (without_model, "model.norm.weight is missing; .*; embed_tokens.weight is unexpected; .* more$"),
 }
 

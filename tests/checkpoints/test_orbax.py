@@ -121,7 +121,7 @@ def test_the_engine_takes_either_form(directory, saved, caplog):
     for path in (directory, saved):
         llm = small_llm(path)
         texts.append(llm.generate("What is 2 + 3?", params, use_tqdm=False)[0]["text"])
-        assert llm.eos_token_ids == {511, llm.tokenizer.eos_token_id}
+        assert llm.eos_token_ids == {511, llm.tokenizer.eos_token_id}  # the directory's and the tokenizer's own
     assert texts[0] == texts[1] != ""
     log = "\n".join(record.getMessage() for record in caplog.records)
     assert f"loaded {directory} (safetensors weights)" in log

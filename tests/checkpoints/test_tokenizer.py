@@ -22,30 +22,27 @@ def write_eos(directory, file, value):
 def test_every_listed_token_ends_a_text(directory, listed, ids):
     write_eos(directory, "config.json", 3)  # generation_config.json goes before it
     write_eos(directory, "generation_config.json", listed)
-    tokenizer = load_tokenizer(directory)
-    assert tokenizer.eos_token_id == 509
-    assert stop_token_ids(directory, None) == ids
-    assert stop_token_ids(directory, tokenizer) == ids | {509}
+    assert stop_token_ids(directory) == ids
 
 
 def test_without_a_generation_config(directory):
     (directory / "generation_config.json").unlink()
-    assert stop_token_ids(directory, None) == set()
+    assert stop_token_ids(directory) == set()
     write_eos(directory, "config.json", [5, 6])
-    assert stop_token_ids(directory, None) == {5, 6}
+    assert stop_token_ids(directory) == {5, 6}
 
 
 @pytest.mark.parametrize("value", ["<|im_end|>", [1, "2"], [None], 1.0, True, {}, -1, [5, -600]])
 def test_bad_eos_tokens(directory, value):
     write_eos(directory, "generation_config.json", value)
     with pytest.raises(ValueError, match=r"generation_config\.json: eos_token_id must be an integer or a list of them"):
-        stop_token_ids(directory, None)
+        stop_token_ids(directory)
 
 
 def test_bad_generation_config(directory):
     (directory / "generation_config.json").write_text("{")
     with pytest.raises(ValueError, match=r"generation_config\.json is not valid JSON"):
-        stop_token_ids(directory, None)
+        stop_token_ids(directory)
 
 
 def test_weights_alone(directory):
