@@ -203,8 +203,8 @@ def _read_rope(raw: dict[str, Any], max_position_embeddings: int) -> RopeConfig:
     names = {field.name for field in fields(RopeConfig)} - {"rope_type"}
     if rope_type == "yarn" and "attn_factor" in settings:  # DeepSeek-R1-0528-Qwen3-8B has it
         logger.warning(
-            "config.json: the rope setting attn_factor=%s is read by vLLM, which multiplies by it, and not by transformers "
-            "or here: set attention_factor to (0.1 ln(factor) + 1) attn_factor for what vLLM makes of it",
+            "config.json: the rope setting attn_factor=%s is read by vLLM, which multiplies by it, and neither here "
+            "nor in transformers: set attention_factor to (0.1 ln(factor) + 1) attn_factor for what vLLM makes of it",
             settings["attn_factor"],
         )
     values = {name: value for name, value in settings.items() if name in names and value is not None}
