@@ -66,7 +66,7 @@ class EngineConfig:
     dtype: str = "auto"
     """auto (the checkpoint's own; on a CPU float32 in place of 16 bits), float32, bfloat16 or float16."""
     seed: int = 0
-    """Seeds the requests that bring no seed of their own."""
+    """Seeds the requests that bring no seed of their own, and random weights."""
     deterministic: bool = False
     """A request's logits are the same to the last bit whatever the batch and the chunks: slower, and on one device."""
     load_format: str = "auto"

@@ -36,7 +36,8 @@ class LLM(LLMEngine):
     def __init__(self, model: str | Path = TINY_MODEL, **options: Any):
         """Load the weights, size the KV cache and compile.
 
-        Raises TypeError for unknown options and ValueError for what does not fit together or into memory.
+        Raises TypeError for unknown options, ValueError for what does not fit together or into memory, and RuntimeError
+        in a forked process and where other processes, or the GPU's allocator, do not answer.
         """
         super().__init__(model, **options)
         self._alone = Alone("nothing runs", [])  # the call that has the engine for itself
@@ -157,6 +158,7 @@ class LLM(LLMEngine):
         """For the call that has the engine for itself: `_check_alone` finds this on the stack and lets it pass."""
         return method(*args)
 
+    @by_one_thread  # or it would forget another thread's call, as one that has ended
     def _check_alone(self, caller: str) -> None:
         """Raises RuntimeError in the middle of a call that has the engine for itself.
 

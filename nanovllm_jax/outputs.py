@@ -23,7 +23,8 @@ class CompletionOutput:
     index: int
     """Which of the request's n texts."""
     text: str
-    """The tokens decoded, without special tokens and what ended the text; empty when the engine has no tokenizer."""
+    """The tokens decoded, by default without special tokens and what ended the text; empty without a tokenizer and with
+    detokenize=False."""
     token_ids: list[int]
     """Every generated token, the one that ended the text included."""
     cumulative_logprob: float | None = None
@@ -134,7 +135,7 @@ class EngineStats:
     prefix_cache_hit_rate: float
     """Share of all prompt tokens that were found in the prefix cache, 0 to 1."""
     num_preemptions: int
-    """How often a sequence lost its blocks to older ones, to be computed again."""
+    """How often a sequence lost its blocks to older ones, or to new weights, to be computed again."""
     num_finished_requests: int
     num_aborted_requests: int
     num_prefill_tokens: int

@@ -1,4 +1,4 @@
-"""Between Hugging Face's and Orbax's form of a checkpoint, bit for bit; the source says which way.
+"""Between Hugging Face's and Orbax's form of a checkpoint, bit for bit (float64 as float32); the source says which way.
 
 python scripts/convert.py SOURCE TARGET       writes a complete checkpoint: weights, config, tokenizer
 python scripts/convert.py --time DIRECTORY    how long its weights take to the devices that JAX finds

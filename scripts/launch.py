@@ -17,19 +17,19 @@ import tempfile
 import time
 from pathlib import Path
 
+from options import count
+
 GRACE_SECONDS = 90  # for the others to notice that one has ended
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--devices", type=int, default=1, help="of each process")
+    parser.add_argument("--processes", type=count, default=2)
+    parser.add_argument("--devices", type=count, default=1, help="of each process")
     parser.add_argument("--member", nargs=2, help=argparse.SUPPRESS)  # coordinator address and number of a child
     parser.add_argument("script", type=Path)
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
     args = parser.parse_args()
-    if args.processes < 1 or args.devices < 1:
-        parser.error("--processes and --devices must be at least 1")
     if not args.script.is_file():
         parser.error(f"{args.script} is no file")
     return launch(args) if args.member is None else run(args)

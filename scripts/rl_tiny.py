@@ -114,22 +114,22 @@ class Trainer(NamedTuple):
         return params, state, jax.tree.map(lambda gap: gap[0], gaps)
 
 
-def chat_prompts(llm: LLM, problems: list[Problem]) -> list[str]:
-    template = dict(tokenize=False, add_generation_prompt=True, enable_thinking=False)
-    return [llm.tokenizer.apply_chat_template(problem.messages, **template) for problem in problems]
+def ask(llm: LLM, problems: list[Problem], params: SamplingParams) -> list[RequestOutput]:
+    conversations = [problem.messages for problem in problems]
+    return llm.chat(conversations, params, use_tqdm=False, chat_template_kwargs={"enable_thinking": False})
 
 
 def held_out_accuracy(llm: LLM, problems: list[Problem]) -> float:
     """Right greedy answers in percent."""
     params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
-    outputs = llm.generate(chat_prompts(llm, problems), params, use_tqdm=False)
+    outputs = ask(llm, problems, params)
     return 100 * float(np.mean([problem.is_right(out["text"]) for problem, out in zip(problems, outputs)]))
 
 
 def sample(llm: LLM, problems: list[Problem], samples: int) -> tuple[list[RequestOutput], np.ndarray]:
     """A group of answers to each problem, and their rewards [problems, samples]: 1 for the right answer, else 0."""
     params = SamplingParams(n=samples, temperature=1, max_tokens=MAX_TOKENS, logprobs=0)
-    outputs = llm.generate(chat_prompts(llm, problems), params, use_tqdm=False)
+    outputs = ask(llm, problems, params)
     rewards = [[problem.is_right(text.text) for text in out.outputs] for problem, out in zip(problems, outputs)]
     return outputs, np.array(rewards, np.float32)
 

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+import threading
 from dataclasses import replace
 
 import jax.numpy as jnp
@@ -159,6 +160,31 @@ def test_a_progress_bar_of_ones_own(llm, capsys):
     llm.generate([PROMPT, PROMPT], GREEDY, use_tqdm=make_bar)
     assert [bar.n for bar in made] == [2]
     assert "Generating" in capsys.readouterr().out
+
+
+def test_another_threads_refused_call_changes_nothing(llm):
+    """It comes while no request has started: the call that is under way has the engine for itself all the same."""
+    refused = []
+
+    def attempt():
+        with pytest.raises(RuntimeError) as caught:
+            llm.add_request(PROMPT, GREEDY)
+        refused.append(str(caught.value))
+
+    class Bar(tqdm):
+        def update(self, n=1):
+            attempt()
+            return super().update(n)
+
+    def make_bar(**options):
+        thread = threading.Thread(target=attempt)
+        thread.start()
+        thread.join()
+        return Bar(**options)
+
+    assert len(llm.generate([PROMPT], GREEDY, use_tqdm=make_bar)) == 1
+    assert "another thread is using this engine" in refused[0]
+    assert "while generate() runs" in refused[1]
 
 
 def test_the_prefix_cache_can_be_reset(llm):

@@ -21,8 +21,8 @@ from safetensors.numpy import save_file
 from xxhash import xxh3_128
 
 from nanovllm_jax.checkpoints.orbax import FOLDER
-from nanovllm_jax.config import ModelConfig, read_json
-from nanovllm_jax.models.parameters import FLOAT_DTYPES, ParameterPath, check_model, parameters_of
+from nanovllm_jax.config import DTYPES, ModelConfig, read_json
+from nanovllm_jax.models.parameters import ParameterPath, check_model, parameters_of
 from nanovllm_jax.models.qwen3 import Qwen3ForCausalLM
 
 HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
@@ -222,7 +222,7 @@ class CheckpointFiles:
 
     @property
     def dtype(self) -> np.dtype:
-        """What holds all weights exactly, of files that `check` has passed."""
+        """What holds all weights exactly (float64 counts as float32), of files that `check` has passed."""
         stored = {file.get_slice(name).get_dtype() for name, file in self.files.items()}
         return jnp.result_type(*(STORED_DTYPES[name] for name in stored))
 
@@ -269,8 +269,8 @@ def save_pretrained(model: Qwen3ForCausalLM, directory: str | Path, dtype: np.dt
     has, and OSError where the disk is full.
     """
     check_model(model)
-    if dtype is not None and jnp.dtype(dtype).name not in FLOAT_DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(FLOAT_DTYPES)}, not {dtype!r}")
+    if dtype is not None and jnp.dtype(dtype).name not in DTYPES.values():  # those that config.json may name
+        raise ValueError(f"dtype must be one of {', '.join(sorted({*DTYPES.values()}))}, not {dtype!r}")
     directory = make_target(directory)
     sources, tensors = parameter_sources(model.config), {}
     for path, param in parameters_of(model).items():

@@ -108,7 +108,7 @@ class OrbaxWeights:
 
     @property
     def dtype(self) -> np.dtype:
-        """What holds all weights exactly."""
+        """What holds all weights exactly; float64 counts as float32."""
         return jax.numpy.result_type(*(array.dtype for array in self.stored.values()))
 
     def load(

@@ -34,19 +34,16 @@ def load_tokenizer(directory: Path) -> Any | None:
 
     Raises ValueError when its files cannot be read, or ask for more than byte-level BPE.
     """
-    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
+    kind = tokenizer_class(directory)
+    if kind is None:
         return None
-    if not (directory / "tokenizer.json").is_file():
-        raise ValueError(f"{directory} has no tokenizer.json; save the tokenizer anew with transformers")
-    settings = {name: _read_settings(directory / name) for name in SETTINGS_FILES}
-    kind = settings["tokenizer_config.json"].get("tokenizer_class") or "Qwen2Tokenizer"
     # Not AutoTokenizer: it would read the directory's config.json, of which only a part has been checked, and imports
     # torch where there is one, which takes seconds.
     from transformers import PreTrainedTokenizerFast, Qwen2TokenizerFast
 
-    tokenizer_class = Qwen2TokenizerFast if kind.startswith("Qwen2Tokenizer") else PreTrainedTokenizerFast
+    loader = Qwen2TokenizerFast if kind.startswith("Qwen2Tokenizer") else PreTrainedTokenizerFast
     try:
-        tokenizer = tokenizer_class.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        tokenizer = loader.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         problem = _problem(tokenizer)
     except (KeyboardInterrupt, SystemExit):
         raise
@@ -55,6 +52,16 @@ def load_tokenizer(directory: Path) -> Any | None:
     if problem:
         raise ValueError(f"{directory / 'tokenizer.json'}: {problem}")
     return tokenizer
+
+
+def tokenizer_class(directory: Path) -> str | None:
+    """What the tokenizer's files call it, None without any. Raises ValueError for what they must not ask for."""
+    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    if not (directory / "tokenizer.json").is_file():
+        raise ValueError(f"{directory} has no tokenizer.json; save the tokenizer anew with transformers")
+    settings = {name: _read_settings(directory / name) for name in SETTINGS_FILES}
+    return settings["tokenizer_config.json"].get("tokenizer_class") or "Qwen2Tokenizer"
 
 
 def _read_settings(path: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from nanovllm_jax.checkpoints.generation_config import default_sampling_params
 from nanovllm_jax.checkpoints.load import find_checkpoint
-from nanovllm_jax.checkpoints.tokenizer import load_tokenizer, stop_token_ids
+from nanovllm_jax.checkpoints.tokenizer import load_tokenizer, stop_token_ids, tokenizer_class
 from nanovllm_jax.config import ModelConfig
 from nanovllm_jax.engine.data_groups import DataGroups, GroupPacker
 from nanovllm_jax.engine.dispatch import DispatchedStep, dispatch
@@ -54,7 +54,8 @@ class LLMEngine(OneThread):
     def __init__(self, model: str | Path, **options: Any):
         """Options are EngineConfig's fields.
 
-        Raises TypeError or ValueError for options, a checkpoint or memory that do not fit together.
+        Raises TypeError or ValueError for options, a checkpoint or memory that do not fit together, and RuntimeError in
+        a forked process and where other processes, or the GPU's allocator, do not answer.
         """
         super().__init__()
         config = EngineConfig.from_options(**options)
@@ -63,6 +64,7 @@ class LLMEngine(OneThread):
         self.model_config = ModelConfig.from_pretrained(directory)
         self.default_sampling_params = default_sampling_params(directory)
         self.eos_token_ids = stop_token_ids(directory)
+        tokenizer_class(directory)  # refuses at once what it can tell without transformers
         with ThreadPoolExecutor(1) as thread:  # importing transformers takes a second, and with torch, as some do, six
             loading = thread.submit(load_tokenizer, directory)
             self.runner = runner = ModelRunner(directory, self.model_config, config)

@@ -82,7 +82,7 @@ class NanoVllmJax:
 
     def step(self):
         finished = {out.request_id: len(out.outputs[0].token_ids) for out in self.llm.step()}
-        running = {seq.request_id: seq.num_completion_tokens for seq in self.llm.scheduler.running.values()}
+        running = {request.request_id: request.num_generated for request in self.llm._requests.values()}
         return running | finished
 
     def reset_prefix_cache(self):

@@ -5,6 +5,7 @@ import json
 import pytest
 from small_model import write_checkpoint
 
+from nanovllm_jax import LLM
 from nanovllm_jax.checkpoints.tokenizer import load_tokenizer, stop_token_ids
 
 
@@ -43,6 +44,13 @@ def test_bad_generation_config(directory):
     (directory / "generation_config.json").write_text("{")
     with pytest.raises(ValueError, match=r"generation_config\.json is not valid JSON"):
         stop_token_ids(directory)
+
+
+def test_what_can_be_told_is_told_before_anything_is_loaded(directory, monkeypatch):
+    (directory / "tokenizer.json").unlink()
+    monkeypatch.setattr("nanovllm_jax.engine.llm_engine.ModelRunner", lambda *_: 1 / 0)
+    with pytest.raises(ValueError, match=r"has no tokenizer\.json"):
+        LLM(directory)
 
 
 def test_weights_alone(directory):
