@@ -58,7 +58,7 @@ def check_token_ids(tokens: list | tuple, vocab_size: int, what: str = "prompt")
     A prompt may have 100,000: the good ones never meet a Python loop.
     """
     with suppress(struct.error, TypeError):
-        # Twice as fast as array("i", tokens). It takes integers of any kind, and also True and False, as 1 and 0.
+        # Quicker than array("i", tokens). It takes integers of any kind, and also True and False, as 1 and 0.
         ids = array("i", struct.pack(f"{len(tokens)}i", *tokens))
         numbers = np.frombuffer(ids, np.intc)
         least, most = numbers.min(), numbers.max()
