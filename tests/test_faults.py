@@ -478,8 +478,7 @@ def test_a_fork(llm, directory, expected):
     with os.fdopen(read) as pipe:
         said = pipe.read().split("\n")
     os.waitpid(child, 0)
-    assert sum(f"this process {child} was forked from it, which JAX does not survive. " in line for line in said) == 3
-    assert sum("needs the engine for itself" in line for line in said) == 1
+    assert sum(f"this process {child} was forked from it, which JAX does not survive. " in line for line in said) == 4
     assert f"this process {child} was forked from it, which JAX does not survive: it would wait forever" in said[-1]
     done = {output.request_id: output for output in drain(llm)}
     assert whole(done[request_id] for request_id in ids) == expected
