@@ -79,10 +79,7 @@ def compile_all(
         return program
 
     jobs: dict[BatchShape, Future] = {}
-    with (
-        pool_of_threads() as pool,
-        _helpers(num_helpers, programs, todo, done, store) as helpers,
-    ):
+    with pool_of_threads() as pool, _helpers(num_helpers, programs, todo, done, store) as helpers:
         while missing := [shape for shape in shapes if shape not in compiled and shape not in jobs]:
             shape, program = _next(todo, done, missing)
             if program is not None:
