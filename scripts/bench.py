@@ -124,13 +124,10 @@ def main(arguments: list[str] | None = None) -> int:
     record = args.report or run(args)
     print(report.table(record), report.notes(record), sep="\n\n")
     if args.plot:
-        try:
-            from benchmark.plot import plot
-        except ImportError as error:
-            print(f'no picture: {error}; pip install matplotlib, or ".[bench]" of this repository')
-        else:
-            with writing(args.plot):
-                plot(record, args.plot)
+        from benchmark.plot import plot  # late: it needs matplotlib
+
+        with writing(args.plot):
+            plot(record, args.plot)
     return int(bool(record["failed"]) or not record["engines"])
 
 

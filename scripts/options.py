@@ -8,6 +8,7 @@ import math
 from argparse import ArgumentTypeError
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,9 @@ def new_file(text: str) -> Path:
 
 
 def picture(text: str) -> Path:
-    """A picture to be drawn."""
+    """A picture to be drawn, if that can be: said before anything is measured."""
+    if find_spec("matplotlib") is None:
+        raise ArgumentTypeError("a picture needs matplotlib: pip install matplotlib")
     if Path(text).suffix not in PICTURES:
         raise ArgumentTypeError(f"{text!r} does not end in {', '.join(PICTURES)}")
     return new_file(text)

@@ -62,10 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(phase_table(kernels, steps, costs, Card(1e12 * args.bandwidth, 1e12 * args.flops)))
     print(f"\nThe longest of the kernels, a step:\n{kernel_table(kernels, steps, args.top)}")
     if args.picture:
-        try:
-            draw_timeline(kernels, steps, args.picture)
-        except ImportError as error:
-            print(f"no picture: {error}; pip install matplotlib")
+        draw_timeline(kernels, steps, args.picture)
 
 
 def parse_args(arguments: list[str] | None) -> argparse.Namespace:
@@ -256,7 +253,7 @@ def kernel_table(kernels: list[Kernel], steps: int, top: int) -> str:
 
 
 def draw_timeline(kernels: list[Kernel], steps: int, path: Path) -> None:
-    """The first step: a lane for each phase. Raises ImportError where there is no matplotlib."""
+    """The first step: a lane for each phase."""
     from matplotlib.figure import Figure
 
     first = kernels[: len(kernels) // steps]  # they are sorted by their starts

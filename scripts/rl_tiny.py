@@ -12,7 +12,6 @@ Shapes: M minibatches of a step, B sequences of each, T tokens of a sequence.
 import argparse
 import math
 import time
-from importlib.util import find_spec
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
@@ -257,8 +256,6 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("say how long to train: --minutes or --steps")
     if options.samples < 2:
         parser.error(f"--samples must be 2 or more, to tell good from bad, not {options.samples}")
-    if options.plot and find_spec("matplotlib") is None:  # rather now than after the training
-        parser.error("--plot needs matplotlib: pip install matplotlib, or '.[train]' of this repository")
     return options
 
 

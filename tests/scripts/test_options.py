@@ -8,7 +8,10 @@ import bench_host
 import chat
 import device_checks
 import measure_gap
+import options
+import profile_step
 import pytest
+import rl_tiny
 import soak
 from options import new_directory, refusals, writing
 
@@ -58,6 +61,20 @@ def test_a_picture_that_cannot_be_written(capsys):
     """The table is there, and the exit status is that of the run."""
     assert bench.main(["--report", str(RECORDED)]) == bench.main(["--report", str(RECORDED), "--plot", "/proc/x.png"])
     assert "/proc/x.png cannot be written" in capsys.readouterr().out
+
+
+def test_a_picture_that_nothing_can_draw(monkeypatch, capsys):
+    """Said before anything is trained or measured."""
+    monkeypatch.setattr(options, "find_spec", lambda _: None)
+    assert rl_tiny.parse_options(["--steps", "3"]).plot is None
+    for parse, arguments in (
+        (rl_tiny.parse_options, "--steps 3 --plot x.png"),
+        (bench.parse_args, f"--report {RECORDED} --plot x.png"),
+        (profile_step.parse_args, "--picture x.png"),
+    ):
+        with pytest.raises(SystemExit):
+            parse(arguments.split())
+        assert "a picture needs matplotlib: pip install matplotlib" in capsys.readouterr().err
 
 
 def test_only_what_a_user_gets_wrong_is_said_in_one_line():

@@ -109,12 +109,3 @@ def test_bad_options(arguments, message, capsys):
     with pytest.raises(SystemExit):
         rl_tiny.parse_options(arguments)
     assert message in capsys.readouterr().err
-
-
-def test_no_matplotlib(monkeypatch, capsys):
-    """Found out before the training."""
-    monkeypatch.setattr(rl_tiny, "find_spec", lambda _: None)
-    assert rl_tiny.parse_options(["--steps", "3"]).plot is None
-    with pytest.raises(SystemExit):
-        rl_tiny.parse_options(["--steps", "3", "--plot", "rl.png"])
-    assert "--plot needs matplotlib: pip install" in capsys.readouterr().err
