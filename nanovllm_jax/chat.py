@@ -6,6 +6,7 @@ from contextlib import suppress
 from typing import Any
 
 from nanovllm_jax.engine.prompts import Prompt, encode
+from nanovllm_jax.values import check_switch
 
 Message = dict[str, Any]
 ROLES = ("system", "user", "assistant", "tool")  # that Qwen3's template knows
@@ -45,8 +46,7 @@ def chat_prompt(
             raise ValueError(f"chat_template_kwargs must not have {name!r}, which is not the template's to decide")
     own = dict(add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message)
     for name, value in own.items():
-        if type(value) is not bool:
-            raise TypeError(f"{name} must be True or False, not {value!r}")
+        check_switch(name, value)
     if not isinstance(chat_template, str | None):
         raise TypeError(f"chat_template must be a string or None, not {chat_template!r}")
     messages = [_with_objects(message) for message in messages]

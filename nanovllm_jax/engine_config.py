@@ -9,7 +9,7 @@ from typing import Any
 
 from nanovllm_jax.config import DTYPES, LARGEST_SIZE
 from nanovllm_jax.probe import Probe
-from nanovllm_jax.values import integer, number
+from nanovllm_jax.values import check_switch, integer, number
 
 SHARE = (math.ulp(0.0), 1, "above 0 and at most 1")
 INTEGERS = {  # least, most, and both in words
@@ -99,8 +99,7 @@ class EngineConfig:
             self._set(name, integer(name, getattr(self, name), least, most, words, optional))
         self._set("gpu_memory_utilization", number("gpu_memory_utilization", self.gpu_memory_utilization, *SHARE))
         for name in ("enforce_eager", "enable_prefix_caching", "deterministic", "distributed"):
-            if type(getattr(self, name)) is not bool:
-                raise TypeError(f"{name} must be True or False, not {getattr(self, name)!r}")
+            check_switch(name, getattr(self, name))
         if self.block_size not in (16, 32, 64, 128, 256):
             raise ValueError(f"block_size must be 16, 32, 64, 128 or 256, not {self.block_size}")
         if not isinstance(self.dtype, str) or self.dtype not in ("auto", *DTYPES):

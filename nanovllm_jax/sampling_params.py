@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
-from nanovllm_jax.values import integer, is_integer, number, plain
+from nanovllm_jax.values import check_switch, integer, is_integer, number, plain
 
 MAX_LOGPROBS = 20  # kernels/ has the same number, and a test says so
 """Most likely tokens that `logprobs` and `prompt_logprobs` can ask for."""
@@ -92,8 +92,7 @@ class SamplingParams:
         for name, (least, most, words) in INTEGERS.items():
             self._set(name, integer(name, getattr(self, name), least, most, words, name in OPTIONAL))
         for name in SWITCHES:
-            if type(getattr(self, name)) is not bool:
-                raise TypeError(f"{name} must be True or False, not {getattr(self, name)!r}")
+            check_switch(name, getattr(self, name))
         self._set("stop", _strings(self.stop))
         self._set("stop_token_ids", _token_ids(self.stop_token_ids))
         self._set("logit_bias", _biases(self.logit_bias))

@@ -1,4 +1,4 @@
-"""Numbers that users give, of any library: checked, and kept as Python's."""
+"""What users give, numbers of any library too: checked, and kept as Python's."""
 
 import math
 from numbers import Integral, Real
@@ -30,6 +30,12 @@ def integer(name: str, value: Any, least: int, most: float, words: str, optional
     if not least <= value <= most:
         raise ValueError(f"{name} must be {words}, not {value}")
     return int(value)
+
+
+def check_switch(name: str, value: Any) -> None:
+    """Raise TypeError, naming it, for anything but True and False."""
+    if type(value) is not bool:
+        raise TypeError(f"{name} must be True or False, not {value!r}")
 
 
 def number(name: str, value: Any, least: float, most: float, words: str) -> float:

@@ -12,7 +12,7 @@ from nanovllm_jax.engine.requests import Request
 from nanovllm_jax.engine.sequence import Scored
 from nanovllm_jax.outputs import RequestMetrics
 from nanovllm_jax.sampling_params import SamplingParams
-from nanovllm_jax.values import plain
+from nanovllm_jax.values import check_switch, plain
 
 # A request that is run for the log probabilities of its own tokens.
 SCORING = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False)
@@ -46,8 +46,7 @@ class Door:
         check_probing(params, self.probe)
         if request_id is not None and not isinstance(request_id, str):
             raise TypeError(f"request_id must be a string or None, not {request_id!r}")
-        if type(stream) is not bool:
-            raise TypeError(f"stream must be True or False, not {stream!r}")
+        check_switch("stream", stream)
         text, tokens = read_prompt(prompt, self.tokenizer)
         if not tokens:
             raise ValueError(f"the prompt {prompt!r} has no tokens; give at least one")

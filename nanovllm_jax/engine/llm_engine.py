@@ -34,6 +34,7 @@ from nanovllm_jax.outputs import EngineStats, RequestOutput
 from nanovllm_jax.parallel.backend import prepare_backend
 from nanovllm_jax.sampling_params import SamplingParams
 from nanovllm_jax.sampling_rows import adjusts_logits
+from nanovllm_jax.values import check_switch
 
 logger = logging.getLogger(__name__)
 
@@ -364,8 +365,7 @@ class LLMEngine(OneThread):
         """The arrays of an update. Raises as `update_weights` does in this process, and changes nothing."""
         if in_flight not in (None, "finish", "recompute"):
             raise ValueError(f"in_flight must be None, 'finish' or 'recompute', not {in_flight!r}")
-        if type(donate) is not bool:
-            raise TypeError(f"donate must be True or False, not {donate!r}")
+        check_switch("donate", donate)
         self._check_usable()
         arrays = self.runner.weights.check(weights)
         if self._requests and in_flight is None:
