@@ -98,6 +98,8 @@ class ModelConfig:
         _refuse_unsupported(raw)
         names = {f.name for f in fields(cls)} - {"rope", "dtype", "kv_copies"}
         values = {name: raw[name] for name in names & raw.keys()}
+        if values["num_key_value_heads"] is None:  # transformers reads it so
+            values["num_key_value_heads"] = values["num_attention_heads"]
         if values.keys() < names:
             # transformers knows the defaults. It is not given the file: it would act on more of it than is checked.
             from transformers import Qwen3Config  # which takes seconds, and published configs are complete
@@ -161,7 +163,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_unsupported(raw: dict[str, Any]) -> None:
     activation = raw.get("hidden_act", "silu")
-    if activation != "silu":
+    if activation not in ("silu", "swish"):  # two names of one function
         raise ValueError(f"config.json: hidden_act={activation!r} is not supported, only 'silu'")
     if raw.get("use_sliding_window"):
         raise ValueError("config.json: use_sliding_window=true is not supported; no published Qwen3 sets it")

@@ -119,7 +119,7 @@ class LLM(LLMEngine):
         A request's last output has `finished` set (one that is aborted has no such output); its request_id tells it
         from the others, and counts up in the order of the prompts. The first `next` starts the requests, and closing
         the iterator aborts what is left of them. Until then the engine takes nothing else. Raises as `generate` does,
-        at the call, and RuntimeError at the first `next` where other requests have been started since.
+        at the call, and RuntimeError at the first `next` where other requests have been started since: then ask anew.
         """
         self._check_idle("stream()")
         alone = Alone("a stream() is open", self._check(prompts, sampling_params, stream=True))
@@ -296,7 +296,7 @@ class _Rates:
 
 def _as_list(prompts: Prompt | Sequence[Prompt], what: str = "prompts") -> list[Prompt]:
     """One prompt or many as a list: a list of integers is one prompt of token ids."""
-    if isinstance(prompts, (str, dict)):
+    if isinstance(prompts, (str, Mapping)):
         return [prompts]
     prompts = plain(prompts)
     if not isinstance(prompts, (list, tuple)):

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 
 import jax
 import pytest
@@ -100,6 +101,14 @@ def quick_to_run():
 def compiled_as_usual():
     """Engines whose programs XLA optimizes as it does for users."""
     yield from _engines_with(AS_USUAL)
+
+
+@pytest.fixture
+def ctrl_c():
+    """Heard as in a terminal: what a shell runs in the background is started deaf to it, and so is what that starts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="module")

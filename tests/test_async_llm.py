@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import math
 import random
 import threading
 import time
@@ -38,6 +39,29 @@ def clean(engine):
     assert_idle(engine)
     assert engine.scheduler.block_manager.num_used_blocks == 0
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("AsyncLLM")]
+
+
+class Pace:
+    """No request gets beyond so many tokens, however late the event loop is."""
+
+    most = 40
+
+
+@pytest.fixture
+def pace(engine, monkeypatch):
+    """How far requests get: LONG ones have not ended when the event loop acts, be the engine ever so fast."""
+    step, pace = engine.step, Pace()
+
+    def in_step():
+        come = [request.num_generated for request in engine._requests.values()]
+        room = 0 if all(come) else 30  # for the first tokens of others
+        if all(number < pace.most + room for number in come):
+            return step()
+        time.sleep(0.001)
+        return []
+
+    monkeypatch.setattr(engine, "step", in_step, raising=False)
+    return pace
 
 
 def run(engine, main, seconds=120):
@@ -96,9 +120,11 @@ def test_a_model_of_its_own(tmp_path):
     assert asyncio.run(main()).prompt == "7 + 8"
 
 
-def test_the_rest_goes_on_when_a_caller_leaves(engine):
+def test_the_rest_goes_on_when_a_caller_leaves(engine, pace):
     """By cancellation, by closing the generator, by leaving the loop, and before the request has begun."""
+    pace.most = math.inf
     (expected,) = whole(engine.generate([PROMPTS[3]], LONG, use_tqdm=False))
+    pace.most = 40
 
     async def main(llm):
         other = asyncio.create_task(complete(llm, PROMPTS[3], LONG))
@@ -117,6 +143,7 @@ def test_the_rest_goes_on_when_a_caller_leaves(engine):
         stats = await llm.stats()
         assert (stats.num_running, stats.num_waiting) == (1, 0)
         await llm._call(engine.scheduler.check)  # every block that is owned is the running one's
+        pace.most = math.inf
         done = await asyncio.gather(other, cancelled, early, return_exceptions=True)
         assert [type(error) for error in done[1:]] == [asyncio.CancelledError] * 2
         again, _ = await complete(llm, [1], replace(GREEDY, max_tokens=1), request_id="mine")
@@ -149,13 +176,16 @@ def test_callers_that_leave_at_any_moment(engine):
     assert run(engine, main) == engine.generate([PROMPTS[1]], GREEDY, use_tqdm=False)[0]["token_ids"]
 
 
-def test_a_caller_that_stops_holds_up_nobody(engine):
+def test_a_caller_that_stops_holds_up_nobody(engine, pace):
     """And what comes for it meanwhile is one output."""
+    pace.most = math.inf
     expected = engine.generate([[1]], replace(LONG, logprobs=1), use_tqdm=False)[0]
+    pace.most = 40
 
     async def main(llm):
         stream = llm.generate([1], replace(LONG, logprobs=1))
         first = await started(stream)
+        pace.most = math.inf
         await asyncio.gather(*(complete(llm, [i], LONG) for i in range(2, 8)))
         rest = [output async for output in stream]
         assert len(rest) == 1, "one output, joined"
@@ -168,12 +198,13 @@ def test_a_caller_that_stops_holds_up_nobody(engine):
     assert output.finished
 
 
-def test_an_event_loop_that_stands_still_gets_one_message(engine, monkeypatch):
+def test_an_event_loop_that_stands_still_gets_one_message(engine, monkeypatch, pace):
     async def main(llm):
         stream, calls = llm.generate([1], LONG), []
         first = await started(stream)
         monkeypatch.setattr(llm._loop, "call_soon_threadsafe", lambda *call: calls.append(call), raising=False)
-        while engine.has_unfinished_requests():
+        pace.most = math.inf
+        while llm._mailboxes:  # until the last output is delivered
             time.sleep(0.01)  # not asyncio's: nothing runs here meanwhile
         monkeypatch.undo()
         assert len(calls) <= 1
@@ -184,7 +215,7 @@ def test_an_event_loop_that_stands_still_gets_one_message(engine, monkeypatch):
     run(engine, main)
 
 
-def test_an_engine_that_fails_tells_every_caller(engine, monkeypatch):
+def test_an_engine_that_fails_tells_every_caller(engine, monkeypatch, pace):
     """Those that wait for tokens, those that wait for a place in the batch, and those that do not look yet."""
     dispatch, steps = engine.runner.dispatch, []
 
@@ -197,8 +228,11 @@ def test_an_engine_that_fails_tells_every_caller(engine, monkeypatch):
     async def main(llm):
         idle = llm.generate([9], LONG)
         await started(idle)
+        tasks = [asyncio.create_task(complete(llm, [i] * 20, LONG)) for i in range(9)]
+        while len(llm._mailboxes) < 10:
+            await asyncio.sleep(0)
         monkeypatch.setattr(engine.runner, "dispatch", fails)
-        tasks = [complete(llm, [i] * 20, LONG) for i in range(9)]
+        pace.most = math.inf
         errors = await asyncio.gather(*tasks, return_exceptions=True)
         with pytest.raises(RuntimeError, match="the engine failed"):
             async for _ in idle:  # what came before the failure, and then the failure
@@ -213,7 +247,7 @@ def test_an_engine_that_fails_tells_every_caller(engine, monkeypatch):
     assert run(engine, main) == engine.generate([PROMPTS[1]], GREEDY, use_tqdm=False)[0]["token_ids"]
 
 
-def test_a_bad_request_is_its_callers_alone(engine):
+def test_a_bad_request_is_its_callers_alone(engine, pace):
     async def main(llm):
         good = asyncio.create_task(complete(llm, PROMPTS[2], LONG, request_id="good"))
         await asyncio.sleep(0)
@@ -225,6 +259,7 @@ def test_a_bad_request_is_its_callers_alone(engine):
         ):
             with pytest.raises(error, match=message):
                 await complete(llm, prompt, params, request_id=request_id)
+        pace.most = math.inf
         output, _ = await good
         return output["token_ids"]
 
@@ -251,16 +286,19 @@ def test_scores_beside_texts(engine):
         assert ours == pytest.approx(theirs, abs=1e-5)
 
 
-def test_other_weights(engine, tmp_path):
+def test_other_weights(engine, tmp_path, pace):
     """Who runs is told nothing: it is run to its end on the old weights, or goes on with the new ones."""
     old, model = engine.model, small_llm(write_checkpoint(tmp_path, tensors=random_tensors(SMALL, seed=1))).model
+    pace.most = math.inf
     before = engine.generate([PROMPTS[3]], LONG, use_tqdm=False)[0]["token_ids"]
 
     async def main(llm):
         async def beside(in_flight, weights):
+            pace.most = math.inf if in_flight == "finish" else 40
             stream = llm.generate(PROMPTS[3], LONG)
             first = await started(stream)
             await llm.update_weights(weights, in_flight)
+            pace.most = math.inf
             async for output in stream:
                 first.add(output)
             return first["token_ids"]
@@ -270,10 +308,12 @@ def test_other_weights(engine, tmp_path):
         finished = await beside("finish", model)
         after = (await complete(llm, PROMPTS[3], LONG))[0]["token_ids"]
         recomputed = await beside("recompute", old)
+        pace.most = 40
         running = asyncio.create_task(complete(llm, PROMPTS[3], LONG))
         await asyncio.sleep(0)
         with pytest.raises(RuntimeError, match="say what becomes of them"):
             await llm.update_weights(model)
+        pace.most = math.inf
         assert (await running)[0]["token_ids"] == before
         return finished, after, recomputed
 
@@ -285,9 +325,8 @@ def test_other_weights(engine, tmp_path):
     assert recomputed != after
 
 
-def test_callers_have_what_comes_while_requests_finish_and_may_leave(engine, monkeypatch):
-    collect, aborted = engine.runner.collect, engine.metrics.num_aborted_requests
-    monkeypatch.setattr(engine.runner, "collect", lambda output: time.sleep(0.005) or collect(output))
+def test_callers_have_what_comes_while_requests_finish_and_may_leave(engine, pace):
+    aborted = engine.metrics.num_aborted_requests
 
     async def main(llm):
         kept, left = llm.generate(PROMPTS[2], LONG), llm.generate(PROMPTS[3], LONG)
@@ -296,9 +335,11 @@ def test_callers_have_what_comes_while_requests_finish_and_may_leave(engine, mon
         update = asyncio.create_task(llm.update_weights(engine.model, "finish"))
         await asyncio.sleep(0)
         await left.aclose()
+        pace.most = 80
         text.add(await anext(kept))
         assert len(text["token_ids"]) < 90, "a piece came before the end"
         assert not update.done()
+        pace.most = math.inf
         async for output in kept:
             text.add(output)
         await update
@@ -308,7 +349,7 @@ def test_callers_have_what_comes_while_requests_finish_and_may_leave(engine, mon
     assert run(engine, main) == engine.generate([PROMPTS[2]], LONG, use_tqdm=False)[0]["token_ids"]
 
 
-def test_shutdown_while_requests_finish(engine):
+def test_shutdown_while_requests_finish(engine, pace):
     async def main():
         llm = AsyncLLM(engine)
         text = asyncio.create_task(complete(llm, PROMPTS[2], LONG))
@@ -324,7 +365,7 @@ def test_shutdown_while_requests_finish(engine):
     asyncio.run(main())
 
 
-def test_who_comes_while_others_finish(engine):
+def test_who_comes_while_others_finish(engine, pace):
     """Increments of many steps are delivered together: whoever was queued meanwhile goes on."""
 
     async def main(llm):
@@ -333,6 +374,8 @@ def test_who_comes_while_others_finish(engine):
             pass
         update = asyncio.create_task(llm.update_weights(engine.model, "finish"))
         second = asyncio.create_task(complete(llm, PROMPTS[3], GREEDY))
+        await asyncio.sleep(0)
+        pace.most = math.inf
         return [(await task)[0]["token_ids"] for task in (first, second)], await update
 
     texts, _ = run(engine, main)
@@ -340,7 +383,7 @@ def test_who_comes_while_others_finish(engine):
         assert tokens == engine.generate([prompt], params, use_tqdm=False)[0]["token_ids"]
 
 
-def test_an_engine_that_fails_when_a_request_starts(engine, monkeypatch):
+def test_an_engine_that_fails_when_a_request_starts(engine, monkeypatch, pace):
     """All callers are told, not the new one alone."""
 
     async def main(llm):
@@ -351,6 +394,7 @@ def test_an_engine_that_fails_when_a_request_starts(engine, monkeypatch):
             patch.setattr(engine.scheduler, "add", lambda _: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 await complete(llm, PROMPTS[2], GREEDY)
+        pace.most = math.inf
         with pytest.raises(RuntimeError, match="the engine failed, and all its requests were aborted"):
             await task
         return (await complete(llm, PROMPTS[1], GREEDY))[0]["token_ids"]
@@ -358,7 +402,7 @@ def test_an_engine_that_fails_when_a_request_starts(engine, monkeypatch):
     assert run(engine, main) == engine.generate([PROMPTS[1]], GREEDY, use_tqdm=False)[0]["token_ids"]
 
 
-def test_an_engine_that_fails_while_weights_change(engine, monkeypatch):
+def test_an_engine_that_fails_while_weights_change(engine, monkeypatch, pace):
     async def main(llm):
         tasks = [asyncio.create_task(complete(llm, [i] * 20, LONG)) for i in range(6)]
         while (await llm.stats()).num_running < 4:
@@ -366,7 +410,7 @@ def test_an_engine_that_fails_while_weights_change(engine, monkeypatch):
         with monkeypatch.context() as patch:
             # From then on, so that no step before it fails.
             fails = partial(patch.setattr, engine.runner, "dispatch", lambda *_: 1 / 0)
-            patch.setattr(engine.runner.weights, "check", lambda _: fails())
+            patch.setattr(engine.runner.weights, "check", lambda _: fails() or setattr(pace, "most", math.inf))
             with pytest.raises(ZeroDivisionError):
                 await llm.update_weights(engine.model, "finish")
         for error in await asyncio.gather(*tasks, return_exceptions=True):
@@ -377,7 +421,7 @@ def test_an_engine_that_fails_while_weights_change(engine, monkeypatch):
     assert run(engine, main) == engine.generate([PROMPTS[1]], GREEDY, use_tqdm=False)[0]["token_ids"]
 
 
-def test_callers_of_an_engine_that_fails_while_their_requests_finish(engine, monkeypatch):
+def test_callers_of_an_engine_that_fails_while_their_requests_finish(engine, monkeypatch, pace):
     """One has increments of the last steps before it: they do not make it wait for more."""
     collect, steps = engine.runner.collect, itertools.count(1)
 
@@ -386,7 +430,10 @@ def test_callers_of_an_engine_that_fails_while_their_requests_finish(engine, mon
         while not (await llm.stats()).num_running:
             pass
         with monkeypatch.context() as patch:
-            patch.setattr(engine.runner, "collect", lambda step: collect(step) if next(steps) < 4 else 1 / 0)
+            fails = partial(
+                patch.setattr, engine.runner, "collect", lambda step: collect(step) if next(steps) < 4 else 1 / 0
+            )
+            patch.setattr(engine.runner.weights, "check", lambda _: fails() or setattr(pace, "most", math.inf))
             with pytest.raises(ZeroDivisionError):
                 await llm.update_weights(engine.model, "finish")
         with pytest.raises(RuntimeError, match="the engine failed, and all its requests were aborted"):
@@ -396,7 +443,7 @@ def test_callers_of_an_engine_that_fails_while_their_requests_finish(engine, mon
     assert run(engine, main) == engine.generate([PROMPTS[1]], GREEDY, use_tqdm=False)[0]["token_ids"]
 
 
-def test_shutdown(engine):
+def test_shutdown(engine, pace):
     """Callers get an exception, those that come later too, and a second call does nothing."""
 
     async def main():
@@ -459,9 +506,13 @@ def test_arrival_is_when_the_caller_comes(engine):
     """Not when the engine's thread has time for it."""
 
     async def main(llm):
-        llm._thread.submit(time.sleep, 0.3)
-        output, _ = await complete(llm, [1], GREEDY)
-        return output.metrics
+        busy = threading.Event()
+        llm._thread.submit(busy.wait)
+        task = asyncio.create_task(complete(llm, [1], GREEDY))
+        await asyncio.sleep(0)  # it has come
+        await asyncio.sleep(0.3)
+        busy.set()
+        return (await task)[0].metrics
 
     assert run(engine, main).time_in_queue > 0.25
 
@@ -485,7 +536,7 @@ def test_one_event_loop(engine):
     llm.shutdown()
 
 
-def test_an_event_loop_that_ends_first(engine):
+def test_an_event_loop_that_ends_first(engine, pace):
     """asyncio.run cancels its tasks; with a loop that just stops, the requests are aborted by the next message."""
     llm = AsyncLLM(engine)
 
@@ -527,7 +578,7 @@ def test_where_it_lives():
     assert nanovllm_jax.AsyncLLM is AsyncLLM
 
 
-def test_shutdown_from_several_threads(engine, monkeypatch):
+def test_shutdown_from_several_threads(engine, monkeypatch, pace):
     """The one that comes second, between the first one's lines, ends the callers as well."""
 
     async def main():

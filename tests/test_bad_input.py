@@ -1,6 +1,7 @@
 """What a user may get wrong is refused at the door: the exception names the value and the way out."""
 
 import json
+from collections import UserDict
 
 import numpy as np
 import pytest
@@ -135,6 +136,7 @@ def test_a_tokenizer_that_is_interrupted(llm, monkeypatch, signal):
         ([1, [2]], TypeError, r"token ids must be integers, not \[2\]"),
         ([True, False], TypeError, "token ids must be integers, not True"),
         (np.array(3), TypeError, "prompts must be"),
+        (UserDict(input_ids=[1]), ValueError, r"a prompt dict has the key .* not \['input_ids'\]"),  # a tokenizer's
         (np.array([[1, 600]]), ValueError, "token id 600"),
     ],
 )

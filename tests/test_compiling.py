@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -387,21 +386,18 @@ def test_what_failed_beside_others_is_compiled_once_more(store, caplog):
         compile_all(Fake(compile), ["a"], store)
 
 
-@pytest.fixture
-def ctrl_c():
-    """Heard as in a terminal: what a shell runs in the background is started deaf to it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("ctrl_c")
 def test_an_interrupt_leaves_what_has_not_begun(store):
     """Also where all is lowered, and the first thread waits for the others."""
     begun, threads = [], os.cpu_count()
-    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
-    timer.start()
+
+    def compile(shape):
+        begun.append(shape)
+        time.sleep(0.2)
+        if shape == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+
     with pytest.raises(KeyboardInterrupt):
-        compile_all(Fake(lambda shape: begun.append(time.sleep(0.5))), list(range(10 * threads)), store)
-    timer.join()
+        compile_all(Fake(compile), list(range(10 * threads)), store)
     assert len(begun) <= 2 * threads

@@ -104,6 +104,16 @@ def test_published_sizes(read, size):
     assert config.max_context == 40960
 
 
+@pytest.mark.parametrize(
+    ("setting", "same"), [({"num_key_value_heads": None}, {"num_key_value_heads": 16}), ({"hidden_act": "swish"}, {})]
+)
+def test_other_words_for_the_same(read, setting, same):
+    """As transformers reads them."""
+    raw = published("0.6B")
+    assert raw["num_attention_heads"] == 16
+    assert read(raw | setting) == read(raw | same)
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
 def test_num_parameters_counts_every_tensor(bias, tied):

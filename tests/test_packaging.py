@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 
-import jax
 import pytest
 from small_model import OPTIONS, write_checkpoint
 
@@ -63,9 +62,10 @@ def test_public_names():
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
-    """A whole program, as source."""
-    directory = write_checkpoint(tmp_path_factory.mktemp("packaging") / "model")
-    return RUN.format(directory=str(directory), cache=jax.config.jax_compilation_cache_dir, options=OPTIONS)
+    """A whole program, as source; with a cache of its own, as JAX warns of an entry that another is just writing."""
+    folder = tmp_path_factory.mktemp("packaging")
+    directory = write_checkpoint(folder / "model")
+    return RUN.format(directory=str(directory), cache=str(folder / "compiled"), options=OPTIONS)
 
 
 def test_what_a_program_shows(program, tmp_path):

@@ -1,6 +1,7 @@
 """Weights swapped in a running engine: what is shared, what is computed again, and what is refused."""
 
 import itertools
+from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
@@ -14,7 +15,8 @@ from test_model_runner import compiles
 from nanovllm_jax import SamplingParams
 from nanovllm_jax.checkpoints.load import load_model
 from nanovllm_jax.engine import weights
-from nanovllm_jax.models.parameters import parameters_of
+from nanovllm_jax.models.parameters import checked_weights, parameter_targets, parameters_of, set_parameters
+from nanovllm_jax.models.qwen3 import Qwen3ForCausalLM
 from nanovllm_jax.parallel.sharding import make_mesh
 
 pytestmark = pytest.mark.usefixtures("programs_kept")
@@ -289,6 +291,16 @@ def test_another_model(llm, models):
     other.config = SMALL.__class__(**(vars(SMALL) | dict(rms_norm_eps=1e-5)))
     with pytest.raises(ValueError, match=r"another model's: rms_norm_eps=1e-05 \(here 1e-06\)"):
         llm.update_weights(other)
+
+
+def test_other_copies_of_kv_heads(llm, models, expected):
+    """To the form of an engine on more devices than kv heads, and from there."""
+    split = Qwen3ForCausalLM(replace(SMALL, kv_copies=2), rngs=nnx.Rngs(0))
+    set_parameters(split, checked_weights(models[1], split.config, parameter_targets(split, make_mesh(1))))
+    llm.update_weights(split)
+    assert run(llm) == [expected(1, prompt) for prompt in PROMPTS]
+    for path, array in arrays_of(models[1]).items():
+        np.testing.assert_array_equal(arrays_of(llm.model)[path], array, err_msg=str(path))
 
 
 # --- what fails on the way ---

@@ -26,6 +26,7 @@ from nanovllm_jax.models.parameters import ParameterPath, check_model, parameter
 from nanovllm_jax.models.qwen3 import Qwen3ForCausalLM
 
 HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
+SINGLE, INDEX, PARTS = "model.safetensors", "model.safetensors.index.json", "model-?????-of-?????.safetensors"
 ROWS_COMPARED = 4096  # at a time
 OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 STORED_DTYPES = {"BF16": jnp.bfloat16, "F16": jnp.float16, "F32": jnp.float32, "F64": jnp.float64}
@@ -146,7 +147,7 @@ class CheckpointFiles:
                 self.files[name] = file
 
     def _paths(self) -> list[Path]:
-        single, index = (self.directory / f"model.safetensors{suffix}" for suffix in ("", ".index.json"))
+        single, index = self.directory / SINGLE, self.directory / INDEX
         if single.is_file():  # before an index, which an older, sharded checkpoint may have left; as in transformers
             return [single]
         if not index.is_file():
@@ -265,6 +266,8 @@ def make_target(directory: str | Path) -> Path:
 def save_pretrained(model: Qwen3ForCausalLM, directory: str | Path, dtype: np.dtype | None = None) -> None:
     """Write config.json and model.safetensors that transformers opens; the tokenizer's files are the caller's.
 
+    They take the place of a checkpoint that is there, in whatever number of files.
+
     Raises as `make_target` does, TypeError for what is no Qwen3ForCausalLM, ValueError for a dtype that no checkpoint
     has, and OSError where the disk is full.
     """
@@ -277,7 +280,7 @@ def save_pretrained(model: Qwen3ForCausalLM, directory: str | Path, dtype: np.dt
         array = np.asarray(jax.device_get(param[...]))
         parts = sources[path].split(array if dtype is None else array.astype(dtype))
         tensors |= dict(zip(sources[path].shapes, parts))
-    weights, config = directory / "model.safetensors", directory / "config.json"
+    weights, config = directory / SINGLE, directory / "config.json"
     try:
         save_file(tensors, weights, metadata={"format": "pt"})
     except SafetensorError as error:
@@ -285,6 +288,8 @@ def save_pretrained(model: Qwen3ForCausalLM, directory: str | Path, dtype: np.dt
     written = str(next(iter(tensors.values())).dtype)
     config.write_text(json.dumps(config_json(model.config, written), indent=2) + "\n")
     shutil.copymode(config, weights)  # safetensors lets nobody but the owner read them
+    for part in (directory / INDEX, *directory.glob(PARTS)):  # some readers, as vLLM, would take them and not this file
+        part.unlink(missing_ok=True)
 
 
 def config_json(config: ModelConfig, dtype: str) -> dict:

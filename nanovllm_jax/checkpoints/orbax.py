@@ -26,7 +26,7 @@ from nanovllm_jax.models.parameters import (
     check_parameters,
     name_of,
     parameters_of,
-    with_copies,
+    with_heads,
 )
 from nanovllm_jax.models.qwen3 import Qwen3ForCausalLM
 
@@ -130,7 +130,7 @@ class OrbaxWeights:
         loaded = {path: arrays[name_of(path)] for path in targets}
         if fused := [path for path in targets if saved[path] is not targets[path]]:
             shardings = [targets[path].sharding for path in fused]
-            copy = jax.jit(lambda arrays: [with_copies(a, config.kv_copies) for a in arrays], out_shardings=shardings)
+            copy = jax.jit(lambda arrays: [with_heads(a, config.kv_heads) for a in arrays], out_shardings=shardings)
             loaded |= zip(fused, copy([loaded[path] for path in fused]))
         return loaded
 

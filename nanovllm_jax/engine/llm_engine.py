@@ -334,7 +334,7 @@ class LLMEngine(OneThread):
         """Go on with other weights, from the next step on; nothing is compiled anew, and cached prefixes are dropped.
 
         `weights`: a Qwen3ForCausalLM, or a dict of all its arrays by path (models/parameters.py), of any float dtype
-        and on any devices; with more devices than kv heads a dict has their copies (`with_copies`). An array with the
+        and on any devices; with more devices than kv heads a dict has their copies (`with_heads`). An array with the
         engine's own dtype and sharding is shared, not copied: the engine fails if a jitted function donates it later,
         unless other weights have come in meanwhile. Others are cast and moved one by one. `donate`: the engine may take
         the memory of `weights`, which are of no use to the caller afterwards.

@@ -133,7 +133,8 @@ class ModelRunner:
             part = np.array(wanted[start : start + size], np.int32)
             columns = np.full((3, size), [[0], [0], [-1]], np.int32)
             columns[:, : len(part)] = part.T
-            parts.append(self._score_program(size)(self.weights.leaves, output.hidden, *columns))
+            with jax.enable_x64(False):  # which the caller may have set since the start
+                parts.append(self._score_program(size)(self.weights.leaves, output.hidden, *columns))
         return parts
 
     def collect(self, output: StepOutput) -> list[list[int]]:
@@ -322,7 +323,7 @@ class ModelRunner:
 
 
 def _eager_step(step: Callable, leaves, caches, state, buffer, peers):
-    with jax.disable_jit():
+    with jax.disable_jit(), jax.enable_x64(False):
         return step(leaves, caches, state, jnp.asarray(buffer), peers)
 
 

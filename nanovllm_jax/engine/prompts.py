@@ -2,6 +2,7 @@
 
 import struct
 from array import array
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -21,7 +22,7 @@ def read_prompt(prompt: Prompt, tokenizer: Any | None) -> tuple[str | None, list
 
     Raises TypeError or ValueError, naming the value, for what is no prompt.
     """
-    if not isinstance(prompt, dict):
+    if not isinstance(prompt, Mapping):
         fields = {"prompt" if isinstance(prompt, str) else "prompt_token_ids": prompt}
     elif prompt and set(prompt) <= PROMPT_KEYS:
         fields = {key: value for key, value in prompt.items() if value is not None}  # an output's own, given back

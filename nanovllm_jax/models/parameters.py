@@ -65,23 +65,23 @@ def checked_weights(
 ) -> Mapping[ParameterPath, Any]:
     """The arrays by path of a model, or of a dict of all its arrays, that may take the places of `targets`.
 
-    A model's kv heads get the copies that `config` has.
+    A model's kv heads get as many copies as `config` has.
 
     Raises TypeError for what is neither, and ValueError, naming the array or setting, for what does not fit.
     """
-    copies = 1
+    other_copies = False
     if isinstance(weights, Qwen3ForCausalLM):
-        copies = max(1, config.kv_copies // weights.config.kv_copies)
-        check_same_model(replace(weights.config, kv_copies=weights.config.kv_copies * copies), config)
+        check_same_model(replace(weights.config, kv_copies=config.kv_copies), config)
+        other_copies = weights.config.kv_copies != config.kv_copies
         weights = parameters_of(weights)
     if isinstance(weights, nnx.State):
         check_model(weights)  # says what to make of one
     if not isinstance(weights, Mapping):
         raise TypeError(f"weights must be a Qwen3ForCausalLM or a dict of arrays by path, not {type(weights)}")
     weights = {path: _numbers(array) for path, array in weights.items()}
-    if copies > 1:
+    if other_copies:
         fused = {path: array for path, array in weights.items() if "qkv_proj" in path and isinstance(array, ARRAYS)}
-        weights |= {path: with_copies(array, copies) for path, array in fused.items() if not _is_deleted(array)}
+        weights |= {path: with_heads(array, config.kv_heads) for path, array in fused.items() if not _is_deleted(array)}
     check_parameters(weights, targets)
     return weights
 
@@ -132,10 +132,13 @@ def check_same_model(found: ModelConfig, expected: ModelConfig) -> None:
         raise ValueError(f"these weights are another model's: {settings}")
 
 
-def with_copies(qkv: jax.Array, copies: int) -> jax.Array:
-    """A fused qkv projection [K, G + 2, ...] as [K * copies, G / copies + 2, ...]: neighbours share a key and value."""
-    queries = qkv[:, :-2].reshape(len(qkv) * copies, -1, *qkv.shape[2:])
-    return jnp.concatenate((queries, jnp.repeat(qkv[:, -2:], copies, axis=0)), axis=1)
+def with_heads(qkv: jax.Array, kv_heads: int) -> jax.Array:
+    """A fused qkv projection [K, G + 2, ...] as [kv_heads, K * G / kv_heads + 2, ...]: neighbours are copies, or were.
+
+    A kv head's key and value are those of the head in whose place it is.
+    """
+    queries = qkv[:, :-2].reshape(kv_heads, -1, *qkv.shape[2:])
+    return jnp.concatenate((queries, qkv[np.arange(kv_heads) * len(qkv) // kv_heads, -2:]), axis=1)
 
 
 def digest_of(arrays: Mapping[ParameterPath, Any]) -> bytes:

@@ -292,6 +292,16 @@ def test_saving_in_another_dtype(tmp_path):
         np.testing.assert_array_equal(array, arrays_of(model)[path].astype(jnp.bfloat16).astype(np.float32))
 
 
+def test_parts_that_are_there_make_room(tmp_path):
+    """Readers that look at the index first, as vLLM, would go on with the old weights."""
+    write_sharded(tmp_path)
+    (tmp_path / "model-card.txt").write_text("")
+    model = load(write_checkpoint(tmp_path / "other", tensors=random_tensors(SMALL, seed=1)))
+    save_pretrained(model, tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("model*")) == ["model-card.txt", MODEL]
+    assert_equal(load(tmp_path), model)
+
+
 @pytest.mark.parametrize("save", [save_pretrained, save_weights])
 def test_what_is_no_model_is_not_saved(tmp_path, save):
     model = load(write_checkpoint(tmp_path / "model"))

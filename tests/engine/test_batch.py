@@ -1,6 +1,6 @@
 """Batch shapes: each schedule has one, the smallest, and it is among those that are compiled."""
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanovllm_jax.engine.batch import BatchShape
@@ -8,6 +8,7 @@ from nanovllm_jax.engine.buckets import Buckets, cpu_buckets, gpu_buckets
 from nanovllm_jax.engine.schedule import ONE_STEP, RunAhead
 
 
+@settings(deadline=None)
 @given(data=st.data(), max_num_seqs=st.integers(1, 600), max_num_batched_tokens=st.integers(1, 20_000))
 def test_a_schedule_fits_the_smallest_shape_that_is_compiled(data, max_num_seqs, max_num_batched_tokens):
     sizes = max_num_seqs, max_num_batched_tokens, 16, ONE_STEP
@@ -26,6 +27,7 @@ def test_a_schedule_fits_the_smallest_shape_that_is_compiled(data, max_num_seqs,
     assert shape == min(filter(fits, shapes), key=lambda s: (s.prefill_tokens, s.decode_rows))
 
 
+@settings(deadline=None)
 @given(
     decodes=st.integers(1, 600),
     max_num_seqs=st.integers(1, 600),

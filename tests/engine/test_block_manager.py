@@ -250,10 +250,10 @@ def test_an_operation_does_not_cost_the_pool():
     def seconds(num_blocks: int) -> float:
         manager = BlockManager(num_blocks, 1)
         release(manager, allocate(manager, range(num_blocks)))
-        start = time.perf_counter()
+        start = time.process_time()
         for i in range(2_000):
             release(manager, allocate(manager, [-1 - i] * 3))
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     assert min(seconds(300_000) for _ in range(2)) < 20 * min(seconds(1_000) for _ in range(3))
 

@@ -37,7 +37,14 @@ def test_the_others_run_when_one_fails_or_crashes(run, capfd):
 
 
 def test_one_that_hangs_is_ended(run, monkeypatch, capfd):
+    end = check_devices.end
+
+    def ends(child):
+        monkeypatch.setattr(check_devices, "PATIENCE", 240)  # the next one may take its time to start
+        end(child)
+
     monkeypatch.setattr(check_devices, "PATIENCE", 2)
+    monkeypatch.setattr(check_devices, "end", ends)
     assert run("hangs", "two") == ["hangs"]
     assert "its process ended with -9" in capfd.readouterr().out
 

@@ -39,9 +39,11 @@ def test_all_is_well(run, capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_each_that_fails_is_heard(run, capfd):
+def test_each_that_fails_is_heard(run, tmp_path, capfd):
     """Also where process 0 was the first to end: it had only been told of the fault."""
-    assert run("raise SystemExit(6)", "import time; time.sleep(1); raise ValueError('the fault')") == 6
+    first = f"from pathlib import Path; import time; over = Path({str(tmp_path / 'over')!r})\n"
+    second = "while not over.exists(): time.sleep(0.01)\ntime.sleep(1); raise ValueError('the fault')"
+    assert run(first + "over.touch(); raise SystemExit(6)", first + second) == 6
     error = capfd.readouterr().err
     assert error.index("process 0 of 2 ended with 6") < error.index("process 1 of 2 ended with 1")
     assert "ValueError: the fault" in error
@@ -74,6 +76,7 @@ def has_children_left(tmp_path):
     return False
 
 
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("wait", [0.3, 0.4, 0.5, 3])
 def test_none_is_left_by_signals_at_any_time(tmp_path, number, wait):
