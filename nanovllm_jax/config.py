@@ -96,16 +96,15 @@ class ModelConfig:
             if name not in raw:
                 raise ValueError(f"{directory / 'config.json'} has no {name}")
         _refuse_unsupported(raw)
-        names = {f.name for f in fields(cls)} - {"rope", "dtype", "kv_copies"}
-        values = {name: raw[name] for name in names & raw.keys()}
+        values = {name: raw[name] for name in PLAIN_SETTINGS & raw.keys()}
         if values["num_key_value_heads"] is None:  # transformers reads it so
             values["num_key_value_heads"] = values["num_attention_heads"]
-        if values.keys() < names:
+        if values.keys() < PLAIN_SETTINGS:
             # transformers knows the defaults. It is not given the file: it would act on more of it than is checked.
             from transformers import Qwen3Config  # which takes seconds, and published configs are complete
 
             defaults = Qwen3Config()
-            values |= {name: getattr(defaults, name) for name in names - values.keys()}
+            values |= {name: getattr(defaults, name) for name in PLAIN_SETTINGS - values.keys()}
         dtype = raw.get("dtype") or raw.get("torch_dtype") or "float32"
         config = cls(**values, dtype=str(dtype).removeprefix("torch."))
         return replace(config, rope=_read_rope(raw, config.max_position_embeddings))
@@ -134,6 +133,10 @@ class ModelConfig:
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """Bytes of keys and values that one token takes in all layers, copies included."""
         return self.num_hidden_layers * 2 * self.kv_heads * self.head_dim * itemsize
+
+
+PLAIN_SETTINGS = {f.name for f in fields(ModelConfig)} - {"rope", "dtype", "kv_copies"}
+"""What stands in config.json under its own name and as it is."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -202,24 +205,22 @@ def _read_rope(raw: dict[str, Any], max_position_embeddings: int) -> RopeConfig:
     partial = settings.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
     if rope_type != "default" and partial not in (None, 1):  # the default type has no use for it
         raise ValueError(f"config.json: partial_rotary_factor={partial!r} is not supported: whole heads are rotated")
-    names = {field.name for field in fields(RopeConfig)} - {"rope_type"}
     if rope_type == "yarn" and "attn_factor" in settings:  # DeepSeek-R1-0528-Qwen3-8B has it
         logger.warning(
             "config.json: the rope setting attn_factor=%s is read by vLLM, which multiplies by it, and neither here "
             "nor in transformers: set attention_factor to (0.1 ln(factor) + 1) attn_factor for what vLLM makes of it",
             settings["attn_factor"],
         )
+    names = {field.name for field in fields(RopeConfig)} - {"rope_type"}
     values = {name: value for name, value in settings.items() if name in names and value is not None}
     for name, value in values.items():
         _check_rope_setting(name, value)
-    original = values.get("original_max_position_embeddings")
     counts = {"default": ("rope_theta",), "linear": ("rope_theta", "factor")}.get(rope_type, values)
     values = {name: value for name, value in values.items() if name in counts}
     if rope_type == "linear" and "factor" not in values:
         raise ValueError("config.json: rope_type 'linear' needs a factor")
     if rope_type == "yarn":
-        if original is None:
-            original = values["original_max_position_embeddings"] = max_position_embeddings
+        original = values.setdefault("original_max_position_embeddings", max_position_embeddings)
         values.setdefault("factor", max_position_embeddings / original)
     return RopeConfig(rope_type=rope_type, **values)
 

@@ -4,6 +4,7 @@ import math
 import time
 import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
+from functools import partial
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,7 @@ class LLM(LLMEngine):
         prompts, completions = _as_list(prompts), _as_list(completions, "completions")
         if len(prompts) != len(completions):
             raise ValueError(f"score() needs as many completions as prompts, not {len(completions)} for {len(prompts)}")
-        requests = self.door.check_scores(prompts, completions)
+        requests = named_each("prompt", self.door.check_score, prompts, completions)
         self._run(Alone("score() runs", requests), "Scoring", use_tqdm)
         return [[entry.logprob for entry in request.scored.logprobs] for request in requests]
 
@@ -191,10 +192,10 @@ class LLM(LLMEngine):
             params = [params] * len(prompts)
         if len(params) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts need one SamplingParams or {len(prompts)}, not {len(params)}")
-        return self.door.check_requests(prompts, params, stream)
+        return named_each("prompt", partial(self.door.check_request, stream=stream), prompts, params)
 
     def _stream(self, alone: "Alone") -> Generator[RequestOutput, None, None]:
-        self._check_idle("stream()")  # which time has passed since
+        self._check_idle("stream()")  # again: time has passed since the call
         try:
             for request in alone.requests:
                 self._call_itself(self.start_request, request)

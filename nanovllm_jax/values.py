@@ -8,7 +8,7 @@ import numpy as np
 
 
 def plain(value: Any) -> Any:
-    """An array of any library (NumPy's, JAX'), or a scalar of its, as a list or a Python number; all else as it is."""
+    """An array of any library (NumPy's, JAX') or its scalar, as a list or a Python number; all else as it is."""
     return np.asarray(value).tolist() if hasattr(value, "__array__") else value
 
 

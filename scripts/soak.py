@@ -75,8 +75,9 @@ def start_engine(args: argparse.Namespace, scratch: Path) -> LLM:
     """An engine with a tokenizer: the embedded model's, where the checkpoint has none."""
     model = args.model
     if not (model / "tokenizer.json").is_file():
-        for file in (*model.iterdir(), *TINY_MODEL.glob("tokenizer*")):
-            (scratch / file.name).symlink_to(file.resolve())
+        files = {file.name: file for file in (*model.iterdir(), *TINY_MODEL.glob("tokenizer*"))}
+        for name, file in files.items():
+            (scratch / name).symlink_to(file.resolve())
         model = scratch
     names = ("dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "load_format")
     names += ("num_scheduler_steps", "gpu_memory_utilization")

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from options import above_zero, count, new_directory
+from options import above_zero, count, new_directory, refusals
 from tokenizers import Tokenizer
 
 from nanovllm_jax.checkpoints.huggingface import make_target, save_pretrained
@@ -124,7 +124,7 @@ class HeldOut(NamedTuple):
         then, greedy decoding writes just this answer.
         """
         wrong = np.concatenate([np.asarray(mistakes(batch)).ravel() for batch in self.batches])
-        positions, _, learned = (np.concatenate([b[i].ravel() for b in self.batches]) for i in (1, 0, 2))
+        _, positions, learned = (np.concatenate(parts).ravel() for parts in zip(*self.batches))
         conversation = np.cumsum(positions == 0) - 1
         is_problem = np.bincount(conversation, learned) > 0  # padding tokens count as conversations of their own
         right = (np.bincount(conversation, wrong) == 0)[is_problem]
@@ -243,10 +243,12 @@ def parse_options() -> argparse.Namespace:
 
 def main() -> None:
     options = parse_options()
+    with refusals():
+        config = model_config(options)
     rng = Random(options.seed)
     texts = [segment.text for _ in range(20_000) for segment in training_conversation(rng)]
     tokenizer = train_tokenizer(texts, VOCAB_SIZE)
-    model = Qwen3ForCausalLM(model_config(options), rngs=nnx.Rngs(options.seed))
+    model = Qwen3ForCausalLM(config, rngs=nnx.Rngs(options.seed))
     print(f"{model.config.num_parameters:,} parameters on {jax.devices()[0].device_kind}")
     with batches_ahead(tokenizer, options.seed, options.rows, ROW_LENGTH, options.workers) as batches:
         accuracy = train(model, tokenizer, batches, options)

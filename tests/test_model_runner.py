@@ -174,15 +174,15 @@ def plan(budget, weights=1.0, workspace=0.5, block=1e-3):
 
 def test_blocks_fill_what_is_left_of_the_budget():
     """Rounded down to three digits, so that small differences between starts do not compile anew."""
-    blocks = decide_num_blocks(plan(80.0), EngineConfig(), wanted_tokens=1)
+    blocks = decide_num_blocks(plan(80.0), EngineConfig(), wanted=1)
     assert blocks == 78_500
     assert 1.5 * GIB + blocks * plan(80.0).block <= 80 * GIB
-    assert decide_num_blocks(plan(80.0001), EngineConfig(), wanted_tokens=1) == blocks
-    assert decide_num_blocks(plan(2.0), EngineConfig(), wanted_tokens=1) == 500
+    assert decide_num_blocks(plan(80.0001), EngineConfig(), wanted=1) == blocks
+    assert decide_num_blocks(plan(2.0), EngineConfig(), wanted=1) == 500
 
 
 def test_the_pool_by_hand():
-    assert decide_num_blocks(plan(80.0), EngineConfig(num_kvcache_blocks=1234), wanted_tokens=1) == 1234
+    assert decide_num_blocks(plan(80.0), EngineConfig(num_kvcache_blocks=1234), wanted=1) == 1234
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def test_the_pool_by_hand():
 )
 def test_memory_that_does_not_hold_the_model(budget, options, message):
     with pytest.raises(ValueError, match=message):
-        decide_num_blocks(plan(budget), EngineConfig(**options), wanted_tokens=1)
+        decide_num_blocks(plan(budget), EngineConfig(**options), wanted=1)
 
 
 def test_an_allocator_that_does_not_tell(monkeypatch):
@@ -217,6 +217,6 @@ def test_each_sequence_has_whole_blocks(tmp_path):
 def test_a_cpu_takes_what_is_wanted_within_a_gibibyte():
     on_cpu = replace(plan(1), budget=None)
     config = EngineConfig(block_size=16)
-    assert decide_num_blocks(on_cpu, config, wanted_tokens=161) == 11
-    assert decide_num_blocks(on_cpu, config, wanted_tokens=10**9) == 1000
-    assert decide_num_blocks(replace(on_cpu, block=2 * GIB), config, wanted_tokens=10**9) == 1
+    assert decide_num_blocks(on_cpu, config, wanted=11) == 11
+    assert decide_num_blocks(on_cpu, config, wanted=10**9) == 1000
+    assert decide_num_blocks(replace(on_cpu, block=2 * GIB), config, wanted=10**9) == 1

@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 from xxhash import xxh3_128
 
 from nanovllm_jax.checkpoints.orbax import FOLDER
-from nanovllm_jax.config import DTYPES, ModelConfig, read_json
+from nanovllm_jax.config import DTYPES, PLAIN_SETTINGS, ModelConfig, read_json
 from nanovllm_jax.models.parameters import ParameterPath, check_model, parameters_of
 from nanovllm_jax.models.qwen3 import Qwen3ForCausalLM
 
@@ -169,7 +169,7 @@ class CheckpointFiles:
         return f", but {found[0]}: load it with transformers, and save it by save_pretrained" if found else ""
 
     def check(self, config: ModelConfig) -> None:
-        """Raise ValueError naming the tensors that are missing, unexpected, of another shape or no fractions.
+        """Raise ValueError naming the tensors that are missing, unexpected, of another shape or of no float dtype.
 
         Those that checkpoints may hold beside the model's own are left out from here on.
         """
@@ -294,19 +294,6 @@ def save_pretrained(model: Qwen3ForCausalLM, directory: str | Path, dtype: np.dt
 
 def config_json(config: ModelConfig, dtype: str) -> dict:
     """A config in the form that transformers 4.51 and later read, published Qwen3 checkpoints' own."""
-    names = (
-        "attention_bias",
-        "head_dim",
-        "hidden_size",
-        "intermediate_size",
-        "max_position_embeddings",
-        "num_attention_heads",
-        "num_hidden_layers",
-        "num_key_value_heads",
-        "rms_norm_eps",
-        "tie_word_embeddings",
-        "vocab_size",
-    )
     rope = config.rope
     scaling = {name: value for name, value in vars(rope).items() if name != "rope_theta" and value is not None}
     if rope.rope_type == "linear":
@@ -319,5 +306,5 @@ def config_json(config: ModelConfig, dtype: str) -> dict:
         "rope_scaling": None if rope.rope_type == "default" else scaling,
         "torch_dtype": dtype,
         "use_sliding_window": False,
-        **{name: getattr(config, name) for name in names},
+        **{name: getattr(config, name) for name in sorted(PLAIN_SETTINGS)},
     }

@@ -128,11 +128,8 @@ class BlockManager:
                 f"the prefix cache cannot be reset while requests hold {self.num_used_blocks} blocks: "
                 "let them finish, or abort them"
             )
-        for block in self._free_cached:
-            self._hashes[block] = None
-        self._free_blank.extend(self._free_cached)
-        self._free_cached.clear()
-        self._published.clear()
+        for block in list(self._free_cached):
+            self._forget(self._hashes[block])
 
     def check(self, sequences: Iterable[Sequence]) -> None:
         """Assert that the books balance, given every sequence that may own blocks. Costs the pool: for tests."""
@@ -180,7 +177,6 @@ class BlockManager:
             block = self._free_blank.pop()
         else:
             block, _ = self._free_cached.popitem(last=False)
-            del self._published[self._hashes[block]]
-            self._hashes[block] = None
+            self._forget(self._hashes[block])
         self._ref_counts[block] = 1
         return block

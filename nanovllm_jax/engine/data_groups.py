@@ -125,7 +125,7 @@ class GroupPacker:
     def pack(self, schedule: GroupSchedule) -> tuple[BatchShape, np.ndarray]:
         """The shape of each group's batch, and the flat int32 arrays of all, joined."""
         parts = schedule.groups
-        sizes = [(len(p.decodes), len(p.prefills), sum(chunk.num_tokens for chunk in p.prefills)) for p in parts]
+        sizes = [(len(part.decodes), len(part.prefills), part.num_prefill_tokens) for part in parts]
         shape = self.buckets.shape_for(*map(max, zip(*sizes)), schedule.num_steps)
         return shape, np.concatenate([packer.pack(part, shape)[1] for packer, part in zip(self.packers, parts)])
 

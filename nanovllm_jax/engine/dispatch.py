@@ -52,7 +52,7 @@ class DispatchedStep:
 
     def _read_scores(self, runner: ModelRunner) -> None:
         tokens = [token for _, _, part in self.scored for token in part]
-        entries = iter(runner.collect_prompt_logprobs(tokens, self.scores)) if tokens else iter(())
+        entries = iter(runner.collect_prompt_logprobs(tokens, self.scores))
         for scored, start, part in self.scored:
             own = list(islice(entries, len(part)))
             scored.logprobs += own[scored.next - start :]  # some came twice, if it was preempted meanwhile
@@ -84,7 +84,8 @@ def scored_tokens(
             predicted = seq.num_computed - chunk.num_tokens + 1
             start, stop = max(predicted, scored.next), seq.num_computed + 1
             tokens = scored.token_ids[start - scored.first : max(start, stop) - scored.first]
-            parts.append((scored, start, tokens))
+            if tokens:
+                parts.append((scored, start, tokens))
             wanted += [(row + start - predicted + i, token, scored.num_top) for i, token in enumerate(tokens)]
         taken[seq.group] += chunk.num_tokens
     return parts, wanted

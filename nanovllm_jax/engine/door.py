@@ -3,7 +3,6 @@
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 from nanovllm_jax.engine.metrics import now
@@ -80,17 +79,6 @@ class Door:
         request.scored = Scored(length, ids.tolist(), num_top=0)
         request.token_ids += ids[:-1]  # nothing is wanted of what follows the last
         return request
-
-    def check_requests(
-        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams | None], stream: bool = False
-    ) -> list[Request]:
-        """`check_request` for each; an exception also says which prompt it is about."""
-        check = partial(self.check_request, stream=stream)
-        return named_each("prompt", check, prompts, params)
-
-    def check_scores(self, prompts: Sequence[Prompt], completions: Sequence[str | Sequence[int]]) -> list[Request]:
-        """`check_score` for each; an exception also says which prompt it is about."""
-        return named_each("prompt", self.check_score, prompts, completions)
 
 
 def named_each(what: str, check: Callable, *lists: Sequence[Any]) -> list[Any]:

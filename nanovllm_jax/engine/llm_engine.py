@@ -286,7 +286,7 @@ class LLMEngine(OneThread):
         for drawn in step.read(self.runner):
             finished += self.scheduler.update(schedule, *drawn)
             finished += self._end_at_stop_strings()
-        self.metrics.num_prefill_tokens += schedule.num_tokens - len(schedule.decodes)
+        self.metrics.num_prefill_tokens += schedule.num_prefill_tokens
         self.metrics.num_decode_tokens += len(schedule.decodes) * schedule.num_steps
         self.metrics.after_step()
         return finished

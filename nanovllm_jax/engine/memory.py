@@ -18,6 +18,7 @@ class MemoryPlan:
     budget: int | None
     """What weights, workspace and cache may take together; None on a CPU, where nothing is counted."""
     weights: int
+    """The model's, and whatever else is in use: another engine's."""
     workspace: int
     """The largest temporary memory of a program, and the reserve."""
     block: int
@@ -59,7 +60,7 @@ def memory_stats(device: Any) -> dict[str, int]:
     return stats
 
 
-def decide_num_blocks(plan: MemoryPlan, config: EngineConfig, wanted_tokens: int) -> int:
+def decide_num_blocks(plan: MemoryPlan, config: EngineConfig, wanted: int) -> int:
     """The pool's size in blocks: the user's number, what fits on the GPU, or on a CPU what is wanted within 1 GiB.
 
     Raises ValueError when it does not fit, saying what would.
@@ -76,7 +77,7 @@ def decide_num_blocks(plan: MemoryPlan, config: EngineConfig, wanted_tokens: int
                 f"num_kvcache_blocks={asked} takes {asked * plan.block / GIB:.2f} GiB, more than this machine's "
                 f"{host_memory() / GIB:.2f} GiB of memory; lower it"
             )
-        return asked or max(1, min(-(-wanted_tokens // config.block_size), GIB // plan.block))
+        return asked or max(1, min(wanted, GIB // plan.block))
     fits = plan.blocks
     if fits < (asked or 1):
         raise ValueError(

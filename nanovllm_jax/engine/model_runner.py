@@ -201,7 +201,7 @@ class ModelRunner:
             block=int(block * copies),
         )
         blocks_each = -(-(config.max_model_len or model.max_context) // config.block_size)
-        self.num_blocks = decide_num_blocks(plan, config, self.max_num_seqs * blocks_each * config.block_size)
+        self.num_blocks = decide_num_blocks(plan, config, wanted=self.max_num_seqs * blocks_each)
         self.max_model_len = decide_max_model_len(config, model.max_context, self.num_blocks)
         logger.info(
             "memory a device: %.2f GiB weights, %.2f GiB workspace, %.2f GiB cache = %d blocks of %d tokens = "
@@ -236,8 +236,10 @@ class ModelRunner:
 
     def _plan_programs(self) -> None:
         """Decide what is compiled: a step over the sized cache, for a few batch shapes."""
-        sizes, reach = (self.max_num_seqs, self.num_blocks), reach_one_another(self.mesh)
-        settings = ProgramSettings(self.config, self.model_config, self.dtype, *sizes, reach)
+        reach = reach_one_another(self.mesh)
+        settings = ProgramSettings(
+            self.config, self.model_config, self.dtype, self.max_num_seqs, self.num_blocks, reach
+        )
         self.steps = StepPrograms(settings, self.mesh, self.weights.shapes, self.weights.treedef)
         width = -(-self.max_model_len // self.config.block_size)
         sizes = self.max_num_seqs, self.max_num_batched_tokens, width, self._run_ahead()

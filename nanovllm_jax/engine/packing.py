@@ -23,9 +23,8 @@ class BatchPacker:
         """The batch's shape (the smallest, where none is given) and its flat int32 array, right after schedule()."""
         for seq in schedule.admitted:
             self._admit(seq)
-        decodes, prefills = schedule.decodes, schedule.prefills
-        tokens, steps = sum(chunk.num_tokens for chunk in prefills), schedule.num_steps
-        shape = shape or self.buckets.shape_for(len(decodes), len(prefills), tokens, steps)
+        decodes, prefills, steps = schedule.decodes, schedule.prefills, schedule.num_steps
+        shape = shape or self.buckets.shape_for(len(decodes), len(prefills), schedule.num_prefill_tokens, steps)
         buffer = np.zeros(shape.size, np.int32)
         view = shape.views(buffer)
         view.slots[:] = self.buckets.max_num_seqs

@@ -18,18 +18,6 @@ from nanovllm_jax.sampling_params import SamplingParams
 class Completion:
     """One of a request's n texts: a sequence, and how much of it was read and given out."""
 
-    __slots__ = (
-        "cumulative_logprob",
-        "detokenizer",
-        "has_told_end",
-        "index",
-        "num_given",
-        "num_read",
-        "seq",
-        "stop_reason",
-        "tokenizer",
-    )
-
     def __init__(self, index: int, seq: Sequence, tokenizer: Any | None):
         """`tokenizer`: None gives no text."""
         self.index = index

@@ -55,6 +55,6 @@ class Schedule:
         return bool(self.decodes or self.prefills)
 
     @property
-    def num_tokens(self) -> int:
-        """Tokens that the step computes."""
-        return len(self.decodes) + sum(chunk.num_tokens for chunk in self.prefills)
+    def num_prefill_tokens(self) -> int:
+        """Tokens of all chunks together."""
+        return sum(chunk.num_tokens for chunk in self.prefills)

@@ -47,32 +47,6 @@ class Sequence:
     A sequence in DECODE keeps `len(token_ids) + num_pending == num_computed + 1`: all but the newest are computed.
     """
 
-    __slots__ = (
-        "activations",
-        "block_hashes",
-        "block_table",
-        "finish_reason",
-        "group",
-        "logprobs",
-        "max_len",
-        "min_len",
-        "num_cached_tokens",
-        "num_computed",
-        "num_pending",
-        "num_preemptions",
-        "num_prompt_tokens",
-        "params",
-        "prefix_salt",
-        "request_id",
-        "scored",
-        "seed",
-        "seq_id",
-        "slot",
-        "status",
-        "stop_token_ids",
-        "token_ids",
-    )
-
     def __init__(
         self,
         seq_id: int,

@@ -48,7 +48,7 @@ class PagedAttention:
         """qkv [B + T, K, G + 2, H] -> output [B + T, N, H] and the cache with the new keys and values stored."""
         gains, angles = (q_norm.weight[...], k_norm.weight[...]), (cos[:, 0], sin[:, 0])
         new, decodes = (qkv, *gains, *angles, self.slot_mapping), (self.decode_tables, self.decode_context_lens)
-        rows, scale, eps, out = self.decode_tables.shape[0], qkv.shape[-1] ** -0.5, q_norm.eps, None
+        rows, scale, eps = self.decode_tables.shape[0], qkv.shape[-1] ** -0.5, q_norm.eps
         if len(qkv) == rows and not self.deterministic:
             out, *cache = store_and_decode(*new, *cache, *decodes, scale=scale, eps=eps)
             return out, KVCache(*cache)
@@ -59,8 +59,7 @@ class PagedAttention:
             lens = jnp.concatenate((self.decode_context_lens, self.prefill_context_lens))
             out = paged_prefill_attention(q, *cache, tables, starts, lens, scale=scale, fixed=True)
             return out, KVCache(*cache)
-        if rows:
-            out = paged_decode_attention(q, *cache, *decodes, scale=scale)
+        out = paged_decode_attention(q, *cache, *decodes, scale=scale) if rows else None
         prefills = self.prefill_tables, self.query_starts + rows, self.prefill_context_lens
         # The two share q and out: cutting and joining would copy them.
         out = paged_prefill_attention(q, *cache, *prefills, out, scale=scale)
@@ -70,7 +69,10 @@ class PagedAttention:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class CausalAttention:
-    """Every token attends to itself and those before it; nothing is cached. For training and scoring whole texts."""
+    """Every token attends to itself and those before it; nothing is cached. For training and scoring whole texts.
+
+    A pytree (of no arrays), as a jitted layer is called with it.
+    """
 
     def __call__(self, qkv, q_norm: RMSNorm, k_norm: RMSNorm, cos, sin, cache: None) -> tuple[jax.Array, None]:
         """qkv [..., T, K, G + 2, H] -> output [..., T, N, H]."""

@@ -75,7 +75,7 @@ def compile_all(
 
     def compile(shape: BatchShape, lowered: Lowered) -> Compiled:
         program = lowered.compile(programs.compiler_options(shape))
-        store.save(repr(shape), program)
+        store.save(shape, program)
         return program
 
     jobs: dict[BatchShape, Future] = {}
@@ -173,7 +173,7 @@ class Helper(Thread):
                     begun.remove(shape)
                     self.done.put((shape, program))
                     if data:
-                        self.store.save(repr(shape), data)
+                        self.store.save(shape, data)
         except Exception as error:  # it has died, it has been ended, or it says so
             logger.debug("a helper process is of no use: %r", error)
             for shape in begun:

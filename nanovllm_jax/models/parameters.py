@@ -89,7 +89,7 @@ def checked_weights(
 def check_parameters(
     arrays: Mapping[ParameterPath, Any], targets: dict[ParameterPath, jax.ShapeDtypeStruct], kinds: Any = ARRAYS
 ) -> None:
-    """Raise ValueError naming the arrays that are missing, unexpected, of another shape, no fractions or deleted.
+    """Raise ValueError naming the arrays that are missing, unexpected, of another shape, of no float dtype, or deleted.
 
     `kinds`: of which types they may be.
     """

@@ -47,10 +47,10 @@ class ProgramStore:
     def load_all(self, names: list[Hashable]) -> dict[Hashable, Compiled]:
         """The programs of these names that are there and can be used."""
         with pool_of_threads() as pool:
-            programs = dict(zip(names, pool.map(self.load, map(repr, names))))
+            programs = dict(zip(names, pool.map(self.load, names)))
         return {name: program for name, program in programs.items() if program is not None}
 
-    def load(self, name: str) -> Compiled | None:
+    def load(self, name: Hashable) -> Compiled | None:
         """The program of this name, None where there is none that can be used."""
         path = self._path(name)
         try:
@@ -61,7 +61,7 @@ class ProgramStore:
             logger.warning("%s cannot be used (%s: %s): compiling anew", path, type(error).__name__, error)
             return None
 
-    def save(self, name: str, program: Compiled | bytes) -> None:
+    def save(self, name: Hashable, program: Compiled | bytes) -> None:
         """Keep a program, packed or not, whole or not at all: another engine may read at any time."""
         path = self._path(name)
         if path is None:
@@ -83,11 +83,11 @@ class ProgramStore:
         trees, client = map(jax.tree.structure, trees), self.devices[0].client
         return deserialize_and_load(binary, *trees, backend=client, execution_devices=self.devices)
 
-    def _path(self, name: str) -> Path | None:
+    def _path(self, name: Hashable) -> Path | None:
         if self.directory is None:
             return None
         digest = self._digest.copy()
-        digest.update(name.encode())
+        digest.update(repr(name).encode())
         return self.directory / f"{digest.hexdigest()}.program"
 
 

@@ -253,8 +253,7 @@ class Simulation:
         assert len({seq.seq_id for seq in rows}) == len(rows) <= self.scheduler.max_num_seqs
         assert len({seq.slot for seq in rows}) == len(rows)
         assert all(self.scheduler.running.get(seq.seq_id) is seq for seq in rows)
-        assert schedule.num_tokens == len(schedule.decodes) + sum(c.num_tokens for c in schedule.prefills)
-        assert schedule.num_tokens <= self.budget
+        assert len(schedule.decodes) + schedule.num_prefill_tokens <= self.budget
         assert all(seq.status is Status.DECODE and seq.num_pending >= schedule.num_steps for seq in schedule.decodes)
         assert schedule.num_steps == 1 or not schedule.prefills
         for chunk in schedule.prefills:

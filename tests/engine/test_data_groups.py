@@ -155,7 +155,7 @@ def test_all_groups_are_packed_in_one_shape():
     shape, buffer = packer.pack(schedule)
     assert len(buffer) == 2 * shape.size
     for number, part in enumerate(schedule.groups):
-        fits = buckets.shape_for(len(part.decodes), len(part.prefills), part.num_tokens)
+        fits = buckets.shape_for(len(part.decodes), len(part.prefills), part.num_prefill_tokens)
         assert shape.prefill_tokens >= fits.prefill_tokens
         view = shape.views(buffer[number * shape.size : (number + 1) * shape.size])
         tokens = [token for chunk in part.prefills for token in chunk.seq.token_ids]

@@ -125,8 +125,9 @@ def test_chunks_tile_the_prompt(budget):
     while position < 11:
         assert seq.status in (Status.WAITING, Status.PREFILL)
         schedule = simulation.dispatch()
-        assert schedule.num_tokens == min(budget, 11 - position)
-        position += schedule.num_tokens
+        computed = len(schedule.decodes) + schedule.num_prefill_tokens
+        assert computed == min(budget, 11 - position)
+        position += computed
         assert seq.num_computed == position
         assert seq.num_pending == (position == 11)
         simulation.collect()

@@ -26,7 +26,7 @@ def test_the_latest_arrival_is_preempted_and_prefills_again():
     known = len(new.token_ids)
     schedule = simulation.dispatch()
     assert schedule.admitted == [new]
-    start = new.num_computed - schedule.num_tokens
+    start = new.num_computed - schedule.num_prefill_tokens
     assert start % SIZE == 0  # all but what the prefix cache still had
     assert chunks(schedule) == [(1, start, known)]
     simulation.drain()

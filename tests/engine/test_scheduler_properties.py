@@ -174,6 +174,7 @@ def run_random_workload(seed: int, num_steps: int) -> dict[str, int]:
         simulation.step(depth)
     simulation.drain(depth)
     scheduler.block_manager.reset_prefix_cache()
+    assert not scheduler.block_manager.num_cached_blocks
     simulation.check()
     return {
         "steps": simulation.num_steps,
