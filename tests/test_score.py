@@ -98,15 +98,12 @@ def test_texts(llm):
     assert llm.score([], [], use_tqdm=False) == []
 
 
-@pytest.mark.parametrize("eager", [False, True])
-def test_64_bit_numbers_set_after_the_start(tmp_path, eager):
-    """What is compiled, or run un-jitted, when it is wanted is compiled as at the start."""
-    options = dict(enforce_eager=eager, max_model_len=16, max_num_batched_tokens=16, max_num_seqs=1)
-    first, second = (small_llm(write_checkpoint(tmp_path), **options) for _ in range(2))
-    params = SamplingParams(temperature=0, max_tokens=3, prompt_logprobs=0, logit_bias={7: 5.0}, seed=1)
-    expected = first.generate([[6, 7, 8]], params, use_tqdm=False)
+def test_64_bit_numbers_set_after_the_start(llm):
+    """What is compiled when it is wanted is compiled as at the start."""
+    expected = llm.score([[6]], [[7, 8]], use_tqdm=False)
+    llm.runner._score_programs.clear()
     with jax.enable_x64(True):
-        assert second.generate([[6, 7, 8]], params, use_tqdm=False) == expected
+        assert llm.score([[6]], [[7, 8]], use_tqdm=False) == expected
 
 
 @pytest.mark.parametrize(
