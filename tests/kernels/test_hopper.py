@@ -64,7 +64,7 @@ def few_programs(monkeypatch):
 @pytest.fixture(autouse=True)
 def no_waiting_forever():
     """Warpgroups that wait for one another, as they would on a GPU, end the process and show where."""
-    faulthandler.dump_traceback_later(120, exit=True)
+    faulthandler.dump_traceback_later(300, exit=True)
     yield
     faulthandler.cancel_dump_traceback_later()
 

@@ -162,7 +162,7 @@ def test_thresholds_mask_each_row_by_its_own():
 
 def test_one_row_of_fixed():
     rows = random_rows(0, 12, 300)
-    find = by_columns(functools.partial(threshold.sampling_threshold, fixed=True, interpret=True))
+    find = by_columns(jax.jit(functools.partial(threshold.sampling_threshold, fixed=True, interpret=True)))
     whole = np.asarray(find(*rows))
     for i in range(12):
         np.testing.assert_array_equal(np.asarray(find(*(x[i : i + 1] for x in rows))), whole[i : i + 1])
