@@ -2,11 +2,13 @@
 
 import faulthandler
 import functools
+import threading
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.pallas.mosaic.interpret import thread_map
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from nanovllm_jax.kernels import (
@@ -47,7 +49,8 @@ def prefill(contexts, queries, kv_heads, group, block_size, dtype, decodes=0, pa
     q, *caches = (jnp.asarray(x, dtype) for x in (np.concatenate((q[:decodes], q)), *held[:2]))
     out = (jnp.full_like(q, 3),) if decodes else ()
     args = q, *caches, jnp.asarray(held.block_tables), starts + decodes, jnp.asarray(held.context_lens), *out
-    got = hopper_prefill.paged_prefill_attention(*args, scale=0.1, interpret=InterpretGPUParams())
+    call = functools.partial(hopper_prefill.paged_prefill_attention, scale=0.1, interpret=InterpretGPUParams())
+    got = jax.jit(call)(*args)
     return np.asarray(got, np.float32), expected
 
 
@@ -62,6 +65,23 @@ def few_programs(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
+def compiled_once(monkeypatch):
+    """jax lowers and compiles a kernel's simulation anew for each warpgroup of each program: here the first does."""
+    if not JAX_0_10:  # others may run it in another way
+        return
+    lock, programs = threading.Lock(), {}
+
+    def run(jaxpr, *args):
+        with lock:
+            if jaxpr not in programs:
+                program = jax.jit(lambda consts, *args: jax.core.eval_jaxpr(jaxpr, consts, *args) and None)
+                programs[jaxpr] = program.lower(*args).compile()
+        programs[jaxpr](*args)
+
+    monkeypatch.setattr(thread_map, "_run_jaxpr", run)
+
+
+@pytest.fixture(autouse=True)
 def no_waiting_forever():
     """Warpgroups that wait for one another, as they would on a GPU, end the process and show where."""
     faulthandler.dump_traceback_later(300, exit=True)
@@ -69,8 +89,12 @@ def no_waiting_forever():
     faulthandler.cancel_dump_traceback_later()
 
 
-@pytest.mark.parametrize("padding", [128, 1024])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    ("case", "padding"),
+    # Of the last's six heads each has a tile of the shorter padding: two to each program.
+    [(CASES[0], 128), (CASES[0], 1024), (CASES[1], 128), (CASES[1], 1024), (CASES[2], 128)],
+    ids=str,
+)
 def test_prefill_equals_float64_attention(case, padding):
     """And padding of several tiles to each program: it once waited forever, a warpgroup for its turn and the loader
     for it.
@@ -134,10 +158,13 @@ def test_swiglu_of_any_number_of_tiles_in_any_number_of_programs(rows, depth, fe
     assert not gpu_callbacks.get_races().races_found
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize(("depth", "features"), [(1024, 3072), (2560, 9728), (4096, 1536), (5120, 17408)])
-def test_swiglu_lowers_to_one_kernel(depth, features, dtype):
-    for rows in (72, 128, 256, 1024, 1056, 16384):
+def test_swiglu_lowers_to_one_kernel(depth, features, monkeypatch):
+    """As cut for an H200, and not for a few programs, to which all tiles are alike. Both dtypes have 16 bits: how a
+    problem is cut does not depend on them.
+    """
+    use_programs(monkeypatch, 132)
+    for rows, dtype in zip((72, 128, 256, 1024, 1056, 16384), 3 * (jnp.bfloat16, jnp.float16), strict=True):
         [call] = custom_calls(lowered_for_cuda(hopper_swiglu.swiglu, *swiglu_args(rows, depth, features, dtype)))
         assert call.startswith("mosaic_gpu")
 
