@@ -26,10 +26,12 @@ GROUPS = [2, 4, 5, 8]
 PALLAS = "__gpu$xla.gpu.triton"
 
 
-def lowered_for_cuda(f, *args, **jit_options) -> str:
+def lowered_for_cuda(f, *args, platform="gpu") -> str:
+    """As an engine traces it, which knows its platform: then the oracles are not traced."""
     device = AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
-    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
-        return jax.jit(f, **jit_options).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    mesh = AbstractMesh((1,), ("x",), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh), traced_for(platform):
+        return jax.jit(f).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
 
 
 def custom_calls(text: str) -> list[str]:
@@ -196,6 +198,15 @@ def test_one_part_is_traced_where_the_platform_is_known(make):
     for platform, has_kernel, has_both in (("cpu", 0, 0), ("gpu", 1, 0), (None, 1, 1), ("cpu", 0, 0)):
         text = jaxpr(platform)
         assert ("pallas_call" in text, "platform_index" in text) == (has_kernel, has_both), platform
+
+
+@pytest.mark.parametrize("make", CASES.values(), ids=CASES)
+def test_a_gpu_gets_the_kernels_alone(make):
+    """Also where it is not known before that it is one."""
+    f, args = make()
+    calls = custom_calls(lowered_for_cuda(f, *args, platform=None))
+    assert set(calls) == {PALLAS}
+    assert calls == custom_calls(lowered_for_cuda(f, *args))
 
 
 @pytest.mark.parametrize("make", CASES.values(), ids=CASES)
