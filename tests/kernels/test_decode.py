@@ -1,5 +1,7 @@
 """paged_decode_attention: oracle and interpreted kernel against float64 attention, unused slots full of NaN."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,15 @@ SHAPES = [  # K, G, H, block_size, block_k: tiles inside a block, a block each, 
     (1, 5, 32, 32, 32),
     (3, 2, 16, 16, 64),
 ]
+
+
+# One program each: outside of one, each operation would be compiled on its own.
+interpreted = jax.jit(
+    functools.partial(decode.paged_decode_attention, interpret=True), static_argnames=("scale", "tiles")
+)
+store_and_interpreted = jax.jit(
+    functools.partial(decode.store_and_decode, interpret=True), static_argnames=("scale", "eps", "tiles")
+)
 
 
 def case(contexts, kv_heads, group, head_dim, block_size):
@@ -41,7 +52,7 @@ def test_oracle_equals_float64_attention(shape):
 def test_kernel_equals_float64_attention(shape, extra):
     q, cache, scale = case(CONTEXTS, *shape[:4])
     tiles = decode.Tiles(block_k=shape[4], extra=extra, num_warps=4, num_stages=2)
-    out = decode.paged_decode_attention(q, *cache, scale=scale, tiles=tiles, interpret=True)
+    out = interpreted(q, *cache, scale=scale, tiles=tiles)
     np.testing.assert_allclose(out, decode_expected(q, cache, scale), atol=2e-6)
 
 
@@ -49,21 +60,22 @@ def test_kernel_equals_float64_attention(shape, extra):
 def test_any_number_of_parts_is_combined(parts):
     q, cache, scale = case([16 * parts - 5, 40], 1, 2, 16, 16)
     tiles = decode.Tiles(block_k=16, extra=64, num_warps=4, num_stages=2)
-    out = decode.paged_decode_attention(q, *cache, scale=scale, tiles=tiles, interpret=True)
+    out = interpreted(q, *cache, scale=scale, tiles=tiles)
     np.testing.assert_allclose(out, decode_expected(q, cache, scale), atol=2e-6)
 
 
-@pytest.mark.parametrize("contexts", [CONTEXTS, EDGES], ids=["mixed", "edges"])
+# Parts of three tiles, no parts, parts of one tile, and parts of eight, of which one context has as many.
 @pytest.mark.parametrize(
-    ("shape", "extra"), [(SHAPES[0], 4), (SHAPES[1], 1), (SHAPES[2], 64), ((2, 16, 16, 16, 16), 2)]
+    ("shape", "extra"), [(SHAPES[0], 16), (SHAPES[1], 1), (SHAPES[2], 64), ((2, 16, 16, 16, 16), 8)]
 )
-def test_new_tokens_are_stored_and_attended_to(shape, extra, contexts):
+def test_new_tokens_are_stored_and_attended_to(shape, extra):
+    contexts = CONTEXTS + EDGES
     _, cache, scale = case(contexts, *shape[:4])
     new = new_tokens(np.random.default_rng(1), cache, group=shape[1])
     args = [jnp.asarray(x) for x in (*new, *cache)]
     expected = store_and_decode(*args, scale=scale, eps=1e-6)
     tiles = decode.Tiles(block_k=shape[4], extra=extra, num_warps=4, num_stages=2)
-    got = decode.store_and_decode(*args, scale=scale, eps=1e-6, tiles=tiles, interpret=True)
+    got = store_and_interpreted(*args, scale=scale, eps=1e-6, tiles=tiles)
     for a, b in zip(got, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-6)
     assert not np.isnan(got[0]).any()
@@ -87,7 +99,7 @@ def test_rows_past_the_sequences_are_left_alone():
     tiles = decode.Tiles(block_k=32, extra=2, num_warps=4, num_stages=2)
     for out in (
         paged_decode_attention(jnp.asarray(more), *map(jnp.asarray, cache), scale=scale),
-        decode.paged_decode_attention(more, *cache, scale=scale, tiles=tiles, interpret=True),
+        interpreted(more, *cache, scale=scale, tiles=tiles),
     ):
         assert out.shape == more.shape
         np.testing.assert_allclose(out[: len(q)], decode_expected(q, cache, scale), atol=2e-6)
@@ -97,7 +109,7 @@ def test_two_batch_sizes_in_one_process():
     tiles = decode.Tiles(block_k=16, extra=2, num_warps=4, num_stages=2)
     for contexts in ([40, 3], [7, 33, 16, 0]):
         q, cache, scale = case(contexts, 1, 2, 16, 16)
-        out = decode.paged_decode_attention(q, *cache, scale=scale, tiles=tiles, interpret=True)
+        out = interpreted(q, *cache, scale=scale, tiles=tiles)
         np.testing.assert_allclose(out, decode_expected(q, cache, scale), atol=2e-6)
 
 
@@ -119,6 +131,9 @@ def test_it_runs_without_jit():
     np.testing.assert_allclose(out, decode_expected(q, cache, scale), atol=2e-6)
 
 
+cut_contexts = jax.jit(decode.cut_contexts, static_argnums=2)
+
+
 @settings(deadline=None, max_examples=60)  # each size is compiled anew
 @given(
     contexts=st.sampled_from([1, 3, 40]).flatmap(
@@ -128,8 +143,7 @@ def test_it_runs_without_jit():
     extra=st.sampled_from([1, 16, 64]),
 )
 def test_each_key_is_in_one_item_of_work(contexts, block_k, extra):
-    cut_contexts = jax.jit(decode.cut_contexts, static_argnums=(1, 2))
-    items, cut = jax.tree.map(np.asarray, cut_contexts(jnp.array(contexts), block_k, extra))
+    items, cut = jax.tree.map(np.asarray, cut_contexts(np.array(contexts), block_k, extra))
     used = items[items[:, 3] != decode.UNUSED]
     share = max(1, -(-sum(-(-c // block_k) for c in contexts) // extra))
     assert (used[:, 2] - used[:, 1] <= share).all(), "items of about one size"
@@ -150,5 +164,5 @@ def test_each_key_is_in_one_item_of_work(contexts, block_k, extra):
 @pytest.mark.parametrize("batch", [1, 8])  # more have 128 items uncut
 def test_defaults_fill_the_gpu(batch):
     tiles = decode.default_tiles(batch, 8, 128, jnp.bfloat16)
-    items, _ = decode.cut_contexts(jnp.full(batch, 1000), tiles.block_k, tiles.extra)
+    items, _ = cut_contexts(np.full(batch, 1000), tiles.block_k, tiles.extra)
     assert 8 * (items[:, 3] != decode.UNUSED).sum() >= 128

@@ -1,5 +1,7 @@
 """paged_prefill_attention: oracle and interpreted kernel against float64 attention, unused slots full of NaN."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,12 @@ SHAPES = [  # K, G, H, block_size, rows, block_k
     (1, 5, 32, 32, 32, 32),
     (3, 2, 16, 16, 16, 64),
 ]
+
+
+# One program: outside of one, each operation would be compiled on its own.
+interpreted = jax.jit(
+    functools.partial(prefill.paged_prefill_attention, interpret=True), static_argnames=("scale", "fixed", "tiles")
+)
 
 
 def case(contexts, queries, padding, kv_heads, group, head_dim, block_size):
@@ -39,7 +47,7 @@ def test_oracle_equals_float64_attention(shape):
 def test_kernel_equals_float64_attention(shape):
     args, scale, expected = case(CONTEXTS, QUERIES, PADDING, *shape[:4])
     tiles = prefill.Tiles(rows=shape[4], block_k=shape[5], num_warps=4, num_stages=2)
-    out = prefill.paged_prefill_attention(*args, scale=scale, tiles=tiles, interpret=True)
+    out = interpreted(*args, scale=scale, tiles=tiles)
     np.testing.assert_allclose(out, expected, atol=2e-6)
 
 
@@ -52,7 +60,7 @@ def test_two_token_counts_in_one_process():
     tiles = prefill.Tiles(rows=16, block_k=16, num_warps=4, num_stages=2)
     for queries in ([9], [20, 3]):
         args, scale, expected = case(queries, queries, 1, 1, 2, 16, 16)
-        out = prefill.paged_prefill_attention(*args, scale=scale, tiles=tiles, interpret=True)
+        out = interpreted(*args, scale=scale, tiles=tiles)
         np.testing.assert_allclose(out, expected, atol=2e-6)
 
 
@@ -61,7 +69,7 @@ def test_all_sequences_padded():
     tiles = prefill.Tiles(rows=16, block_k=16, num_warps=4, num_stages=2)
     for out in (
         paged_prefill_attention(*args, scale=scale),
-        prefill.paged_prefill_attention(*args, scale=scale, tiles=tiles, interpret=True),
+        interpreted(*args, scale=scale, tiles=tiles),
     ):
         np.testing.assert_array_equal(out, np.zeros_like(out))
 
@@ -72,7 +80,7 @@ def test_rows_of_decoding_sequences_before_the_first_stay():
     args, tiles = (q, *args[1:4], args[4] + 7, args[5], out), prefill.Tiles(16, 32, num_warps=4, num_stages=2)
     for result in (
         paged_prefill_attention(*args, scale=scale),
-        prefill.paged_prefill_attention(*args, scale=scale, tiles=tiles, interpret=True),
+        interpreted(*args, scale=scale, tiles=tiles),
     ):
         np.testing.assert_array_equal(result[:7], out[:7])
         np.testing.assert_allclose(result[7:], expected, atol=2e-6)
@@ -83,7 +91,7 @@ def test_bits_do_not_depend_on_the_chunk():
     (q, *caches, tables, _, _), scale, _ = case([75], [75], 0, 2, 2, 16, 16)
     tiles = prefill.Tiles(rows=16, block_k=16, num_warps=4, num_stages=2)
     for function in (
-        lambda *args: prefill.paged_prefill_attention(*args, scale=scale, fixed=True, tiles=tiles, interpret=True),
+        lambda *args: interpreted(*args, scale=scale, fixed=True, tiles=tiles),
         lambda *args: paged_prefill_attention(*args, scale=scale, fixed=True),
     ):
         whole = function(q, *caches, tables, jnp.array([0, 75]), jnp.array([75]))
@@ -113,7 +121,8 @@ def test_tiles_cover_each_row_once(seed):
     tokens = int(lengths.sum() + rng.integers(1, 9))
     starts, contexts = np.cumsum([0, *lengths]), lengths + rng.integers(0, 9, len(lengths))
     rows = np.full(tokens, -1)
-    for sequence, row, count, position in zip(*prefill_tiles(starts, contexts, tokens, block_q), strict=True):
+    tiles = jax.jit(prefill_tiles, static_argnums=(2, 3))(starts, contexts, tokens, block_q)
+    for sequence, row, count, position in zip(*map(np.asarray, tiles), strict=True):
         assert count <= block_q
         assert (rows[row : row + count] == -1).all()
         rows[row : row + count] = sequence
