@@ -32,8 +32,11 @@ KERNELS = {name: by_columns(draw) for name, draw in KERNELS.items()}
 either = pytest.mark.parametrize("draw", [ORACLE, *KERNELS.values()], ids=["oracle", *KERNELS])
 
 
-def inputs(rows, vocab, seed=0):
-    """Rows of many temperatures, of which the third is 0, and of thresholds that leave something out in every other."""
+def inputs(rows=6, vocab=300, seed=0):
+    """Rows of many temperatures, of which the third is 0, and of thresholds that leave something out in every other.
+
+    Tests to which its size does not matter have one in common, and its programs.
+    """
     rng = np.random.default_rng(seed)
     logits = (3 * rng.standard_normal((rows, vocab))).astype(np.float32)
     temperatures = np.where(np.arange(rows) % 3 == 2, 0, rng.uniform(0.01, 3, rows)).astype(np.float32)
@@ -48,17 +51,19 @@ def mix(x):
     return x ^ (x >> 16)
 
 
+@jax.jit
 def keys_of(seeds, positions):
     """Rows' keys [R, 2], as JAX makes them."""
     fold_in = jax.vmap(lambda seed, position: jax.random.fold_in(jax.random.wrap_key_data(seed, impl=IMPL), position))
-    return np.asarray(jax.random.key_data(fold_in(seeds, positions)))
+    return jax.random.key_data(fold_in(seeds, positions))
 
 
 def exact(logits, temperatures, seeds, positions, thresholds):
     """Scores in float64, of Python's integers."""
-    keys = keys_of(seeds, positions)
-    entries = [[mix(mix(i ^ int(a)) ^ int(b)) for i in range(logits.shape[1])] for a, b in keys]
-    uniform = np.minimum((np.array(entries, np.float64) + 0.5) / 2**32, 1 - 2.0**-24)
+    keys = np.asarray(keys_of(seeds, positions))
+    a, b = keys.astype(object).T[..., None]
+    entries = mix(mix(np.arange(logits.shape[1], dtype=object) ^ a) ^ b)
+    uniform = np.minimum((entries.astype(np.float64) + 0.5) / 2**32, 1 - 2.0**-24)
     divisor = np.where(temperatures > 0, temperatures, 1).astype(np.float64)[:, None]
     scores = np.where(temperatures[:, None] > 0, logits / divisor - np.log(-np.log1p(-uniform)), logits)
     return np.where(logits < thresholds[:, None], -np.inf, scores)
@@ -84,20 +89,20 @@ def test_the_kernel_draws_what_the_oracle_draws(draw):
 
 @either
 def test_of_equal_ones_the_lowest(draw):
-    logits, temperatures, *rest = inputs(4, 300)
+    logits, temperatures, *rest = inputs()
     logits[:] = -1
-    for row, places in enumerate(((299, 7), (130, 66, 65), (0, 299), (200, 72))):
+    for row, places in enumerate(((299, 7), (130, 66, 65), (0, 299), (200, 72), (64, 128), (298, 299))):
         logits[row, list(places)] = 2
     entries, scores = draw(logits, 0 * temperatures, *rest)
-    np.testing.assert_array_equal(entries, [7, 65, 0, 72])
-    np.testing.assert_array_equal(scores, np.full(4, 2, np.float32))
+    np.testing.assert_array_equal(entries, [7, 65, 0, 72, 64, 298])
+    np.testing.assert_array_equal(scores, np.full(6, 2, np.float32))
 
 
 @either
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_what_is_no_number(draw, temperature):
     """It is found, wherever it is, and its score tells; nobody else notices."""
-    logits, temperatures, *rest = inputs(6, 300)
+    logits, temperatures, *rest = inputs()
     good = draw(logits, np.full_like(temperatures, temperature), *rest)
     logits[0, 17], logits[1, 299], logits[2, 0] = np.nan, np.inf, np.nan
     logits[3] = -np.inf
@@ -111,8 +116,8 @@ def test_what_is_no_number(draw, temperature):
 
 @either
 def test_two_that_are_no_numbers(draw):
-    logits, *rest = inputs(2, 300)
-    logits[:, 3], logits[:, 7] = [np.inf, np.nan], [np.nan, np.inf]
+    logits, *rest = inputs()
+    logits[:, 3], logits[:, 7] = [np.inf, np.nan] * 3, [np.nan, np.inf] * 3
     entries, scores = draw(logits, *rest)
     assert np.isin(entries, (3, 7)).all()
     assert not np.isfinite(scores).any()

@@ -85,13 +85,13 @@ def stress(make, contexts, counts, shape, *, padding=0, poison=np.nan):
             for target, values in zip(caches, keys_and_values, strict=True):
                 target[table[block], :, offset] = values
         row += count
-    q, k_cache, v_cache = (np.asarray(jnp.asarray(x, dtype), np.float32) for x in (q, *caches))
+    q, k_cache, v_cache = (x.astype(jnp.dtype(dtype)).astype(np.float32) for x in (q, *caches))
     return q, Paged(k_cache, v_cache, tables, np.array(contexts, np.int32))
 
 
 def arrays(dtype, q, cache: Paged, *between):
     """The arguments of a kernel."""
-    floats = (jnp.asarray(x, dtype) for x in (q, cache.k_cache, cache.v_cache))
+    floats = (jnp.asarray(x.astype(jnp.dtype(dtype))) for x in (q, cache.k_cache, cache.v_cache))
     return *floats, *map(jnp.asarray, (cache.block_tables, *between, cache.context_lens))
 
 

@@ -41,6 +41,7 @@ def assert_keeps(rows: Rows, thresholds, expected):
         np.testing.assert_array_equal((row >= found) & (row > -inf), keep, err_msg=f"row {i}: {rows.one(i)[1:]}")
 
 
+# Tests of 300 entries that need few rows have 8, which are one program.
 # probabilities, (temperature, top_k, top_p, min_p), what is kept
 BY_HAND = [
     ([0.1, 0.2, 0.3, 0.4], (1, 0, 0.6, 0), [2, 3]),  # the one that crosses p stays
@@ -112,19 +113,20 @@ def test_rows_that_leave_nothing_out_have_no_threshold(find):
 @pytest.mark.parametrize("value", [-inf, np.nan, inf, 0.0, -0.0, 1e-45, 3.4e38])
 def test_rows_of_one_strange_value_end(find, value):
     """Rows that no model should produce: any threshold, but one there is; equal numbers are all kept."""
-    logits = np.full((4, 300), value, np.float32)
-    thresholds = np.asarray(find(*rows_of(logits, [(1, 5, 1, 0), (1, 0, 0.5, 0), (1, 5, 0.5, 0.1), (1, 0, 1, 0.1)])))
+    logits = np.full((8, 300), value, np.float32)
+    settings = [(1, 5, 1, 0), (1, 0, 0.5, 0), (1, 5, 0.5, 0.1), (1, 0, 1, 0.1)] * 2
+    thresholds = np.asarray(find(*rows_of(logits, settings)))
     if np.isfinite(value):
         assert (logits >= thresholds[:, None]).all()
 
 
 @either
 def test_mixed_signs_of_zero_and_one_strange_entry(find):
-    logits = np.tile(np.float32([0.0, -0.0, -1.0, 0.0] * 75), (3, 1))
-    rows = rows_of(logits, [(1, 1, 1, 0), (1, 225, 1, 0), (1, 0, 0.5, 0)])
-    assert_keeps(rows, find(*rows), [logits[0] == 0] * 3)
+    logits = np.tile(np.float32([0.0, -0.0, -1.0, 0.0] * 75), (8, 1))
+    rows = rows_of(logits, [(1, 1, 1, 0), (1, 225, 1, 0), (1, 0, 0.5, 0), (1, 1, 0.5, 0)] * 2)
+    assert_keeps(rows, find(*rows), [logits[0] == 0] * 8)
     logits[:, 5] = np.nan
-    find(*rows_of(logits, [(1, 5, 0.5, 0.1), (1, 0, 0.5, 0), (1, 3, 1, 0)]))
+    find(*rows_of(logits, [(1, 5, 0.5, 0.1), (1, 0, 0.5, 0), (1, 3, 1, 0), (1, 0, 1, 0.1)] * 2))
 
 
 DRAWS = 20_000
