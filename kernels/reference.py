@@ -85,8 +85,8 @@ def fixed_matmul(x, weight, *, dtype):
 
     def product(tile):
         # Barriers: a single tile is no loop any more, and then XLA's CPU products of float16 are others.
-        wide = lax.optimization_barrier((tile.astype(jnp.float32), weight.T.astype(jnp.float32)))
-        return lax.optimization_barrier(jnp.matmul(*wide, precision="highest"))
+        x, w = lax.optimization_barrier((tile.astype(jnp.float32), weight.astype(jnp.float32)))
+        return lax.optimization_barrier(_product(x, w))
 
     return _in_tiles(product, x).astype(dtype)
 

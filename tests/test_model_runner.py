@@ -1,6 +1,7 @@
 """The device side: what is compiled and when, where its memory goes, and what it says about that."""
 
 import logging
+import math
 import re
 from contextlib import contextmanager
 from dataclasses import replace
@@ -90,6 +91,18 @@ def test_the_cache_is_updated_in_place(directory):
     before = [pages.unsafe_buffer_pointer() for pages in jax.tree.leaves(llm.runner.caches)]
     llm.generate([[1] * 100, [2]], GREEDY, use_tqdm=False)
     assert [pages.unsafe_buffer_pointer() for pages in jax.tree.leaves(llm.runner.caches)] == before
+
+
+def test_weights_are_read_where_they_are(directory):
+    """A step that decodes makes nothing of a weight's size: as XLA transposes a weight of three dimensions on a CPU."""
+    llm = small_llm(directory, num_kvcache_blocks=13)  # whose caches, and rows, have other sizes than weights
+    sizes = {leaf.size for leaf in llm.runner.weights.leaves if leaf.ndim > 1}
+    assert len(sizes) == 5
+    for shape, program in llm.runner.programs.items():
+        if not shape.prefill_tokens:
+            made = re.findall(r" = \w+\[([\d,]+)\]\S* ([\w-]+)\(", program.as_text())
+            large = {operation for dims, operation in made if math.prod(map(int, dims.split(","))) in sizes}
+            assert large <= {"parameter", "bitcast", "get-tuple-element"}, shape
 
 
 # --- eager ---

@@ -43,8 +43,10 @@ def matmul(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype | None = None) 
     if out_dtype is None and kernels.is_row(x, weight, normed=False):
         return kernels.row_linear(x, weight.reshape(-1, weight.shape[-1])).reshape(1, *weight.shape[:-1])
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    contract = (((x.ndim - 1,), (weight.ndim - 1,)), ((), ()))
-    return lax.dot_general(x, weight, contract, precision=precision, preferred_element_type=out_dtype or x.dtype)
+    # A matrix: of more dimensions XLA for a CPU would transpose the weights, each time.
+    rows, contract = weight.reshape(-1, weight.shape[-1]), (((x.ndim - 1,), (1,)), ((), ()))
+    y = lax.dot_general(x, rows, contract, precision=precision, preferred_element_type=out_dtype or x.dtype)
+    return y.reshape(*x.shape[:-1], *weight.shape[:-1])
 
 
 def _is_halved(x: jax.Array, weight: jax.Array) -> bool:
