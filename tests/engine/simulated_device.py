@@ -24,11 +24,11 @@ def next_token(context: list[int]) -> int:
 
 def expected_completion(prompt: list[int], max_len: int, stop_token_ids: frozenset[int]) -> tuple[list[int], str]:
     """The completion of a request that runs alone, and its finish reason."""
-    tokens, context, state = list(prompt), [], 0
+    tokens, entries, context = list(prompt), [], []
     while True:
         for position in range(len(context), len(tokens)):
-            state = hash((state, hash((position, tokens[position]))))
-            context.append(state)
+            entries.append(hash((position, tokens[position])))
+            context.append(hash(tuple(entries)))
         tokens.append(next_token(context))
         if tokens[-1] in stop_token_ids:
             return tokens[len(prompt) :], "stop"
@@ -69,11 +69,10 @@ class SimulatedDevice:
                 token = self._input_token(seq, position)
                 self.layers[0][row[position]] = NAN if self.is_faulty() else hash((position, token))
         for (_, start), row in zip(rows, cells):
-            state = 0
-            for position, cell in enumerate(row):
-                state = NAN if NAN in (state, self.layers[0][cell]) else hash((state, self.layers[0][cell]))
-                if position >= start:
-                    self.layers[1][cell] = state
+            entries = tuple(self.layers[0][cell] for cell in row)
+            for position in range(start, len(row)):
+                before = entries[: position + 1]
+                self.layers[1][row[position]] = NAN if NAN in before else hash(before)
         contexts = [[self.layers[1][cell] for cell in row] for row in cells]
         sampled = [-1 if NAN in context else next_token(context) for context in contexts]
         num_decodes = len(schedule.decodes)
@@ -88,7 +87,8 @@ class SimulatedDevice:
     def _cells(self, seq: Sequence, end: int) -> list[int]:
         """Where the positions 0..end-1 of a sequence lie."""
         size = self.block_size
-        return [seq.block_table[p // size] * size + p % size for p in range(end)]
+        assert end <= len(seq.block_table) * size, f"no cell for the last token of {seq}"
+        return [cell for block in seq.block_table for cell in range(block * size, (block + 1) * size)][:end]
 
     def _input_token(self, seq: Sequence, position: int) -> int:
         known = position < len(seq.token_ids)
@@ -105,6 +105,7 @@ class Simulation:
         self.device = SimulatedDevice(options["num_blocks"], self.block_size, options["max_num_seqs"])
         self.in_flight: deque = deque()
         self.sequences: list[Sequence] = []
+        self._live: list[Sequence] = []  # and those that have finished since this was asked for
         self.cut_short: list[Sequence] = []  # ended, with work on the device that nobody will look at
         self.num_steps = 0
         self.num_steps_ahead = 0  # those dispatched together with one before them
@@ -114,13 +115,15 @@ class Simulation:
 
     @property
     def live(self) -> list[Sequence]:
-        return [seq for seq in self.sequences if not seq.is_finished]
+        self._live = [seq for seq in self._live if not seq.is_finished]
+        return self._live
 
     def add(self, prompt: list[int], max_tokens: int, stop_token_ids: frozenset[int] = frozenset()) -> Sequence:
         seq_id = len(self.sequences)
         max_len = min(len(prompt) + max_tokens, self.scheduler.max_model_len)
         seq = Sequence(seq_id, f"r{seq_id}", prompt, None, stop_token_ids=stop_token_ids, max_len=max_len)
         self.sequences.append(seq)
+        self._live.append(seq)
         self.scheduler.add(seq)
         self.check()
         return seq
@@ -170,6 +173,7 @@ class Simulation:
         schedule = self.scheduler.schedule()
         self.check_schedule(schedule)
         assert schedule or self.in_flight or not live, "nothing runs, and nothing ever will"
+        assert live or not schedule, "nobody is left, and somebody runs"
         if oldest:
             assert oldest.num_preemptions == preempted, f"the oldest sequence was preempted: {oldest}"
         if schedule:
@@ -215,7 +219,9 @@ class Simulation:
         """Run until every sequence has finished, then see that nothing is left behind."""
         while self.scheduler.has_unfinished or self.in_flight:
             self.step(depth)
-        assert not self.live
+        for seq in self.sequences:  # also those that `live` no longer looks at: an end is for good
+            self._check_end(seq)
+            assert seq.is_finished, seq
         assert self.scheduler.block_manager.num_used_blocks == 0
         # What depends on NaN is published before anyone samples from it: an abort or end may come between.
         unread = {digest for seq in self.cut_short for digest in seq.block_hashes}
@@ -244,9 +250,14 @@ class Simulation:
             for block in seq.block_table[seq.num_computed // self.block_size :]:
                 assert manager._ref_counts[block] == 1, f"a shared block will be written by {seq}"
                 assert manager._hashes[block] is None, f"a published block will be written by {seq}"
-        for seq in self.sequences:
-            assert (seq.status is Status.FINISHED) == (seq.finish_reason is not None)
-            assert seq.num_cached_tokens < seq.num_prompt_tokens
+        for seq in self._live:
+            self._check_end(seq)
+        assert len(self.live) == self.scheduler.num_running + self.scheduler.num_waiting, "one is lost, or comes back"
+
+    @staticmethod
+    def _check_end(seq: Sequence) -> None:
+        assert (seq.status is Status.FINISHED) == (seq.finish_reason is not None)
+        assert seq.num_cached_tokens < seq.num_prompt_tokens
 
     def check_schedule(self, schedule: Schedule) -> None:
         rows = [*schedule.decodes, *(chunk.seq for chunk in schedule.prefills)]
