@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from queue import SimpleQueue
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_model import write_checkpoint
+from small_model import SMALL, write_checkpoint
 
 from nanovllm_jax.checkpoints.load import TINY_MODEL
 from nanovllm_jax.config import ModelConfig
@@ -42,7 +43,10 @@ def make_programs(**options):
 
 @pytest.fixture(scope="module")
 def programs():
-    return make_programs()
+    """Each lowered once, and so compiled once in this process: no option of XLA's is given for a CPU."""
+    programs = make_programs()
+    programs.lower = cache(programs.lower)
+    return programs
 
 
 def make_store(directory=None):
@@ -87,6 +91,15 @@ def started(monkeypatch):
     return processes
 
 
+@pytest.fixture
+def silent(monkeypatch, tmp_path):
+    """Helpers that are sent what they want to be sent, and for which a test answers."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexec cat > /dev/null")
+    python.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(python))
+
+
 def end(helper):
     helper.join(timeout=200)
     helper.process.kill()
@@ -117,8 +130,10 @@ def test_a_helper_makes_the_same_programs(programs, store, by_helpers, caplog):
 
 
 @pytest.mark.parametrize("num_helpers", [0, 1])
-def test_what_is_compiled_is_kept(programs, tmp_path, num_helpers, request):
-    """Whichever process has compiled it."""
+def test_what_is_compiled_is_kept(programs, tmp_path, num_helpers, request, monkeypatch):
+    """Whichever process has compiled it, and whatever is in the path of modules."""
+    # What imports ignore, and what goes by the working directory, which a helper must not look into by itself.
+    monkeypatch.setattr(sys, "path", [*sys.path, Path("/tmp"), "relative", ""])
     helped, store = request.getfixturevalue("by_helpers" if num_helpers else "helped"), make_store(tmp_path)
     assert not store.load_all(ONE)
     compile_all(programs, ONE, store, num_helpers)
@@ -157,7 +172,7 @@ assert helped
 
 def test_programs_of_several_devices(tmp_path):
     """A helper makes the same mesh."""
-    model = write_checkpoint(tmp_path / "model")
+    model = write_checkpoint(tmp_path / "model", replace(SMALL, num_hidden_layers=1))
     subprocess.run([sys.executable, "-c", SEVERAL_DEVICES, str(model)], check=True)
 
 
@@ -222,12 +237,6 @@ def test_helpers_keep_no_memory_of_a_gpu_from_one_another(programs, store, monke
     assert [env["XLA_PYTHON_CLIENT_ALLOCATOR"] for env in environments] == ["platform"] * 2
 
 
-def test_any_path_of_modules(programs, store, by_helpers, monkeypatch):
-    """What imports ignore, and what goes by the working directory, which a helper must not look into by itself."""
-    monkeypatch.setattr(sys, "path", [*sys.path, Path("/tmp"), "relative", ""])
-    assert len(compile_all(programs, ONE, store, 1)) == len(by_helpers) == 1
-
-
 def test_a_helper_runs_nothing_of_the_working_directory(programs, store, by_helpers, monkeypatch, tmp_path):
     (tmp_path / "queue.py").write_text("open('was_run', 'w')")
     monkeypatch.chdir(tmp_path)
@@ -236,14 +245,14 @@ def test_a_helper_runs_nothing_of_the_working_directory(programs, store, by_help
 
 
 @pytest.mark.parametrize("which", [0, 2, -1], ids=["modules", "flags", "devices"])
-def test_a_helper_that_would_make_other_programs_is_of_no_use(programs, store, which, caplog):
-    store.about[which], todo = "another", Todo(SHAPES)
-    with caplog.at_level(logging.DEBUG, compiling.__name__):
-        end(Helper(programs, todo, SimpleQueue(), store))
-    assert "another" in caplog.text
-    assert todo.first() == SHAPES[0]
+def test_other_programs_are_no_help(programs, store, which):
+    """A helper that would make them says so, as in test_a_helper_that_says_what_is_wrong."""
+    store.about[which] = "another"
+    with pytest.raises(RuntimeError, match=r"not \{'another'\}"):
+        compiling._programs_of(jax.config.values, programs.settings, store.settings, store.about)
 
 
+@pytest.mark.usefixtures("silent")
 def test_what_cannot_be_read_is_compiled_here(programs, store, helped, monkeypatch, caplog):
     """And nothing else is left to such a helper."""
     answers = iter([(None, None), (SHAPES[1], b"nonsense"), (None, None)])
@@ -286,6 +295,7 @@ def test_what_a_helper_cannot_compile_is_compiled_here(programs, store, by_helpe
     assert not by_helpers
 
 
+@pytest.mark.usefixtures("silent")
 def test_a_helper_without_a_thread(programs, store, started, monkeypatch, caplog):
     monkeypatch.setattr(Helper, "start", no_thread)
     with caplog.at_level(logging.DEBUG, compiling.__name__):
@@ -299,14 +309,16 @@ def no_thread(helper):
 
 
 def test_a_helper_that_says_what_is_wrong(programs, store, caplog):
-    """It cannot make the model; the exception is in the log of this process."""
+    """It cannot make the model; the exception is in the log of this process, and it has taken nothing."""
     settings = programs.settings._replace(model_config="no config")
-    broken = StepPrograms(settings, programs.mesh, programs.weights, programs.treedef)
+    broken, todo = StepPrograms(settings, programs.mesh, programs.weights, programs.treedef), Todo(SHAPES)
     with caplog.at_level(logging.DEBUG, compiling.__name__):
-        end(Helper(broken, Todo([]), SimpleQueue(), store))
+        end(Helper(broken, todo, SimpleQueue(), store))
     assert "AttributeError" in caplog.text
+    assert todo.first() == SHAPES[0]
 
 
+@pytest.mark.usefixtures("silent")
 @pytest.mark.parametrize("fate", ["dies", "sleeps"])
 def test_a_helper_that_does_not_answer(programs, store, helped, monkeypatch, fate):
     """Its programs are compiled here: at once if it is known to be dead, else when they have all had their time."""
