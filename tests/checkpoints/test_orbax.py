@@ -2,6 +2,7 @@
 
 import filecmp
 import json
+import logging
 import os
 import shutil
 import signal
@@ -24,6 +25,7 @@ from nanovllm_jax.models.parameters import parameters_of, set_parameters, with_h
 from nanovllm_jax.models.qwen3 import Qwen3ForCausalLM
 from nanovllm_jax.parallel.sharding import make_mesh
 
+pytestmark = pytest.mark.usefixtures("programs_kept")
 SCRIPT = f"""
 import sys
 sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1]), str(Path(convert.__file__).parent)]!r}
@@ -132,6 +134,8 @@ def test_meshes(directory, tmp_path):
 source, target = Path(sys.argv[1]), Path(sys.argv[2])
 wanted = arrays_of(source)
 save_weights(model_of(source, devices=4), target)
+# absl, which Orbax logs by, gives the root logger a handler at each use: a program's basicConfig would do nothing then.
+assert not logging.getLogger().handlers
 for devices in (1, 2, 4):
     for path, array in arrays_of(target, devices=devices).items():
         np.testing.assert_array_equal(array, wanted[path])
@@ -161,17 +165,6 @@ def test_copies_of_kv_heads_are_not_saved(copy):
     with pytest.raises(ValueError, match="each kv head is there 2 times"):
         save_weights(model, copy)
     assert saved_weights(copy).name == "1"
-
-
-def test_a_programs_logging_stays_its_own(copy):
-    """absl, which Orbax logs by, gives the root logger a handler at each use: basicConfig would do nothing after it."""
-    code = """
-import logging
-model = model_of(Path(sys.argv[1]))
-save_weights(model, sys.argv[1])
-assert not logging.getLogger().handlers
-"""
-    assert in_process(code, copy).wait(120) == 0
 
 
 def test_an_interrupted_save_leaves_the_old_checkpoint(directory, copy):
