@@ -174,7 +174,10 @@ def _attend(q, k_cache, v_cache, block_tables, positions, scale):
     """
     num_blocks, kv_heads, block_size, head_dim = k_cache.shape
     rows, queries, heads, _ = q.shape
-    q32 = q.astype(jnp.float32).reshape(rows, queries, kv_heads, heads // kv_heads, head_dim) * scale
+    group = heads // kv_heads
+    by_head = q.astype(jnp.float32).reshape(rows, queries, kv_heads, group, head_dim).swapaxes(1, 2)
+    q32 = by_head.reshape(rows, kv_heads, queries * group, head_dim) * scale  # [B, K, T * G, H]
+    last = jnp.repeat(positions, group, axis=1)[:, None, :, None]  # [B, 1, T * G, 1]
     keys = math.gcd(KEYS_PER_TILE, block_size)
 
     def take_in_tile(i, state):
@@ -187,18 +190,18 @@ def _attend(q, k_cache, v_cache, block_tables, positions, scale):
             return jax.vmap(lambda b: part((b, 0, offset, 0))[0].astype(jnp.float32))(block)  # [B, K, S, H]
 
         key_position = i * keys + jnp.arange(keys)
-        seen = key_position[None, None] <= positions[:, :, None]  # [B, T, S]
-        used = (key_position[None] <= positions.max(axis=1)[:, None])[:, None, :, None]  # [B, 1, S, 1]
+        seen = key_position[None, None, None] <= last  # [B, 1, T * G, S]
+        used = seen.any(axis=2)[..., None]  # [B, 1, S, 1]
         k, v = tile_of(k_cache), jnp.where(used, tile_of(v_cache), 0)  # 0 * NaN of an unused slot would be NaN
-        scores = jnp.einsum("btkgh,bksh->btkgs", q32, k, precision="highest")
-        scores = jnp.where(seen[:, :, None, None], scores, NEG_INF)
+        scores = jnp.where(seen, jnp.einsum("bkqh,bksh->bkqs", q32, k, precision="highest"), NEG_INF)
         m_new = jnp.maximum(m, scores.max(axis=-1))
-        p = jnp.where(seen[:, :, None, None], jnp.exp(scores - m_new[..., None]), 0)
+        p = jnp.where(seen, jnp.exp(scores - m_new[..., None]), 0)
         alpha = jnp.exp(m - m_new)
-        values = jnp.einsum("btkgs,bksh->btkgh", p, v, precision="highest")
+        values = jnp.einsum("bkqs,bksh->bkqh", p, v, precision="highest")
         return acc * alpha[..., None] + values, m_new, l * alpha + p.sum(axis=-1)
 
     m = jnp.full(q32.shape[:-1], NEG_INF, jnp.float32)
     tiles = (positions.max() + keys) // keys
     acc, _, l = lax.fori_loop(0, tiles, take_in_tile, (jnp.zeros_like(q32), m, jnp.zeros_like(m)))
-    return (acc / jnp.maximum(l, 1e-30)[..., None]).astype(q.dtype).reshape(q.shape)
+    out = (acc / jnp.maximum(l, 1e-30)[..., None]).reshape(by_head.shape).swapaxes(1, 2)
+    return out.astype(q.dtype).reshape(q.shape)
