@@ -84,17 +84,17 @@ def programs_kept(kept_programs):
         yield
 
 
-def _engines_with(options):
+def _engines_with(options, rows_from=1):
     with pytest.MonkeyPatch.context() as patch:
         for module in (model_runner, step_programs):
-            patch.setattr(module, "compiler_options", lambda *_: options)
+            patch.setattr(module, "compiler_options", lambda _, rows: options if rows >= rows_from else {})
         yield
 
 
 @pytest.fixture(scope="module")
 def quick_to_run():
-    """Engines whose programs run for more than moments."""
-    yield from _engines_with(QUICK_TO_RUN)
+    """Engines whose programs run for more than moments, but for those of one row."""
+    yield from _engines_with(QUICK_TO_RUN, rows_from=2)
 
 
 @pytest.fixture(scope="module")

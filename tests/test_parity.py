@@ -17,7 +17,6 @@ from nanovllm_jax.parallel.sharding import make_mesh
 torch = pytest.importorskip("torch")
 
 BLOCK = 16
-GREEDY = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
 
 
 @pytest.fixture(scope="module", params=SHAPES)
@@ -53,8 +52,9 @@ def model(case):
 def test_logits_of_the_training_forward(case, model):
     _, reference = case
     tokens = random_prompts(8)[-1]
-    hidden, _ = model(jnp.array([tokens]), jnp.arange(len(tokens)), None, causal_attention)
-    np.testing.assert_allclose(model.logits(hidden)[0], reference_logits(reference, tokens), atol=1e-4, rtol=1e-4)
+    forward = jax.jit(lambda model, *args: model.logits(model(*args, None, causal_attention)[0]))
+    logits = forward(model, np.array([tokens]), np.arange(len(tokens)))[0]
+    np.testing.assert_allclose(logits, reference_logits(reference, tokens), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("chunk", "added_rows"), [(1, 8192), (7, 8192), (100, 8192), (7, 7), (100, 1)])
@@ -66,21 +66,26 @@ def test_logits_of_the_paged_forward(case, model, chunk, added_rows, monkeypatch
     tokens = tokens[: len(tokens) // chunk * chunk or None]  # whole chunks: another length is another program
     c = model.config
     pages = jnp.full((12, c.num_key_value_heads, BLOCK, c.head_dim), jnp.nan)  # unwritten slots must never show
-    caches, table, logits = [KVCache(pages, pages)] * c.num_hidden_layers, jnp.array([[7, 2, 9, 4, 11, 0]]), []
-    forward = jax.jit(lambda *args: model(*args))
+    caches, table, logits = [KVCache(pages, pages)] * c.num_hidden_layers, np.array([[7, 2, 9, 4, 11, 0]]), []
+
+    @jax.jit
+    def forward(model, *args):
+        hidden, caches = model(*args)
+        return model.logits(hidden), caches
+
     for start in range(0, len(tokens), chunk):
-        part = jnp.array(tokens[start : start + chunk])
-        positions = start + jnp.arange(len(part))
+        part = np.array(tokens[start : start + chunk])
+        positions = start + np.arange(len(part))
         attend = PagedAttention(
             slot_mapping=table[0, positions // BLOCK] * BLOCK + positions % BLOCK,
             decode_tables=table[:0],
-            decode_context_lens=jnp.zeros(0, jnp.int32),
+            decode_context_lens=np.zeros(0, np.int32),
             prefill_tables=table,
-            prefill_context_lens=jnp.array([start + len(part)]),
-            query_starts=jnp.array([0, len(part)]),
+            prefill_context_lens=np.array([start + len(part)]),
+            query_starts=np.array([0, len(part)]),
         )
-        hidden, caches = forward(part, positions, caches, attend)
-        logits.append(model.logits(hidden))
+        of_part, caches = forward(model, part, positions, caches, attend)
+        logits.append(of_part)
     np.testing.assert_allclose(np.concatenate(logits), reference_logits(reference, tokens), atol=1e-4, rtol=1e-4)
 
 
@@ -93,15 +98,16 @@ def llm(case, quick_to_run):
     return LLM(case[0], **SIZES)
 
 
-def generate(llm, prompts):
-    outputs = [out.outputs[0].token_ids for out in llm.generate(prompts, GREEDY, use_tqdm=False)]
+def generate(llm, prompts, max_tokens=64):
+    greedy = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+    outputs = [out.outputs[0].token_ids for out in llm.generate(prompts, greedy, use_tqdm=False)]
     llm.scheduler.check()
     assert not llm.scheduler.running
     return outputs
 
 
 def test_greedy_tokens_of_the_engine(case, llm):
-    """64 greedy tokens: alone, 32 mixed lengths, 16 at a time, with prefix hits, and in chunks of every size."""
+    """64 greedy tokens: alone, 32 mixed lengths, 16 at a time, with prefix hits; and some in chunks of every size."""
     _, reference = case
     prompts = random_prompts(32)
     expected = generate(llm, prompts)
@@ -116,7 +122,8 @@ def test_greedy_tokens_of_the_engine(case, llm):
     for chunk in range(1, BLOCK + 2):
         llm.reset_prefix_cache()
         llm.scheduler.max_num_batched_tokens = chunk  # the shapes are compiled for 64 tokens and for anything less
-        assert generate(llm, prompts[5:8]) == expected[5:8], f"chunks of {chunk}"
+        some = [output[: BLOCK + 4] for output in expected[5:8]]  # so many go on into another block
+        assert generate(llm, prompts[5:8], BLOCK + 4) == some, f"chunks of {chunk}"
 
 
 def test_greedy_tokens_when_preempted(case, llm, monkeypatch):
