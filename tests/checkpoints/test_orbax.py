@@ -2,7 +2,6 @@
 
 import filecmp
 import json
-import logging
 import os
 import shutil
 import signal
@@ -131,6 +130,7 @@ def test_the_engine_takes_either_form(directory, saved, caplog):
 def test_meshes(directory, tmp_path):
     """Saved from four devices, restored on one, two and four: each has its own part, and all together the same."""
     code = """
+import logging
 source, target = Path(sys.argv[1]), Path(sys.argv[2])
 wanted = arrays_of(source)
 save_weights(model_of(source, devices=4), target)
