@@ -68,8 +68,8 @@ def test_logits_of_the_paged_forward(case, model, chunk, added_rows, monkeypatch
     pages = jnp.full((12, c.num_key_value_heads, BLOCK, c.head_dim), jnp.nan)  # unwritten slots must never show
     caches, table, logits = [KVCache(pages, pages)] * c.num_hidden_layers, np.array([[7, 2, 9, 4, 11, 0]]), []
 
-    @jax.jit
-    def forward(model, *args):
+    @jax.jit  # the weights in it: as arguments, on a mesh, they would have the caches that come out compile it again
+    def forward(*args):
         hidden, caches = model(*args)
         return model.logits(hidden), caches
 
@@ -84,7 +84,7 @@ def test_logits_of_the_paged_forward(case, model, chunk, added_rows, monkeypatch
             prefill_context_lens=np.array([start + len(part)]),
             query_starts=np.array([0, len(part)]),
         )
-        of_part, caches = forward(model, part, positions, caches, attend)
+        of_part, caches = forward(part, positions, caches, attend)
         logits.append(of_part)
     np.testing.assert_allclose(np.concatenate(logits), reference_logits(reference, tokens), atol=1e-4, rtol=1e-4)
 
