@@ -40,12 +40,12 @@ def matmul(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype | None = None) 
     if kernels.is_few_rows(x, weight):
         parts = kernels.few_linear(x, weight.reshape(1, -1, weight.shape[-1]), dtype=out_dtype)
         return kernels.whole(parts, out_dtype or x.dtype).reshape(-1, *weight.shape[:-1])
+    features = weight.reshape(-1, weight.shape[-1])  # of more dimensions XLA for a CPU would transpose it, each time
     if out_dtype is None and kernels.is_row(x, weight, normed=False):
-        return kernels.row_linear(x, weight.reshape(-1, weight.shape[-1])).reshape(1, *weight.shape[:-1])
+        return kernels.row_linear(x, features).reshape(1, *weight.shape[:-1])
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    # A matrix: of more dimensions XLA for a CPU would transpose the weights, each time.
-    rows, contract = weight.reshape(-1, weight.shape[-1]), (((x.ndim - 1,), (1,)), ((), ()))
-    y = lax.dot_general(x, rows, contract, precision=precision, preferred_element_type=out_dtype or x.dtype)
+    contract = (((x.ndim - 1,), (1,)), ((), ()))
+    y = lax.dot_general(x, features, contract, precision=precision, preferred_element_type=out_dtype or x.dtype)
     return y.reshape(*x.shape[:-1], *weight.shape[:-1])
 
 
