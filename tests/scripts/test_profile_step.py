@@ -1,5 +1,7 @@
 """profile_step.py: which phase a kernel belongs to, and what its table says."""
 
+import os
+
 import profile_step
 import pytest
 from benchmark.limits import Card, Cost
@@ -8,6 +10,7 @@ from small_model import write_checkpoint
 
 from nanovllm_jax.config import ModelConfig
 
+pytestmark = pytest.mark.usefixtures("programs_kept")
 HLO = """HloModule jit__step
 %fused (p: f32[4]) -> f32[4] {
   ROOT %inner.1 = f32[4]{0} add(%p, %p), metadata={op_name="jit(_step)/mlp/add" source_line=3}
@@ -50,6 +53,12 @@ def test_tables_are_for_one_step():
 
 
 LAYERS = 2  # of write_checkpoint's model
+
+
+@pytest.fixture(autouse=True)
+def flags(monkeypatch):
+    """XLA's, to which main() adds: afterwards as before, or no later engine of this process would find its programs."""
+    monkeypatch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
 
 
 @pytest.fixture(scope="module")
