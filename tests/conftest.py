@@ -9,8 +9,7 @@ import pytest
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from random_checkpoint import SHAPES, write_random_checkpoint
 
-from nanovllm_jax.engine import model_runner
-from nanovllm_jax.models import step_programs
+from nanovllm_jax.models import score_programs, step_programs
 from nanovllm_jax.models.programs import ProgramStore
 
 QUICK_TO_COMPILE = dict(xla_backend_optimization_level=0, xla_llvm_disable_expensive_passes=True)
@@ -86,7 +85,7 @@ def programs_kept(kept_programs):
 
 def _engines_with(options, rows_from=1):
     with pytest.MonkeyPatch.context() as patch:
-        for module in (model_runner, step_programs):
+        for module in (score_programs, step_programs):
             patch.setattr(module, "compiler_options", lambda _, rows: options if rows >= rows_from else {})
         yield
 

@@ -233,6 +233,7 @@ def test_without_a_probe_the_programs_are_what_they_were(llm, monkeypatch):
     monkeypatch.setattr(llm.runner.steps, "settings", settings._replace(config=replace(settings.config, probe=None)))
     lowered = {shape: llm.runner.steps.lower(shape) for shape in llm.runner.buckets.all_shapes()}
     monkeypatch.setattr(Qwen3ForCausalLM, "__call__", plain_model)
+    monkeypatch.setattr(Qwen3ForCausalLM, "of_rows", plain_of_rows)
     monkeypatch.setattr(qwen3, "_run_layer", jax.jit(plain_layer))
     assert {shape.num_steps for shape in lowered} == {1, 4}
     for shape, program in lowered.items():
@@ -249,13 +250,24 @@ def test_programs_with_a_probe_are_not_kept_on_disk(llm, monkeypatch):
 
 
 def plain_model(model, tokens, positions, caches, attend, run_layer, peers):
+    residual, delta, _, _, new_caches = plain_layers(model, model.layers, tokens, positions, caches, attend)
+    return model.norm.add(residual, delta)[1], new_caches
+
+
+def plain_of_rows(model, rows, tokens, positions, caches, attend, attend_of_rows, peers):
+    *stream, new_caches = plain_layers(model, model.layers[:-1], tokens, positions, caches[:-1], attend)
+    before, residual, delta, cache = qwen3._run_rows(model.layers[-1], rows, *stream, caches[-1], attend_of_rows)
+    return model.norm.add(residual, delta)[1], before, [*new_caches, cache]
+
+
+def plain_layers(model, layers, tokens, positions, caches, attend):
     residual, delta = model.embed_tokens(tokens), Parts(model.layers[0].mlp.down_proj.no_parts(tokens.shape))
     cos, sin = rope_angles(positions, model.config.rope, model.config.head_dim)
     new_caches = []
-    for layer, cache in zip(model.layers, caches):
+    for layer, cache in zip(layers, caches):
         residual, delta, cache = qwen3._run_layer(layer, residual, delta, cos, sin, cache, attend)
         new_caches.append(cache)
-    return model.norm.add(residual, delta)[1], new_caches
+    return residual, delta, cos, sin, new_caches
 
 
 def plain_layer(layer, residual, delta, cos, sin, cache, attend):

@@ -14,6 +14,7 @@ from nanovllm_jax.engine import model_runner
 from nanovllm_jax.layers.attention import causal_attention, split_norm_rope
 from nanovllm_jax.layers.norm import RMSNorm
 from nanovllm_jax.layers.rope import RopeConfig, rope_angles
+from nanovllm_jax.models import score_programs
 from nanovllm_jax.parallel.backend import compiler_options
 
 pytestmark = pytest.mark.usefixtures("programs_kept")
@@ -101,7 +102,7 @@ def test_texts(llm):
 def test_64_bit_numbers_set_after_the_start(llm):
     """What is compiled when it is wanted is compiled as at the start."""
     expected = llm.score([[6]], [[7, 8]], use_tqdm=False)
-    llm.runner._score_programs.clear()
+    llm.runner.scores.compiled.clear()
     with jax.enable_x64(True):
         assert llm.score([[6]], [[7, 8]], use_tqdm=False) == expected
 
@@ -163,18 +164,20 @@ def test_training_rounds_where_serving_rounds():
     np.testing.assert_array_equal(trained_k, k_cache.swapaxes(1, 2).reshape(48, 2, 32)[:40])
 
 
-def test_it_is_compiled_with_the_options_of_a_step(tmp_path, monkeypatch):
-    """Which XLA refuses here, so that it can be seen that they reach it."""
+@pytest.mark.parametrize("program", [0, 1])
+def test_it_is_compiled_with_the_options_of_a_step(tmp_path, monkeypatch, program):
+    """Which XLA refuses here, so that it can be seen that they reach both the last layer's program and the other."""
+    monkeypatch.setattr(model_runner, "SPARED_FROM", 64)
     llm, asked = small_llm(write_checkpoint(tmp_path / "model")), []
 
     def options(mesh, rows):
         asked.append((mesh, rows))
-        return {"no_such_option": True}
+        return {"no_such_option": True} if len(asked) > program else {}
 
-    monkeypatch.setattr(model_runner, "compiler_options", options)
+    monkeypatch.setattr(score_programs, "compiler_options", options)
     with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_option"):
         llm.score([5, 6, 7], [8, 9], use_tqdm=False)
-    assert asked == [(llm.runner.mesh, 64)]
+    assert asked == [(llm.runner.mesh, 64)] * (program + 1)
 
 
 def test_options_for_gpus():

@@ -42,6 +42,8 @@ class BatchShape:
     table_width: int
     num_steps: int = 1
     """Tokens that each decode row computes, one after the other."""
+    spared: bool = False
+    """Whether prefill tokens of which no logits are drawn leave nothing but keys and values in the last layer."""
 
     @property
     def size(self) -> int:

@@ -33,6 +33,8 @@ class Buckets:
     """Whether each size of the prefill part has a shape without a decode part too, for when nothing runs beside it."""
     large_from: float = math.inf
     """From so many prefill tokens on the decode part else is the largest, which then is little beside them."""
+    spared_from: float = math.inf
+    """From so many prefill tokens on a shape is `spared`."""
 
     @cached_property
     def decode_rows(self) -> tuple[int, ...]:
@@ -62,16 +64,12 @@ class Buckets:
             return BatchShape(rows, 0, 0, self.table_width, num_steps)
         padded = next(t for t in self.prefill_tokens if t >= tokens and self.prefill_rows(t) >= prefills)
         rows = next(size for size in self.beside(padded) if size >= decodes)
-        return BatchShape(rows, self.prefill_rows(padded), padded, self.table_width)
+        return self._mixed(rows, padded)
 
     def all_shapes(self) -> list[BatchShape]:
         """Every shape that shape_for can return; first what compiles longest on a GPU: few rows, large prefills."""
         decode = [BatchShape(rows, 0, 0, self.table_width) for rows in self.decode_rows]
-        mixed = [
-            BatchShape(rows, self.prefill_rows(tokens), tokens, self.table_width)
-            for tokens in self.prefill_tokens
-            for rows in self.beside(tokens)
-        ]
+        mixed = [self._mixed(rows, tokens) for tokens in self.prefill_tokens for rows in self.beside(tokens)]
         most = next((rows for rows in self.decode_rows if rows >= self.run_ahead.rows), self.max_num_seqs)
         several = [
             BatchShape(rows, 0, 0, self.table_width, steps)
@@ -80,16 +78,33 @@ class Buckets:
         ]
         return sorted(decode + several, key=lambda s: s.decode_rows) + mixed[::-1]
 
+    def _mixed(self, rows: int, tokens: int) -> BatchShape:
+        prefill_rows, spared = self.prefill_rows(tokens), tokens >= self.spared_from
+        return BatchShape(rows, prefill_rows, tokens, self.table_width, spared=spared)
 
-def gpu_buckets(max_num_seqs: int, max_num_batched_tokens: int, table_width: int, run_ahead: RunAhead) -> Buckets:
+
+def gpu_buckets(
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+    table_width: int,
+    run_ahead: RunAhead,
+    spared_from: float = math.inf,
+) -> Buckets:
     """Those of a GPU, where little padding is worth many programs."""
     few = min(32, max_num_seqs)
     mixed = (few,) if few == max_num_seqs else (few, max_num_seqs)
     large_from = 16 * max_num_seqs if len(mixed) > 1 else math.inf
     sizes = max_num_seqs, max_num_batched_tokens, table_width
-    return Buckets(*sizes, 2, mixed, run_ahead, alone=True, large_from=large_from)
+    return Buckets(*sizes, 2, mixed, run_ahead, alone=True, large_from=large_from, spared_from=spared_from)
 
 
-def cpu_buckets(max_num_seqs: int, max_num_batched_tokens: int, table_width: int, run_ahead: RunAhead) -> Buckets:
+def cpu_buckets(
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+    table_width: int,
+    run_ahead: RunAhead,
+    spared_from: float = math.inf,
+) -> Buckets:
     """Those of a CPU, which is for small models: there few programs to compile are worth more than little padding."""
-    return Buckets(max_num_seqs, max_num_batched_tokens, table_width, 16, (max_num_seqs,), run_ahead)
+    sizes = max_num_seqs, max_num_batched_tokens, table_width
+    return Buckets(*sizes, 16, (max_num_seqs,), run_ahead, spared_from=spared_from)

@@ -63,7 +63,7 @@ def dispatch(schedule: Schedule, packer: BatchPacker | GroupPacker, runner: Mode
     shape, buffer = packer.pack(schedule)
     output = runner.dispatch(shape, buffer)
     scored, wanted = scored_tokens(schedule, shape.prefill_tokens)
-    scores = runner.prompt_logprobs(output, wanted)
+    scores = runner.prompt_logprobs(output, shape, buffer, wanted)
     captured = captured_rows(schedule, shape.decode_rows) if runner.config.probe else []
     return DispatchedStep(schedule, packer.rows(schedule, shape), output, scored, scores, captured)
 

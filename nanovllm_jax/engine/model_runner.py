@@ -1,6 +1,7 @@
 """The device: KV cache, compiled programs, dispatch and collect. Of engine/, only this and weights.py import jax."""
 
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -38,12 +39,12 @@ from nanovllm_jax.models.compiling import compile_all, helpers_for
 from nanovllm_jax.models.draw import DeviceState, write_tables
 from nanovllm_jax.models.parameters import ParameterPath, digest_of
 from nanovllm_jax.models.programs import ProgramStore
-from nanovllm_jax.models.step import StepOutput, prompt_logprobs
+from nanovllm_jax.models.score_programs import ScorePrograms
+from nanovllm_jax.models.step import StepOutput
 from nanovllm_jax.models.step_programs import HOST, ProgramSettings, StepPrograms
-from nanovllm_jax.parallel.backend import compiler_options
 from nanovllm_jax.parallel.peers import connect_peers, reach_one_another
 from nanovllm_jax.parallel.processes import largest, same_everywhere
-from nanovllm_jax.parallel.sharding import DATA_AXIS, make_mesh, per_device, specs_of
+from nanovllm_jax.parallel.sharding import make_mesh, per_device, specs_of
 from nanovllm_jax.parallel.sizes import split_config
 
 logger = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ DISPATCH_BYTES = 6 * GIB
 GPU_STEPS = 2  # more make what streams come in larger pieces,
 GPU_STEPS_ALONE = 3  # and fewer leave a single row, whose steps are the shortest, waiting for the host
 RUN_AHEAD_ROWS = 128
+SPARED_FROM = 1024  # prefill tokens: with fewer, sparing their last layer gains less than compiling that layer twice
 PROMPT_CHUNK = 256  # positions whose logits are made at a time where a prompt's log probabilities are asked for
 
 
@@ -82,7 +84,6 @@ class ModelRunner:
             self.check_agreement([_shared(config), model_config, loader.sample()])
         self.weights = ServedWeights(loader)
         self.bytes_in_use = self._bytes_in_use()
-        self._score_programs: dict[int, Callable] = {}
         workspace = estimate_workspace(*self._largest_step())
         self._size_cache(workspace)
         with ThreadPoolExecutor(1) as thread:  # while programs compile
@@ -122,19 +123,26 @@ class ModelRunner:
         numbers = np.zeros(size, np.float32) if steering is None else np.array(steering, np.float32)
         self.state = _write_steering(self.state, slot, numbers)
 
-    def prompt_logprobs(self, output: StepOutput, wanted: list[tuple[int, int, int]]) -> list[jax.Array]:
+    def prompt_logprobs(
+        self, output: StepOutput, shape: BatchShape, buffer: np.ndarray, wanted: list[tuple[int, int, int]]
+    ) -> list[jax.Array]:
         """Log probabilities that a step's prefill tokens give: of each its row, the token it predicts, and num_top.
 
-        Like `dispatch`, it does not wait for the device. Returns the parts for `collect_prompt_logprobs`.
+        Like `dispatch`, right after which it is called, it does not wait for the device. Returns the parts for
+        `collect_prompt_logprobs`.
         """
-        parts = []
-        for start in range(0, len(wanted), PROMPT_CHUNK):
-            size = min(PROMPT_CHUNK, output.hidden.shape[1])
-            part = np.array(wanted[start : start + size], np.int32)
-            columns = np.full((3, size), [[0], [0], [-1]], np.int32)
-            columns[:, : len(part)] = part.T
-            with jax.enable_x64(False):  # which the caller may have set since the start
-                parts.append(self._score_program(size)(self.weights.leaves, output.hidden, *columns))
+        if not wanted:
+            return []
+        parts, hidden, size = [], output.hidden, min(PROMPT_CHUNK, output.hidden.shape[1])
+        with jax.enable_x64(False):  # which the caller may have set since the start
+            if shape.spared:
+                arguments = self.weights.leaves, self.caches[-1], hidden, self._on_devices(buffer)
+                hidden, self.caches[-1] = self.scores.hidden(shape)(*arguments)
+            for start in range(0, len(wanted), size):
+                part = np.array(wanted[start : start + size], np.int32)
+                columns = np.full((3, size), [[0], [0], [-1]], np.int32)
+                columns[:, : len(part)] = part.T
+                parts.append(self.scores.logprobs(size)(self.weights.leaves, hidden, *columns))
         return parts
 
     def collect(self, output: StepOutput) -> list[list[int]]:
@@ -241,8 +249,10 @@ class ModelRunner:
             self.config, self.model_config, self.dtype, self.max_num_seqs, self.num_blocks, reach
         )
         self.steps = StepPrograms(settings, self.mesh, self.weights.shapes, self.weights.treedef)
+        self.scores = ScorePrograms(self.steps)
         width = -(-self.max_model_len // self.config.block_size)
-        sizes = self.max_num_seqs, self.max_num_batched_tokens, width, self._run_ahead()
+        spared_from = math.inf if self.config.probe else SPARED_FROM
+        sizes = self.max_num_seqs, self.max_num_batched_tokens, width, self._run_ahead(), spared_from
         self.buckets = gpu_buckets(*sizes) if self.on_gpu else cpu_buckets(*sizes)
 
     def _run_ahead(self) -> RunAhead:
@@ -302,19 +312,6 @@ class ModelRunner:
         share = float(os.environ["XLA_CLIENT_MEM_FRACTION"])
         free = memory_stats(self.device)["bytes_limit"] * (1 / share - 1)
         return helpers_for(num_programs, free, largest_matmul(*self._largest_step()))
-
-    def _score_program(self, size: int) -> Callable:
-        """models/step.py's `prompt_logprobs` of `size` tokens, compiled for each step's shape when it is asked for."""
-        if size not in self._score_programs:
-            treedef = self.weights.treedef  # and no self, which would refer to itself by its programs
-
-            def score(leaves, *args):
-                return prompt_logprobs(jax.tree.unflatten(treedef, leaves), *args)
-
-            in_specs = (specs_of(self.weights.shapes), Spec(None, DATA_AXIS), Spec(), Spec(), Spec())
-            whole, options = per_device(score, self.mesh, in_specs, Spec()), compiler_options(self.mesh, size)
-            self._score_programs[size] = jax.jit(whole, compiler_options=options)
-        return self._score_programs[size]
 
     @cached_property
     def table_writer(self) -> Callable:

@@ -41,11 +41,16 @@ class PagedAttention:
     """[P] int32 tokens in the cache with the new ones, 0 for padding."""
     query_starts: jax.Array
     """[P + 1] int32: sequence p's new tokens are query_starts[p] to query_starts[p + 1] of the T."""
+    newest: jax.Array | None = None
+    """[B + P] int32: each sequence's last token, if the output is to be of these alone."""
     deterministic: bool = field(default=False, metadata={"static": True})
     """A token's output is then the same to the last bit in whatever batch and chunk: all go through one kernel."""
 
     def __call__(self, qkv, q_norm: RMSNorm, k_norm: RMSNorm, cos, sin, cache: KVCache) -> tuple[jax.Array, KVCache]:
-        """qkv [B + T, K, G + 2, H] -> output [B + T, N, H] and the cache with the new keys and values stored."""
+        """qkv [B + T, K, G + 2, H] -> output [B + T, N, H] and the cache with the new keys and values stored.
+
+        If it is of the newest, [B + P, N, H].
+        """
         gains, angles = (q_norm.weight[...], k_norm.weight[...]), (cos[:, 0], sin[:, 0])
         new, decodes = (qkv, *gains, *angles, self.slot_mapping), (self.decode_tables, self.decode_context_lens)
         rows, scale, eps = self.decode_tables.shape[0], qkv.shape[-1] ** -0.5, q_norm.eps
@@ -53,12 +58,16 @@ class PagedAttention:
             out, *cache = store_and_decode(*new, *cache, *decodes, scale=scale, eps=eps)
             return out, KVCache(*cache)
         q, *cache = norm_rope_store(*new, *cache, eps=eps, fixed=self.deterministic)
+        tables = jnp.concatenate((self.decode_tables, self.prefill_tables))
+        starts = jnp.concatenate((jnp.arange(rows), self.query_starts + rows))
+        lens = jnp.concatenate((self.decode_context_lens, self.prefill_context_lens))
+        if self.newest is not None:
+            q, starts = q[self.newest], jnp.arange(len(lens) + 1)
         if self.deterministic:  # a decode row is a chunk of one token
-            tables = jnp.concatenate((self.decode_tables, self.prefill_tables))
-            starts = jnp.concatenate((jnp.arange(rows), self.query_starts + rows))
-            lens = jnp.concatenate((self.decode_context_lens, self.prefill_context_lens))
             out = paged_prefill_attention(q, *cache, tables, starts, lens, scale=scale, fixed=True)
             return out, KVCache(*cache)
+        if self.newest is not None:
+            return paged_decode_attention(q, *cache, tables, lens, scale=scale), KVCache(*cache)
         out = paged_decode_attention(q, *cache, *decodes, scale=scale) if rows else None
         prefills = self.prefill_tables, self.query_starts + rows, self.prefill_context_lens
         # The two share q and out: cutting and joining would copy them.

@@ -7,6 +7,7 @@ Modules carry logical axis names only; `parallel.sharding` maps them to a mesh.
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,11 +43,14 @@ class Attention(nnx.Module):
         self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps, dtype=dtype)
 
     def __call__(self, norm: RMSNorm, residual: jax.Array, delta: Parts, cos, sin, cache, attend: Attend):
-        """residual [T, D], and what is to be added -> their sum, the attention over its norm in parts, the cache."""
+        """residual [T, D], and what is to be added -> their sum, the attention over its norm in parts, the cache.
+
+        The parts are of those tokens whose output `attend` returns.
+        """
         residual, qkv = self.qkv_proj.of_sum(norm, residual, delta)  # (T, K, G + 2, H)
         with jax.named_scope("attend"):
             out, cache = attend(qkv, self.q_norm, self.k_norm, cos, sin, cache)  # (T, N, H)
-        return residual, self.o_proj.parts(out.reshape(*residual.shape[:-1], -1), delta.peers), cache
+        return residual, self.o_proj.parts(out.reshape(*out.shape[:-2], -1), delta.peers), cache
 
 
 class MLP(nnx.Module):
@@ -81,6 +85,14 @@ class DecoderLayer(nnx.Module):
         residual, delta = self.mlp_half(*self.added(residual, delta))
         return *self.added(residual, delta), cache
 
+    def of_rows(self, rows: jax.Array, residual: jax.Array, delta: Parts, cos, sin, cache, attend: Attend):
+        """As a call, but of all tokens only keys and values, and the rest for `rows` [R], for which `attend` is.
+
+        Returns the residual stream [T, D] before this layer too: (it, the stream [R, D], what is to be added, cache).
+        """
+        before, delta, cache = self.attention_half(residual, delta, cos, sin, cache, attend)
+        return before, *self.mlp_half(before[rows], delta), cache
+
     def added(self, residual: jax.Array, delta: Parts) -> tuple[jax.Array, Parts]:
         """The same stream, of many rows with nothing to be added.
 
@@ -103,6 +115,19 @@ class DecoderLayer(nnx.Module):
         return self.mlp(self.post_attention_layernorm, residual, delta)
 
 
+class Stream(NamedTuple):
+    """What one layer hands on to the next."""
+
+    residual: jax.Array
+    """[T, D],"""
+    delta: Parts
+    """and what is still to be added to it."""
+    cos: jax.Array
+    """[T, 1, H / 2] float32,"""
+    sin: jax.Array
+    """of the tokens' positions."""
+
+
 # A module is a pytree, and the layers differ only in their arrays: the inner jit traces one of them for all.
 _run_layer = jax.jit(DecoderLayer.__call__)
 
@@ -110,6 +135,9 @@ _run_layer = jax.jit(DecoderLayer.__call__)
 def run_layer(number: int, layer: DecoderLayer, residual: jax.Array, delta: Parts, cos, sin, cache, attend: Attend):
     """How a model runs its layer `number` (from 0), unless it is told another way."""
     return _run_layer(layer, residual, delta, cos, sin, cache, attend)
+
+
+_run_rows = jax.jit(DecoderLayer.of_rows)
 
 
 class Qwen3ForCausalLM(nnx.Module):
@@ -142,21 +170,62 @@ class Qwen3ForCausalLM(nnx.Module):
         those who want to do more at each layer: look inside, or forget activations and compute them again. `peers`: how
         a device of several finds the others, for the norms to add up what each of them has, where T is small.
         """
-        residual, delta = self.layers[0].added(*self._start(tokens, peers))
-        cos, sin = rope_angles(positions, self.config.rope, self.config.head_dim)
-        new_caches = []
-        for number, (layer, cache) in enumerate(zip(self.layers, caches or [None] * len(self.layers), strict=True)):
-            residual, delta, cache = run_layer(number, layer, residual, delta, cos, sin, cache, attend)
-            new_caches.append(cache)
-        return self.norm.add(residual, delta, fixed=self.deterministic)[1], new_caches
+        stream = self._start(tokens, positions, peers)
+        caches = caches or [None] * len(self.layers)
+        stream, caches = self._through(self.layers, stream, caches, attend, run_layer)
+        return self._end(stream.residual, stream.delta), caches
 
-    def _start(self, tokens: jax.Array, peers: Peers | None) -> tuple[jax.Array, Parts]:
-        """The residual stream before the first layer, and what is to be added: where there are peers, all of it."""
+    def of_rows(
+        self,
+        rows: jax.Array,
+        tokens: jax.Array,
+        positions: jax.Array,
+        caches: Sequence,
+        attend: Attend,
+        attend_of_rows: Attend,
+        peers: Peers | None = None,
+    ):
+        """As a call, but hidden states [R, D] of `rows` [R] alone: all that is left out is in the last layer.
+
+        `attend_of_rows`: for that one. Returns (hidden, the residual stream [T, D] before the last layer, caches).
+        """
+        stream = self._start(tokens, positions, peers)
+        stream, new_caches = self._through(self.layers[:-1], stream, caches[:-1], attend, run_layer)
+        before, *rest, cache = _run_rows(self.layers[-1], rows, *stream, caches[-1], attend_of_rows)
+        return self._end(*rest), before, [*new_caches, cache]
+
+    def from_last_layer(self, residual: jax.Array, positions: jax.Array, cache, attend: Attend):
+        """The residual stream [T, D] before the last layer -> hidden states [T, D] after the last norm, its cache."""
+        layer, no_parts = self.layers[-1], self.layers[-1].mlp.down_proj.no_parts(residual.shape[:-1])
+        angles = rope_angles(positions, self.config.rope, self.config.head_dim)
+        stream = Stream(*layer.added(residual, Parts(no_parts)), *angles)
+        *rest, cache = run_layer(len(self.layers) - 1, layer, *stream, cache, attend)
+        return self._end(*rest), cache
+
+    def _start(self, tokens: jax.Array, positions: jax.Array, peers: Peers | None) -> Stream:
+        """What comes before the first layer: where there are peers, all of it is to be added."""
         down_proj = self.layers[0].mlp.down_proj
         if peers is None:
-            return self.embed_tokens(tokens), Parts(down_proj.no_parts(tokens.shape))
-        own, nothing = self.embed_tokens.own(tokens), down_proj.no_parts(tokens.shape, peers)
-        return jnp.zeros_like(own), Parts(nothing.at[0].set(own.astype(nothing.dtype)), peers)
+            residual, delta = self.embed_tokens(tokens), Parts(down_proj.no_parts(tokens.shape))
+        else:
+            own, nothing = self.embed_tokens.own(tokens), down_proj.no_parts(tokens.shape, peers)
+            residual, delta = jnp.zeros_like(own), Parts(nothing.at[0].set(own.astype(nothing.dtype)), peers)
+        angles = rope_angles(positions, self.config.rope, self.config.head_dim)
+        return Stream(*self.layers[0].added(residual, delta), *angles)
+
+    @staticmethod
+    def _through(layers, stream: Stream, caches: Sequence, attend: Attend, run_layer: Callable) -> tuple[Stream, list]:
+        """Through the first of the model's layers, or all of them."""
+        new_caches = []
+        for number, (layer, cache) in enumerate(zip(layers, caches, strict=True)):
+            residual, delta, cache = run_layer(number, layer, *stream, cache, attend)
+            stream = stream._replace(residual=residual, delta=delta)
+            new_caches.append(cache)
+        return stream, new_caches
+
+    def _end(self, residual: jax.Array, delta: Parts) -> jax.Array:
+        """The last norm."""
+        return self.norm.add(residual, delta, fixed=self.deterministic)[1]
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Hidden [..., D] -> [..., V] float32."""

@@ -3,6 +3,7 @@
 B decode rows, T prefill tokens, P prefill sequences, R = B + P, W table width, D hidden, V vocabulary.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -29,7 +30,9 @@ class StepOutput(NamedTuple):
     logprobs: jax.Array
     """[steps, R, 2, 1 + MAX_LOGPROBS] int32: kernels.token_logprobs of the tokens."""
     hidden: jax.Array | None
-    """[1, T, D]: the prefill tokens' hidden states, for `prompt_logprobs`; None without any."""
+    """[1, T, D]: the prefill tokens' hidden states, for `prompt_logprobs`, or what `prompt_hidden` makes them of, where
+    the shape is `spared`; None without prefill tokens.
+    """
     activations: dict[str, jax.Array]
     """What a probe takes out, by place: each [steps, B + T, ...], or [steps, R, ...] of logits."""
 
@@ -48,7 +51,7 @@ def engine_step(
     """Compute one batch and sample, once or several times over.
 
     buffer: the batch, packed by engine.batch. The caches and the state come back updated; compiled, they are donated.
-    peers: as of Qwen3ForCausalLM.
+    peers: as of Qwen3ForCausalLM. probe: for shapes that are not `spared`, as it needs all of each layer.
     """
     batch = shape.views(buffer)
 
@@ -59,7 +62,7 @@ def engine_step(
             lens = jnp.where(lens > 0, lens + number, 0)
             tokens = jnp.where(number == 0, tokens, -1)
         one = batch._replace(context_lens=lens, decode_tokens=tokens)
-        return _one_step(model, *carry, one, peers, block_size, probe)
+        return _one_step(model, *carry, one, peers, block_size, probe, shape.spared)
 
     if shape.num_steps == 1:
         (caches, state), output = step((caches, state), 0)
@@ -68,10 +71,33 @@ def engine_step(
     return output, caches, state
 
 
+def prompt_hidden(
+    model: Qwen3ForCausalLM,
+    cache: KVCache,
+    stream: jax.Array,
+    buffer: jax.Array,
+    *,
+    shape: BatchShape,
+    block_size: int,
+) -> tuple[jax.Array, KVCache]:
+    """The prefill tokens' hidden states [1, T, D], of a step of a `spared` shape: the last layer for all of them.
+
+    cache: the last layer's, after that step and before any other, and so it comes back; compiled, it is donated.
+    stream: the step's output `hidden`; buffer: the step's batch.
+    """
+    batch, rows = shape.views(buffer), shape.decode_rows
+    prefills = batch._replace(tables=batch.tables[rows:], context_lens=batch.context_lens[rows:])
+    positions, table_rows = _token_positions(prefills, 0)
+    attend = _attention(prefills, 0, positions, table_rows, block_size, model.deterministic)
+    attend = replace(attend, slot_mapping=jnp.full_like(attend.slot_mapping, -1))  # all is stored already
+    hidden, cache = model.from_last_layer(stream[0], jnp.maximum(positions, 0), cache, attend)
+    return hidden[None], cache
+
+
 def prompt_logprobs(
     model: Qwen3ForCausalLM, hidden: jax.Array, rows: jax.Array, tokens: jax.Array, num_top: jax.Array
 ) -> jax.Array:
-    """kernels.token_logprobs of tokens [C] int32, predicted by these rows [C] int32 of a step's hidden [1, T, D].
+    """kernels.token_logprobs of tokens [C] int32, predicted by these rows [C] int32 of hidden states [1, T, D].
 
     Of several data groups, T counts the rows of all, of which each has its own.
 
@@ -89,35 +115,43 @@ def prompt_logprobs(
     return from_group(mine, vocabulary.by_rows(of_rows, [logits], asks, tokens))
 
 
-def _one_step(model, caches, state: DeviceState, batch: BatchView, peers, block_size: int, probe):
+def _one_step(model, caches, state: DeviceState, batch: BatchView, peers, block_size: int, probe, spared: bool):
     """Compute the batch's tokens and sample: ((caches, state), output)."""
     rows, slots = batch.decode_tokens.shape[0], batch.slots
     decode_tokens = jnp.where(batch.decode_tokens >= 0, batch.decode_tokens, state.last_tokens[slots[:rows]])
     tokens = jnp.concatenate((decode_tokens, batch.prefill_tokens))  # (B + T)
     positions, table_rows = _token_positions(batch, rows)
-    attend = PagedAttention(
+    attend = _attention(batch, rows, positions, table_rows, block_size, model.deterministic)
+    watch = probe and Watch(probe, model, state.steering[slots[table_rows]])
+    newest = jnp.concatenate((jnp.arange(rows), jnp.maximum(batch.query_starts[1:] - 1, 0) + rows))  # (R)
+    arguments = tokens, jnp.maximum(positions, 0), caches, attend
+    if spared:
+        hidden, stream, caches = model.of_rows(newest, *arguments, replace(attend, newest=newest), peers)
+    else:
+        stream, caches = model(*arguments, watch.run_layer if watch else run_layer, peers)  # (B + T, D)
+        hidden = stream[newest] if batch.prefill_tokens.size else stream
+    with jax.named_scope("head"):
+        logits = model.logits(hidden)  # (R, V)
+    if watch:
+        watch.take("logits", logits)
+    with jax.named_scope("sample"):
+        settings = batch.sampling, slots, batch.context_lens
+        new_tokens, logprobs, state = draw(logits, *settings, state, fixed=model.deterministic)
+    prompts = stream[rows:] if batch.prefill_tokens.size else None
+    return (caches, state), StepOutput(new_tokens, logprobs, prompts, watch.captured if watch else {})
+
+
+def _attention(batch: BatchView, rows: int, positions, table_rows, block_size: int, deterministic: bool):
+    """What the step's tokens attend with."""
+    return PagedAttention(
         slot_mapping=_slot_mapping(batch.tables, positions, table_rows, block_size),
         decode_tables=batch.tables[:rows],
         decode_context_lens=batch.context_lens[:rows],
         prefill_tables=batch.tables[rows:],
         prefill_context_lens=batch.context_lens[rows:],
         query_starts=batch.query_starts,
-        deterministic=model.deterministic,
+        deterministic=deterministic,
     )
-    watch = probe and Watch(probe, model, state.steering[slots[table_rows]])
-    run = watch.run_layer if watch else run_layer
-    hidden, caches = model(tokens, jnp.maximum(positions, 0), caches, attend, run, peers)  # (B + T, D)
-    last_of_prefill = jnp.maximum(batch.query_starts[1:] - 1, 0) + rows
-    sampled = jnp.concatenate((jnp.arange(rows), last_of_prefill)) if len(last_of_prefill) else jnp.arange(rows)
-    with jax.named_scope("head"):
-        logits = model.logits(hidden[sampled])  # (R, V)
-    if watch:
-        watch.take("logits", logits)
-    with jax.named_scope("sample"):
-        settings = batch.sampling, slots, batch.context_lens
-        new_tokens, logprobs, state = draw(logits, *settings, state, fixed=model.deterministic)
-    hidden = hidden[rows:] if len(last_of_prefill) else None
-    return (caches, state), StepOutput(new_tokens, logprobs, hidden, watch.captured if watch else {})
 
 
 def _token_positions(batch: BatchView, rows: int) -> tuple[jax.Array, jax.Array]:

@@ -1,5 +1,7 @@
 """Batch shapes: each schedule has one, the smallest, and it is among those that are compiled."""
 
+import math
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,7 +13,8 @@ from nanovllm_jax.engine.schedule import ONE_STEP, RunAhead
 @settings(deadline=None)
 @given(data=st.data(), max_num_seqs=st.integers(1, 600), max_num_batched_tokens=st.integers(1, 20_000))
 def test_a_schedule_fits_the_smallest_shape_that_is_compiled(data, max_num_seqs, max_num_batched_tokens):
-    sizes = max_num_seqs, max_num_batched_tokens, 16, ONE_STEP
+    spared_from = data.draw(st.sampled_from([1, 256, 1024, math.inf]))
+    sizes = max_num_seqs, max_num_batched_tokens, 16, ONE_STEP, spared_from
     buckets = data.draw(st.sampled_from([cpu_buckets(*sizes), gpu_buckets(*sizes)]))
     decodes = data.draw(st.integers(0, max_num_seqs))
     prefills = data.draw(st.integers(0 if decodes else 1, min(max_num_seqs, max_num_batched_tokens)))
@@ -19,6 +22,7 @@ def test_a_schedule_fits_the_smallest_shape_that_is_compiled(data, max_num_seqs,
     shape = buckets.shape_for(decodes, prefills, tokens)
     shapes = buckets.all_shapes()
     assert len(set(shapes)) == len(shapes)
+    assert all(shape.spared == (shape.prefill_tokens >= spared_from) for shape in shapes)
 
     def fits(shape: BatchShape):
         enough = shape.decode_rows >= decodes and shape.prefill_rows >= prefills and shape.prefill_tokens >= tokens

@@ -1,0 +1,48 @@
+"""Programs for the log probabilities of prompts, each compiled when it is first asked for: few requests want them."""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+from jax.sharding import PartitionSpec as Spec
+
+from nanovllm_jax.engine.batch import BatchShape
+from nanovllm_jax.models.step import prompt_hidden, prompt_logprobs
+from nanovllm_jax.models.step_programs import StepPrograms
+from nanovllm_jax.parallel.backend import compiler_options
+from nanovllm_jax.parallel.sharding import DATA_AXIS, per_device, specs_of
+
+HIDDEN = Spec(None, DATA_AXIS)
+
+
+class ScorePrograms:
+    """What goes on from the output of an engine's steps, as compiled functions of (weights as a flat list, ...)."""
+
+    def __init__(self, steps: StepPrograms):
+        """`steps`: the engine's own."""
+        self.steps = steps
+        self.compiled: dict[BatchShape | int, Callable] = {}
+
+    def hidden(self, shape: BatchShape) -> Callable:
+        """models/step.py's `prompt_hidden` of a batch shape: (leaves, cache, stream, buffer) -> (hidden, cache)."""
+        if shape not in self.compiled:
+            cache = specs_of(self.steps.layout()[0][-1])
+            static = dict(shape=shape, block_size=self.steps.settings.config.block_size)
+            function, in_specs = partial(prompt_hidden, **static), (cache, HIDDEN, Spec(DATA_AXIS))
+            self.compiled[shape] = self._jit(function, in_specs, (HIDDEN, cache), shape.prefill_tokens, donate=1)
+        return self.compiled[shape]
+
+    def logprobs(self, size: int) -> Callable:
+        """models/step.py's `prompt_logprobs` of `size` tokens: (leaves, hidden, rows, tokens, num_top) -> array."""
+        if size not in self.compiled:
+            self.compiled[size] = self._jit(prompt_logprobs, (HIDDEN, Spec(), Spec(), Spec()), Spec(), size)
+        return self.compiled[size]
+
+    def _jit(self, function: Callable, in_specs, out_specs, rows: int, donate: int | tuple[int, ...] = ()) -> Callable:
+        treedef = self.steps.treedef  # and no self, which would refer to itself by its programs
+
+        def program(leaves, *args):
+            return function(jax.tree.unflatten(treedef, leaves), *args)
+
+        whole = per_device(program, self.steps.mesh, (specs_of(self.steps.weights), *in_specs), out_specs)
+        return jax.jit(whole, donate_argnums=donate, compiler_options=compiler_options(self.steps.mesh, rows))
