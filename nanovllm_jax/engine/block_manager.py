@@ -5,7 +5,7 @@ tokens are all known is *published* under a hash of these tokens and of everythi
 its hash, and can be found by it, until the block is taken for new content.
 """
 
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Iterable
 
 from xxhash import xxh3_128_digest
@@ -133,12 +133,16 @@ class BlockManager:
 
     def check(self, sequences: Iterable[Sequence]) -> None:
         """Assert that the books balance, given every sequence that may own blocks. Costs the pool: for tests."""
-        owners = Counter(block for seq in sequences for block in seq.block_table)
-        assert all(self._ref_counts[block] == owners[block] for block in range(self.num_blocks)), "wrong ref count"
-        free = [*self._free_blank, *self._free_cached]
+        owners: dict[int, int] = {}  # how many own a block: tests ask after each call, and a Counter takes longer
+        for seq in sequences:
+            for block in seq.block_table:
+                owners[block] = owners.get(block, 0) + 1
+        counts = {block: count for block, count in enumerate(self._ref_counts) if count != 0}
+        assert counts == owners, "wrong ref count"
+        free, hash_of = [*self._free_blank, *self._free_cached], self._hashes.__getitem__
         assert sorted([*free, *owners]) == list(range(self.num_blocks)), "each block is free or owned, and once"
-        assert all(self._hashes[block] is None for block in self._free_blank), "a blank block is published"
-        assert all(self._hashes[block] is not None for block in self._free_cached), "a cached block is not published"
+        assert not any(map(hash_of, self._free_blank)), "a blank block is published"
+        assert all(map(hash_of, self._free_cached)), "a cached block is not published"
         published = {digest: block for block, digest in enumerate(self._hashes) if digest is not None}
         assert published == self._published, "hash table and blocks disagree"
 
