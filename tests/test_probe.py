@@ -157,13 +157,14 @@ def test_layers_that_hand_on_parts_of_sums():
     probe = Probe(capture=PLACES, edit={"residual.0": lambda x, steering: x + steering}, steering_size=512)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 511, 300))
 
-    def captured(rows):
+    @jax.jit
+    def captured(model, tokens):
         watch = Watch(probe, model, jnp.linspace(-1, 1, 512)[None])
-        hidden, _ = model(tokens[:rows], jnp.arange(rows), None, causal_attention, watch.run_layer)
+        hidden, _ = model(tokens, jnp.arange(len(tokens)), None, causal_attention, watch.run_layer)
         watch.take("logits", model.logits(hidden))
         return watch.captured
 
-    in_four, in_halves, whole = captured(40), captured(100), captured(300)
+    in_four, in_halves, whole = (captured(model, tokens[:rows]) for rows in (40, 100, 300))
     down = model.layers[0].mlp.down_proj
     assert [len(down.no_parts((rows,))) for rows in (40, 100, 300)] == [4, 2, 1]
     for place in PLACES:
@@ -180,16 +181,17 @@ def test_layers_that_hand_on_nothing_to_add(monkeypatch):
     places = ["attention.1", "residual.1", "logits"]
     probe = Probe(capture=places, edit={"residual.2": lambda x, steering: 2 * x + steering}, steering_size=48)
 
-    def captured():
+    @jax.jit
+    def captured(model):
         watch, tokens = Watch(probe, model, jnp.linspace(-1, 1, 48)[None]), jnp.arange(30)
         hidden, _ = model(tokens, tokens, None, causal_attention, watch.run_layer)
         watch.take("logits", model.logits(hidden))
         return watch.captured
 
-    expected = captured()
+    expected = captured(model)
     monkeypatch.setattr(qwen3, "ADDED_ROWS", 30)
-    jax.clear_caches()  # a layer that is handed one part would be the one traced before
-    got = captured()
+    jax.clear_caches()  # all would be as it was traced before
+    got = captured(model)
     for place in places:
         np.testing.assert_allclose(got[place], expected[place], rtol=1e-5, atol=1e-6, err_msg=place)
 
