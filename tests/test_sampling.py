@@ -24,7 +24,8 @@ def directory(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def llm(directory):
-    return small_llm(directory, max_num_seqs=8)
+    """Room for all that a test asks for at once."""
+    return small_llm(directory, max_num_seqs=32, max_num_batched_tokens=128)
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +113,7 @@ def test_a_slot_forgets_its_last_owner(llm):
     before = [run(llm, [prompt], [p])[0]["token_ids"] for p in (plain, penalties)]
     run(
         llm,
-        [prompt_of(10, seed=i) for i in range(8)],
+        [prompt_of(10, seed=i) for i in range(32)],
         SamplingParams(max_tokens=8, logit_bias={5: 100.0}, frequency_penalty=2),
     )
     assert [run(llm, [prompt], [p])[0]["token_ids"] for p in (plain, penalties)] == before
@@ -138,8 +139,9 @@ def test_sampled_tokens_are_among_those_allowed(llm, logits_of):
         assert p.top_k == 1 or len(drawn) > 1, "it samples"
 
 
-def test_logprobs(llm, logits_of):
+def test_logprobs(llm, logits_of, monkeypatch):
     """Of generated and prompt tokens: log_softmax of the raw logits, rank and the best, whatever adjusts the draw."""
+    monkeypatch.setattr(llm.scheduler, "max_num_batched_tokens", 64)
     params = [
         SamplingParams(temperature=0.9, max_tokens=10, logprobs=5, prompt_logprobs=3, seed=1, ignore_eos=True),
         SamplingParams(temperature=0, max_tokens=10, logprobs=0, ignore_eos=True),
@@ -188,23 +190,23 @@ def requests(count=50):
     return prompts, params
 
 
-def test_a_seeded_request_is_the_same_whatever_runs_beside_it(directory):
+def test_a_seeded_request_is_the_same_whatever_runs_beside_it(directory, llm):
     """Alone; batched in another order; chunked and preempted; with prefix hits: tokens, and logprobs to 1e-5."""
     prompts, params = requests()
-    roomy = small_llm(directory, max_num_seqs=32, max_num_batched_tokens=128)
     alone = []
     for prompt, p in zip(prompts, params):
-        roomy.reset_prefix_cache()
-        alone += run(roomy, [prompt], [p])
-    roomy.reset_prefix_cache()
+        llm.reset_prefix_cache()
+        alone += run(llm, [prompt], [p])
+    llm.reset_prefix_cache()
     tight = small_llm(directory, max_num_seqs=16, max_num_batched_tokens=9, num_kvcache_blocks=10)
     order = np.random.default_rng(1).permutation(len(prompts))
-    for llm in (roomy, tight):
+    for engine in (llm, tight):
+        before = engine.scheduler.num_prefix_hit_tokens
         for _ in range(2):  # the second time with prefix hits
-            outputs = run(llm, [prompts[i] for i in order], [params[i] for i in order])
+            outputs = run(engine, [prompts[i] for i in order], [params[i] for i in order])
             for i, output in zip(order, outputs):
                 assert_same(output.outputs[0], alone[i].outputs[0], f"request {i}")
-        assert llm.scheduler.num_prefix_hit_tokens > 0
+        assert engine.scheduler.num_prefix_hit_tokens > before
     assert tight.scheduler.num_preemptions > 0
 
 
