@@ -29,7 +29,14 @@ def directory(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def llm(directory):
-    return small_llm(directory, num_kvcache_blocks=12)
+    """Whose caches, and rows, have other sizes than weights."""
+    return small_llm(directory, num_kvcache_blocks=13)
+
+
+@pytest.fixture(scope="module")
+def one_layer(tmp_path_factory):
+    """Where it does not matter what is computed."""
+    return write_checkpoint(tmp_path_factory.mktemp("runner") / "one_layer", replace(SMALL, num_hidden_layers=1))
 
 
 def tokens_of(outputs):
@@ -93,9 +100,8 @@ def test_the_cache_is_updated_in_place(directory):
     assert [pages.unsafe_buffer_pointer() for pages in jax.tree.leaves(llm.runner.caches)] == before
 
 
-def test_weights_are_read_where_they_are(directory):
+def test_weights_are_read_where_they_are(llm):
     """A step that decodes makes nothing of a weight's size: as XLA transposes a weight of three dimensions on a CPU."""
-    llm = small_llm(directory, num_kvcache_blocks=13)  # whose caches, and rows, have other sizes than weights
     sizes = {leaf.size for leaf in llm.runner.weights.leaves if leaf.ndim > 1}
     assert len(sizes) == 5
     for shape, program in llm.runner.programs.items():
@@ -138,12 +144,12 @@ def test_eager_steps(tmp_path, monkeypatch, capsys, caplog):
 
 def test_start_up_log(directory, caplog):
     """What was loaded, where the memory goes, how many blocks and tokens that is, what was compiled in how long."""
-    small_llm(directory, num_kvcache_blocks=12)
+    small_llm(directory, num_kvcache_blocks=13)
     log = "\n".join(record.getMessage() for record in caplog.records if record.name.startswith("nanovllm_jax"))
     assert re.search(
         rf"loaded {directory} \(safetensors weights\): 0.000 billion parameters in float32, .* s$", log, re.M
     )
-    assert re.search(r"GiB weights, .*GiB workspace, .*GiB cache = 12 blocks of 16 tokens = 192 tokens", log)
+    assert re.search(r"GiB weights, .*GiB workspace, .*GiB cache = 13 blocks of 16 tokens = 208 tokens", log)
     assert re.search(r"max_model_len 128$", log, re.M)
     assert re.search(r"compiled 3 batch shapes and found 0 on disk, in \d+\.\d s", log)
 
@@ -152,8 +158,8 @@ def test_start_up_log(directory, caplog):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "half"])
-def test_dtype_option(directory, dtype):
-    llm = small_llm(directory, dtype=dtype, max_num_seqs=1)
+def test_dtype_option(one_layer, dtype):
+    llm = small_llm(one_layer, dtype=dtype, max_num_seqs=1)
     wanted = jnp.dtype({"half": "float16"}.get(dtype, dtype))
     assert {leaf.dtype for leaf in llm.runner.weights.leaves} == {wanted}
     assert {pages.dtype for pages in jax.tree.leaves(llm.runner.caches)} == {wanted}
@@ -163,7 +169,7 @@ def test_dtype_option(directory, dtype):
 
 def test_a_cpu_computes_16_bit_checkpoints_in_float32(tmp_path):
     config = replace(SMALL, dtype="bfloat16")
-    assert small_llm(write_checkpoint(tmp_path, config)).runner.dtype == np.float32
+    assert small_llm(write_checkpoint(tmp_path, config), num_kvcache_blocks=13).runner.dtype == np.float32
 
 
 def test_a_gpu_needs_heads_of_a_power_of_two():
@@ -177,7 +183,7 @@ def test_dummy_weights_need_only_a_config(tmp_path):
     for file in tmp_path.iterdir():
         if file.name != "config.json":
             file.unlink()
-    llm = small_llm(tmp_path, load_format="dummy")
+    llm = small_llm(tmp_path, load_format="dummy", num_kvcache_blocks=13)
     (output,) = llm.generate([1, 2, 3], GREEDY, use_tqdm=False)
     assert len(output["token_ids"]) == 2
 
