@@ -23,7 +23,7 @@ from nanovllm_jax.config import ModelConfig
 
 RECORDED = Path(__file__).parent / "recorded_run.json"
 # Options of an engine that is ready at once.
-SMALL = {"max_num_seqs": 4, "max_num_batched_tokens": 256, "block_size": 32, "num_kvcache_blocks": 20}
+SMALL = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "block_size": 32, "num_kvcache_blocks": 20}
 H200 = limits.Card(4.4e12, 790e12)
 FULL = workloads.Sizes(vocab_size=151_936, max_model_len=40_960, cache_tokens=1_156_096, max_num_seqs=512)
 # hidden, mlp, layers, query heads, tied; and the limits that were published for an H200: seconds of nano-vllm's
@@ -472,7 +472,7 @@ def test_what_was_measured_before_an_interrupt_is_kept(tmp_path):
     """On SIGTERM or Ctrl-C in the second workload the first is in the record, and shown; nothing runs on."""
     model, path = write_checkpoint(tmp_path / "model"), tmp_path / "run.json"
     command = [sys.executable, bench.__file__, "--model", model, "--engines", "ours", "--workload", "prefill", "nano"]
-    command += ["--requests", "2", "--repeats", "200", "--max-model-len", "128", "--bandwidth", "1", "--flops", "1"]
+    command += ["--requests", "2", "--repeats", "50", "--max-model-len", "128", "--bandwidth", "1", "--flops", "1"]
     command += ["--json", path, "--options", f"ours={json.dumps(SMALL)}"]
     environment = os.environ | {"TMPDIR": str(tmp_path)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as run:
