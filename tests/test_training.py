@@ -129,7 +129,7 @@ def test_what_is_padded_for_cudnn_changes_nothing(monkeypatch, length):
     qkv = jnp.asarray(rng.standard_normal((2, length, 2, 4, 16)), jnp.float32)
     cos, sin = rope_angles(jnp.arange(length), RopeConfig(), 16)
     args = qkv, *(RMSNorm(16, 1e-6, dtype=jnp.float32) for _ in "qk"), cos, sin, None
-    plain, _ = causal_attention(*args)
+    plain, _ = jax.jit(lambda *args: causal_attention(*args))(*args)
     attend, lengths = jax.nn.dot_product_attention, []
 
     def attend_as_cudnn(q, k, v, *, is_causal, implementation):
@@ -139,7 +139,7 @@ def test_what_is_padded_for_cudnn_changes_nothing(monkeypatch, length):
 
     monkeypatch.setattr("nanovllm_jax.layers.attention.cudnn_attends", lambda q: True)
     monkeypatch.setattr(jax.nn, "dot_product_attention", attend_as_cudnn)
-    padded, _ = causal_attention(*args)
+    padded, _ = jax.jit(lambda *args: causal_attention(*args))(*args)  # traced anew
     np.testing.assert_allclose(padded, plain, atol=1e-6)
     assert lengths == [-(-length // 16) * 16]
 
@@ -173,8 +173,8 @@ def test_16_bits(dtype, tolerance):
     tokens, _ = padded_batch()
     model = Qwen3ForCausalLM(SMALL, rngs=nnx.Rngs(0))
     graph, params = nnx.split(model)
-    wanted = token_logprobs(model, tokens)
-    found = token_logprobs(nnx.merge(graph, cast(params, jnp.dtype(dtype))), tokens)
+    run = jax.jit(token_logprobs)
+    wanted, found = run(model, tokens), run(nnx.merge(graph, cast(params, jnp.dtype(dtype))), tokens)
     np.testing.assert_allclose(found, wanted, atol=tolerance)
 
 
