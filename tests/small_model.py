@@ -38,7 +38,7 @@ def random_tensors(config, seed=0, scale=0.15):
 def write_checkpoint(directory, config=SMALL, tensors=None, eos_token_id=511):
     """Write config.json, generation_config.json, model.safetensors and the tokenizer's files; returns `directory`."""
     directory.mkdir(exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(config_json(config, "float32")))
+    (directory / "config.json").write_text(json.dumps(config_json(config, config.dtype)))
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": eos_token_id}))
     save_file(random_tensors(config) if tensors is None else tensors, directory / "model.safetensors")
     for file in TINY_MODEL.glob("tokenizer*"):
