@@ -36,6 +36,7 @@ from nanovllm_jax.tiny.tokenizer import END_OF_MESSAGE, END_OF_TEXT, save_tokeni
 from nanovllm_jax.training import cast
 
 VOCAB_SIZE = 512
+TOKENIZER_TEXTS = 20_000  # conversations that the tokenizer is trained on
 ROW_LENGTH = 256
 STEPS_PER_DISPATCH = 8  # a step is shorter than its dispatch
 WARM_UP_STEPS = 200
@@ -246,7 +247,7 @@ def main() -> None:
     with refusals():
         config = model_config(options)
     rng = Random(options.seed)
-    texts = [segment.text for _ in range(20_000) for segment in training_conversation(rng)]
+    texts = [segment.text for _ in range(TOKENIZER_TEXTS) for segment in training_conversation(rng)]
     tokenizer = train_tokenizer(texts, VOCAB_SIZE)
     model = Qwen3ForCausalLM(config, rngs=nnx.Rngs(options.seed))
     print(f"{model.config.num_parameters:,} parameters on {jax.devices()[0].device_kind}")
