@@ -97,6 +97,12 @@ def quick_to_run():
 
 
 @pytest.fixture(scope="module")
+def prefills_quick_to_run():
+    """Engines of 64 rows that prefill in nearly all of their steps: the others compile longer than they would save."""
+    yield from _engines_with(QUICK_TO_RUN, rows_from=65)
+
+
+@pytest.fixture(scope="module")
 def compiled_as_usual():
     """Engines whose programs XLA optimizes as it does for users."""
     yield from _engines_with(AS_USUAL)

@@ -33,7 +33,7 @@ def tokenizer():
 
 
 @pytest.fixture(scope="module")
-def llm(quick_to_run):
+def llm(prefills_quick_to_run):
     return LLM(max_model_len=512, max_num_seqs=64, max_num_batched_tokens=128)
 
 
