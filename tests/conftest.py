@@ -109,6 +109,12 @@ def compiled_as_usual():
 
 
 @pytest.fixture
+def compiled_quickly():
+    """One test's engines, in a module whose others are not."""
+    yield from _engines_with({})
+
+
+@pytest.fixture
 def ctrl_c():
     """Heard as in a terminal: what a shell runs in the background is started deaf to it, and so is what that starts."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)

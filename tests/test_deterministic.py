@@ -7,7 +7,6 @@ import pytest
 from small_model import SMALL, assert_idle, random_tensors, small_llm, write_checkpoint
 
 from nanovllm_jax import LLM, SamplingParams
-from nanovllm_jax.models import score_programs, step_programs
 
 PARAMS = SamplingParams(temperature=1, seed=5, max_tokens=30, logprobs=5, top_p=0.9, ignore_eos=True)
 
@@ -72,10 +71,8 @@ def test_scores_are_those_of_sampling(llm):
         fresh(llm)
 
 
-def test_the_model_is_the_same(llm, directory, monkeypatch):
+def test_the_model_is_the_same(llm, directory, compiled_quickly):
     """But for rounding: the other engine may well be compiled quickly."""
-    for module in (score_programs, step_programs):
-        monkeypatch.setattr(module, "compiler_options", lambda *_: {})
     prompt, completion = prompt_of(50), prompt_of(20, seed=1)
     other = small_llm(directory, max_num_seqs=1)
     [fixed], [usual] = (engine.score([prompt], [completion], use_tqdm=False) for engine in (llm, other))

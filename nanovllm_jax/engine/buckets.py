@@ -83,28 +83,15 @@ class Buckets:
         return BatchShape(rows, prefill_rows, tokens, self.table_width, spared=spared)
 
 
-def gpu_buckets(
-    max_num_seqs: int,
-    max_num_batched_tokens: int,
-    table_width: int,
-    run_ahead: RunAhead,
-    spared_from: float = math.inf,
-) -> Buckets:
+def gpu_buckets(max_num_seqs: int, max_num_batched_tokens: int, table_width: int, run_ahead: RunAhead) -> Buckets:
     """Those of a GPU, where little padding is worth many programs."""
     few = min(32, max_num_seqs)
     mixed = (few,) if few == max_num_seqs else (few, max_num_seqs)
     large_from = 16 * max_num_seqs if len(mixed) > 1 else math.inf
     sizes = max_num_seqs, max_num_batched_tokens, table_width
-    return Buckets(*sizes, 2, mixed, run_ahead, alone=True, large_from=large_from, spared_from=spared_from)
+    return Buckets(*sizes, 2, mixed, run_ahead, alone=True, large_from=large_from)
 
 
-def cpu_buckets(
-    max_num_seqs: int,
-    max_num_batched_tokens: int,
-    table_width: int,
-    run_ahead: RunAhead,
-    spared_from: float = math.inf,
-) -> Buckets:
+def cpu_buckets(max_num_seqs: int, max_num_batched_tokens: int, table_width: int, run_ahead: RunAhead) -> Buckets:
     """Those of a CPU, which is for small models: there few programs to compile are worth more than little padding."""
-    sizes = max_num_seqs, max_num_batched_tokens, table_width
-    return Buckets(*sizes, 16, (max_num_seqs,), run_ahead, spared_from=spared_from)
+    return Buckets(max_num_seqs, max_num_batched_tokens, table_width, 16, (max_num_seqs,), run_ahead)

@@ -251,9 +251,9 @@ class ModelRunner:
         self.steps = StepPrograms(settings, self.mesh, self.weights.shapes, self.weights.treedef)
         self.scores = ScorePrograms(self.steps)
         width = -(-self.max_model_len // self.config.block_size)
-        spared_from = math.inf if self.config.probe else SPARED_FROM
-        sizes = self.max_num_seqs, self.max_num_batched_tokens, width, self._run_ahead(), spared_from
-        self.buckets = gpu_buckets(*sizes) if self.on_gpu else cpu_buckets(*sizes)
+        sizes = self.max_num_seqs, self.max_num_batched_tokens, width, self._run_ahead()
+        buckets = gpu_buckets(*sizes) if self.on_gpu else cpu_buckets(*sizes)
+        self.buckets = replace(buckets, spared_from=math.inf if self.config.probe else SPARED_FROM)
 
     def _run_ahead(self) -> RunAhead:
         """When one program decodes several steps: as the user says, or where a GPU would wait for the host."""

@@ -196,10 +196,9 @@ class Qwen3ForCausalLM(nnx.Module):
 
     def from_last_layer(self, residual: jax.Array, positions: jax.Array, cache, attend: Attend):
         """The residual stream [T, D] before the last layer -> hidden states [T, D] after the last norm, its cache."""
-        layer, no_parts = self.layers[-1], self.layers[-1].mlp.down_proj.no_parts(residual.shape[:-1])
-        angles = rope_angles(positions, self.config.rope, self.config.head_dim)
-        stream = Stream(*layer.added(residual, Parts(no_parts)), *angles)
-        *rest, cache = run_layer(len(self.layers) - 1, layer, *stream, cache, attend)
+        number, layer = len(self.layers) - 1, self.layers[-1]
+        nothing = Parts(layer.mlp.down_proj.no_parts(residual.shape[:-1]))
+        *rest, cache = run_layer(number, layer, *self._stream(residual, nothing, positions), cache, attend)
         return self._end(*rest), cache
 
     def _start(self, tokens: jax.Array, positions: jax.Array, peers: Peers | None) -> Stream:
@@ -210,6 +209,10 @@ class Qwen3ForCausalLM(nnx.Module):
         else:
             own, nothing = self.embed_tokens.own(tokens), down_proj.no_parts(tokens.shape, peers)
             residual, delta = jnp.zeros_like(own), Parts(nothing.at[0].set(own.astype(nothing.dtype)), peers)
+        return self._stream(residual, delta, positions)
+
+    def _stream(self, residual: jax.Array, delta: Parts, positions: jax.Array) -> Stream:
+        """What a layer is given."""
         angles = rope_angles(positions, self.config.rope, self.config.head_dim)
         return Stream(*self.layers[0].added(residual, delta), *angles)
 
