@@ -61,7 +61,7 @@ def test_logits_of_the_training_forward(case, model):
 @pytest.mark.parametrize(("chunk", "added_rows"), [(1, 8192), (7, 8192), (100, 8192), (7, 7), (100, 1)])
 def test_logits_of_the_paged_forward(case, model, chunk, added_rows, monkeypatch):
     """The serving path, `chunk` tokens at a time, through a shuffled block table; matmuls may add to the residual."""
-    monkeypatch.setattr(qwen3, "ADDED_ROWS", added_rows)
+    monkeypatch.setattr(qwen3, "ADDED_SIZE", added_rows * model.config.hidden_size)
     _, reference = case
     tokens = random_prompts(7, seed=1)[-1]
     tokens = tokens[: len(tokens) // chunk * chunk or None]  # whole chunks: another length is another program

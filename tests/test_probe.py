@@ -189,7 +189,7 @@ def test_layers_that_hand_on_nothing_to_add(monkeypatch):
         return watch.captured
 
     expected = captured(model)
-    monkeypatch.setattr(qwen3, "ADDED_ROWS", 30)
+    monkeypatch.setattr(qwen3, "ADDED_SIZE", 30 * D)
     jax.clear_caches()  # all would be as it was traced before
     got = captured(model)
     for place in places:

@@ -66,10 +66,10 @@ def torch_loss_and_gradients(reference, tokens, learned):
 
 
 @pytest.mark.parametrize("options", [dict(), dict(remat=True, chunk=7)], ids=["plain", "remat_in_chunks"])
-@pytest.mark.parametrize("added_rows", [8192, 1])
-def test_loss_and_gradients_are_those_of_transformers(case, options, added_rows, monkeypatch):
+@pytest.mark.parametrize("added_size", [qwen3.ADDED_SIZE, 1])
+def test_loss_and_gradients_are_those_of_transformers(case, options, added_size, monkeypatch):
     """Also where matmuls add to the residual stream."""
-    monkeypatch.setattr(qwen3, "ADDED_ROWS", added_rows)
+    monkeypatch.setattr(qwen3, "ADDED_SIZE", added_size)
     model, reference = case
     tokens, learned = padded_batch()
     expected_loss, expected = torch_loss_and_gradients(reference, tokens, learned)

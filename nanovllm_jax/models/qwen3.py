@@ -5,7 +5,6 @@ D hidden, F mlp, V vocab; on a device of several, its parts of N, K, F and V. Wh
 Modules carry logical axis names only; `parallel.sharding` maps them to a mesh.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -21,7 +20,7 @@ from nanovllm_jax.layers.norm import RMSNorm
 from nanovllm_jax.layers.rope import rope_angles
 from nanovllm_jax.parallel.sharding import is_split
 
-ADDED_ROWS = 8192  # from so many on the residual stream is added to by matmuls, and not by norms
+ADDED_SIZE = 8192 * 1024  # a residual stream of so many numbers is added to by matmuls, and not by norms
 Attend = Callable  # attend(qkv, q_norm, k_norm, cos, sin, cache) -> (output, cache); see layers.attention
 
 
@@ -79,7 +78,7 @@ class DecoderLayer(nnx.Module):
     def __call__(self, residual: jax.Array, delta: Parts, cos: jax.Array, sin: jax.Array, cache, attend: Attend):
         """The residual stream as [T, D] and what is still to be added -> the same after this layer, and the cache.
 
-        delta comes in parts [S, T, D], for the next norm to add up, of many rows none.
+        delta comes in parts [S, T, D], for the next norm to add up, of a large stream none.
         """
         residual, delta, cache = self.attention_half(residual, delta, cos, sin, cache, attend)
         residual, delta = self.mlp_half(*self.added(residual, delta))
@@ -94,13 +93,13 @@ class DecoderLayer(nnx.Module):
         return before, *self.mlp_half(before[rows], delta), cache
 
     def added(self, residual: jax.Array, delta: Parts) -> tuple[jax.Array, Parts]:
-        """The same stream, of many rows with nothing to be added.
+        """The same stream, a large one with nothing to be added.
 
         There cuBLAS adds while it multiplies, and the norm reads one array: but not for deterministic layers, which
         have a kernel of their own, and not where other devices have parts of the sum.
         """
-        many, by_cublas = math.prod(residual.shape[:-1]) >= ADDED_ROWS, self.mlp.down_proj.is_plain and not is_split()
-        if many and by_cublas and len(delta.here) == 1:
+        by_cublas = self.mlp.down_proj.is_plain and not is_split()
+        if residual.size >= ADDED_SIZE and by_cublas and len(delta.here) == 1:
             return residual + delta.here[0], Parts(delta.here[:0])
         return residual, delta
 
