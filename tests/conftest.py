@@ -50,6 +50,8 @@ def pytest_configure(config):
     """
     jax.config.update("jax_numpy_rank_promotion", "raise")  # a strict user's setting, so that nothing relies on it
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads, which wait by spinning: models here are small
+    if hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) == 1:
+        os.environ.setdefault("NPROC", "2")  # XLA's threads: in jax's simulation of a GPU one of them waits for another
     if config.getoption("-m") == "gpu":
         os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.5")
     else:
