@@ -32,7 +32,8 @@ def kept(logits, temperature, top_k, top_p, min_p) -> np.ndarray:
     """[V] bool: which entries of one row may be drawn."""
     if temperature == 0:
         return logits == logits.max()
-    weights = np.exp((logits - logits.max()) / temperature)  # probabilities over the largest one
+    with np.errstate(over="ignore"):  # to minus infinity
+        weights = np.exp((logits - logits.max()) / temperature)  # probabilities over the largest one
     keep = weights >= min_p
     if top_k > 0:
         keep &= logits >= np.sort(logits)[-min(top_k, logits.size)]
