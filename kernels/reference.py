@@ -117,6 +117,8 @@ def rms_norm(x, gain, eps):
 
 def _rounded(x, dtype):
     """x with dtype's precision: in compiled code a conversion to 16 bits and back would be left out."""
+    if dtype == jnp.float32:  # which XLA for a CPU would do nevertheless, and compile a quarter longer
+        return x
     kind = jnp.finfo(dtype)
     return lax.reduce_precision(x, kind.nexp, kind.nmant)
 
