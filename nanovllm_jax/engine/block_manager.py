@@ -7,6 +7,7 @@ its hash, and can be found by it, until the block is taken for new content.
 
 from collections import OrderedDict
 from collections.abc import Iterable
+from itertools import compress
 
 from xxhash import xxh3_128_digest
 
@@ -133,18 +134,21 @@ class BlockManager:
 
     def check(self, sequences: Iterable[Sequence]) -> None:
         """Assert that the books balance, given every sequence that may own blocks. Costs the pool: for tests."""
-        owners: dict[int, int] = {}  # how many own a block: tests ask after each call, and a Counter takes longer
+        owners = [0] * self.num_blocks  # how many own a block: tests ask after each call, and lists compare quickly
         for seq in sequences:
             for block in seq.block_table:
-                owners[block] = owners.get(block, 0) + 1
-        counts = {block: count for block, count in enumerate(self._ref_counts) if count != 0}
-        assert counts == owners, "wrong ref count"
+                owners[block] += 1
+        assert self._ref_counts == owners, "wrong ref count"
         free, hash_of = [*self._free_blank, *self._free_cached], self._hashes.__getitem__
-        assert sorted([*free, *owners]) == list(range(self.num_blocks)), "each block is free or owned, and once"
+        owned = compress(range(self.num_blocks), owners)
+        assert sorted([*free, *owned]) == list(range(self.num_blocks)), "each block is free or owned, and once"
         assert not any(map(hash_of, self._free_blank)), "a blank block is published"
         assert all(map(hash_of, self._free_cached)), "a cached block is not published"
-        published = {digest: block for block, digest in enumerate(self._hashes) if digest is not None}
-        assert published == self._published, "hash table and blocks disagree"
+        hashes: list[bytes | None] = [None] * self.num_blocks
+        for digest, block in self._published.items():
+            hashes[block] = digest
+        assert hashes == self._hashes, "hash table and blocks disagree"
+        assert len(self._published) == self.num_blocks - hashes.count(None), "a block is published twice"
 
     def _forget(self, digest: bytes) -> None:
         """Let nobody find the block that is published under this hash, if one is."""
