@@ -83,13 +83,17 @@ def test_each_device_has_its_share(reports):
     assert reports["2x2"]["shares"] == {"matrices": [1 / 2], "norms": [1], "cache": [1 / 4]}
 
 
-A_LAYER = """
+TWO_DEVICES = """
+from dataclasses import replace
 import jax
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 2)
 import jax.numpy as jnp, numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as Spec
+"""
+# There it has one part, the devices' sum.
+A_LAYER = """
 from nanovllm_jax.kernels import whole
 from nanovllm_jax.layers.linear import Linear
 from nanovllm_jax.parallel.sharding import make_mesh, per_device
@@ -109,21 +113,7 @@ both = jax.jit(per_device(parts, make_mesh(2), (share, share), Spec()))(x, *leav
 got, want = (np.asarray(whole(p, x.dtype), np.float32) for p in (both, layer.parts(x).here))
 np.testing.assert_allclose(got, want, rtol=0.02, atol=0.02 * np.abs(want).max())
 """
-
-
-def test_a_layer_in_parts_is_summed_over_devices():
-    """There it has one part, the devices' sum."""
-    run(sys.executable, "-c", A_LAYER)
-
-
 A_MODEL = """
-from dataclasses import replace
-import jax
-jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", 2)
-import jax.numpy as jnp, numpy as np
-from flax import nnx
-from jax.sharding import PartitionSpec as Spec
 from nanovllm_jax.layers.attention import causal_attention
 from nanovllm_jax.models.parameters import abstract_model
 from nanovllm_jax.models.qwen3 import Qwen3ForCausalLM
@@ -161,8 +151,8 @@ for rows in (1, 40, 100, 300):  # whose matmuls are in one part, in four, in two
 
 
 def test_sums_by_kernels_and_by_collectives():
-    """In 16 bits, of which layers come in parts: both are what one device has, and the same on all."""
-    run(sys.executable, "-c", A_MODEL)
+    """Of a layer in parts, then of a model in 16 bits: both are what one device has, and the same on all."""
+    run(sys.executable, "-c", TWO_DEVICES + A_LAYER + A_MODEL)  # one process: imports take seconds
 
 
 @pytest.mark.parametrize(
