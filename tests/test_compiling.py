@@ -131,14 +131,19 @@ def test_a_helper_makes_the_same_programs(programs, store, by_helpers, caplog):
 
 @pytest.mark.parametrize("num_helpers", [0, 1])
 def test_what_is_compiled_is_kept(programs, tmp_path, num_helpers, request, monkeypatch):
-    """Whichever process has compiled it, and whatever is in the path of modules."""
+    """Whichever process has compiled it, and whatever is in the path of modules; nothing of the working directory runs."""
     # What imports ignore, and what goes by the working directory, which a helper must not look into by itself.
     monkeypatch.setattr(sys, "path", [*sys.path, Path("/tmp"), "relative", ""])
-    helped, store = request.getfixturevalue("by_helpers" if num_helpers else "helped"), make_store(tmp_path)
+    working = tmp_path / "working"
+    working.mkdir()
+    (working / "queue.py").write_text("open('was_run', 'w')")
+    monkeypatch.chdir(working)
+    helped, store = request.getfixturevalue("by_helpers" if num_helpers else "helped"), make_store(tmp_path / "kept")
     assert not store.load_all(ONE)
     compile_all(programs, ONE, store, num_helpers)
     assert len(helped) == num_helpers
     assert list(store.load_all(ONE)) == ONE
+    assert [path.name for path in working.iterdir()] == ["queue.py"]
 
 
 SEVERAL_DEVICES = """
@@ -235,13 +240,6 @@ def test_helpers_keep_no_memory_of_a_gpu_from_one_another(programs, store, monke
     monkeypatch.setattr(subprocess, "Popen", note)
     assert list(compile_all(programs, ONE, store, 2)) == ONE
     assert [env["XLA_PYTHON_CLIENT_ALLOCATOR"] for env in environments] == ["platform"] * 2
-
-
-def test_a_helper_runs_nothing_of_the_working_directory(programs, store, by_helpers, monkeypatch, tmp_path):
-    (tmp_path / "queue.py").write_text("open('was_run', 'w')")
-    monkeypatch.chdir(tmp_path)
-    assert len(compile_all(programs, ONE, store, 1)) == len(by_helpers) == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["queue.py"]
 
 
 @pytest.mark.parametrize("which", [0, 2, -1], ids=["modules", "flags", "devices"])
