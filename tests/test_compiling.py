@@ -131,7 +131,7 @@ def test_a_helper_makes_the_same_programs(programs, store, by_helpers, caplog):
 
 @pytest.mark.parametrize("num_helpers", [0, 1])
 def test_what_is_compiled_is_kept(programs, tmp_path, num_helpers, request, monkeypatch):
-    """Whichever process has compiled it, and whatever is in the path of modules; nothing of the working directory runs."""
+    """Whichever process has compiled it, whatever is in the path of modules; nothing of the working directory runs."""
     # What imports ignore, and what goes by the working directory, which a helper must not look into by itself.
     monkeypatch.setattr(sys, "path", [*sys.path, Path("/tmp"), "relative", ""])
     working = tmp_path / "working"
