@@ -117,7 +117,7 @@ def rms_norm(x, gain, eps):
 
 def _rounded(x, dtype):
     """x with dtype's precision: in compiled code a conversion to 16 bits and back would be left out."""
-    if dtype == jnp.float32:  # which XLA for a CPU would do nevertheless, and compile a quarter longer
+    if dtype == jnp.float32:  # it has that: XLA for a CPU would compile longer, and round nothing
         return x
     kind = jnp.finfo(dtype)
     return lax.reduce_precision(x, kind.nexp, kind.nmant)

@@ -92,7 +92,7 @@ import jax.numpy as jnp, numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as Spec
 """
-# There it has one part, the devices' sum.
+# A layer that hands on parts of a sum: over two devices it has one part, their sum.
 A_LAYER = """
 from nanovllm_jax.kernels import whole
 from nanovllm_jax.layers.linear import Linear

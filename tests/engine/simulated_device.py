@@ -13,7 +13,6 @@ from nanovllm_jax.engine.schedule import Schedule
 from nanovllm_jax.engine.scheduler import Scheduler
 from nanovllm_jax.engine.sequence import Scored, Sequence, Status
 
-FINISHED = Status.FINISHED
 VOCAB = 50
 SIZE = 4  # tokens of a block, where a test does not choose
 NAN = "nan"  # a cell that spreads as NaN does: to all that depends on it
@@ -116,7 +115,7 @@ class Simulation:
 
     @property
     def live(self) -> list[Sequence]:
-        self._live = [seq for seq in self._live if seq.status is not FINISHED]
+        self._live = [seq for seq in self._live if not seq.is_finished]
         return self._live
 
     def add(self, prompt: list[int], max_tokens: int, stop_token_ids: frozenset[int] = frozenset()) -> Sequence:
@@ -257,7 +256,7 @@ class Simulation:
 
     @staticmethod
     def _check_end(seq: Sequence) -> None:
-        assert (seq.status is FINISHED) == (seq.finish_reason is not None)
+        assert (seq.status is Status.FINISHED) == (seq.finish_reason is not None)
         assert seq.num_cached_tokens < seq.num_prompt_tokens
 
     def check_schedule(self, schedule: Schedule) -> None:

@@ -129,8 +129,8 @@ def test_a_second_start_compiles_nothing(tmp_path):
 @pytest.mark.parametrize(("size", "layers"), [("0.6B", 28), ("8B", 4)])
 def test_a_large_prefill_agrees_with_small_ones(tmp_path, size, layers):
     """Prompts that fill one step of 16,384 tokens, which has kernels and sums of its own, and the same one by one."""
-    config = COMMON | SIZES[size] | dict(model_type="qwen3", architectures=["Qwen3ForCausalLM"], dtype="bfloat16")
-    config |= dict(num_hidden_layers=layers)
+    config = COMMON | SIZES[size] | dict(num_hidden_layers=layers)
+    config |= dict(model_type="qwen3", architectures=["Qwen3ForCausalLM"], dtype="bfloat16")
     (tmp_path / "config.json").write_text(json.dumps(config))
     llm = small_engine(tmp_path, load_format="dummy", max_num_seqs=32, max_num_batched_tokens=16384)
     prompts = prompts_of_lengths(1, 17, 256, 300, 512, 700, 1023, 1024, 1500, 2000, *[1000] * 9)
