@@ -242,7 +242,7 @@ def plot(steps: list[Step], path: Path, title: str) -> None:
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     on_gpu = jax.default_backend() == "gpu"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", choices=[*UNSEEN, *ROOM_TO_GROW], default="unspaced", help="what to learn")
+    parser.add_argument("--task", choices=[*UNSEEN, *ROOM_TO_GROW], default="listed", help="what to learn")
     parser.add_argument("--minutes", type=above_zero, default=math.inf, help="stop after this time")
     parser.add_argument("--steps", type=above_zero, default=math.inf, help="stop after this many steps")
     parser.add_argument("--prompts", type=count, default=128 if on_gpu else 16, help="questions a step")

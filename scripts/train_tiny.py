@@ -225,8 +225,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=8 if on_gpu else 0, help="processes that make batches")
     parser.add_argument("--problems", type=count, default=100 if on_gpu else 20, help="held-out questions a task")
     parser.add_argument("--learning-rate", type=above_zero, default=1.5e-3, help="its peak")
-    parser.add_argument("--hidden", type=count, default=256, help="hidden size")
-    parser.add_argument("--layers", type=count, default=6, help="decoder layers")
+    parser.add_argument("--hidden", type=count, default=384, help="hidden size")
+    parser.add_argument("--layers", type=count, default=3, help="decoder layers")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     if not (options.minutes < math.inf or options.steps < math.inf):

@@ -148,16 +148,20 @@ def _swapped_multiplication(rng: Random) -> Problem:
 
 
 def _three_terms(rng: Random) -> Problem:
-    return _sum_of_three(rng, ("What is {}?", "{}", "{} =", "Calculate {}."), " + ")
+    return _sum_of_three(rng, ("What is {} + {} + {}?", "{} + {} + {}", "{} + {} + {} =", "Calculate {} + {} + {}."))
 
 
 def _three_terms_unspaced(rng: Random) -> Problem:
-    return _sum_of_three(rng, ("{}", "{}=?"), "+")
+    return _sum_of_three(rng, ("{}+{}+{}", "{}+{}+{}=?"))
 
 
-def _sum_of_three(rng: Random, wordings: tuple[str, ...], plus: str) -> Problem:
+def _three_terms_listed(rng: Random) -> Problem:
+    return _sum_of_three(rng, ("Add {}, {} and {}.", "What is the sum of {}, {} and {}?"))
+
+
+def _sum_of_three(rng: Random, wordings: tuple[str, ...]) -> Problem:
     terms = [_number(rng, 2) for _ in range(3)]
-    wording = rng.choice(wordings).format(plus.join(map(str, terms)))
+    wording = rng.choice(wordings).format(*terms)
     answer = f"{' + '.join(map(str, terms))} = {sum(terms)}"
     return Problem((Turn(wording, answer),), "+".join(map(str, sorted(terms))))
 
@@ -287,6 +291,7 @@ ALL_TASKS = TASKS | ROOM_TO_GROW
 
 UNSEEN = {
     "unspaced": Task(_three_terms_unspaced, 0),  # sums of three numbers, typed as it knows sums of two
+    "listed": Task(_three_terms_listed, 0),  # asked for in words, as it knows sums of two
     "swapped": Task(_swapped_multiplication, 0),  # 7 * 38, where it knows a little of 38 * 7
 }
 """What it has never seen in this form: harder to teach."""
