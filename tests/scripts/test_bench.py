@@ -374,7 +374,7 @@ def test_random_weights_are_a_checkpoint(tmp_path):
     write_random_checkpoint(tmp_path / "small.json", directory)
     assert ModelConfig.from_pretrained(directory).vocab_size == 700
     embedding = CheckpointFiles(directory).read("model.embed_tokens.weight", (slice(None), slice(None)))
-    assert (embedding.shape, embedding.dtype) == ((700, 256), jnp.bfloat16)
+    assert (embedding.shape, embedding.dtype) == ((700, 384), jnp.bfloat16)
     assert float(embedding.astype("float32").std()) == pytest.approx(0.02, rel=0.02)
     assert load_tokenizer(directory).decode([650, 699]) == ""
     before = (directory / "model.safetensors").stat().st_mtime_ns
