@@ -1,7 +1,6 @@
 """The sampling kernels' oracles in plain jnp: same signatures, but for `fixed`. They are what a CPU runs.
 
-A step in which no row asks skips all but the draw. What only a branch needs of the settings is taken apart inside of
-it: outside, XLA would compile a kernel for each column. Shapes: R rows, V vocabulary, S slots.
+A step in which no row asks skips all but the draw. Shapes: R rows, V vocabulary, S slots.
 """
 
 import jax.numpy as jnp
@@ -33,10 +32,9 @@ def settings(sampling, names, row=slice(None)):
 
 def adjust_logits(logits, sampling, slots, positions, token_counts, logit_bias):
     """See nanovllm_jax.kernels.adjust_logits."""
-    [asks] = settings(sampling, ["adjusts"])
+    asks, min_len, *penalties = settings(sampling, ("adjusts", "min_len", *PENALTIES))
 
     def adjust():
-        min_len, *penalties = settings(sampling, ("min_len", *PENALTIES))
         columns = (x[:, None] for x in (positions < min_len, *penalties))
         new = adjusted(logits, token_counts[slots], logit_bias[slots], *columns)
         return jnp.where(asks[:, None] > 0, new, logits)
@@ -128,10 +126,10 @@ def inverse_temperature(temperature):
 def sampling_threshold(logits, sampling):
     """See nanovllm_jax.kernels.sampling_threshold."""
     vocab = logits.shape[1]
-    asks = asks_threshold(*settings(sampling, CUTS), vocab)
+    temperature, top_k, top_p, min_p = settings(sampling, CUTS)
+    asks = asks_threshold(temperature, top_k, top_p, min_p, vocab)
 
     def find():
-        temperature, top_k, top_p, min_p = settings(sampling, CUTS)
         x = -jnp.sort(-logits, axis=1)
         top = x[:, :1]
         floor = top + (temperature * jnp.log(min_p))[:, None]
@@ -151,10 +149,9 @@ def token_logprobs(logits, raw, sampling, tokens):
     """See nanovllm_jax.kernels.token_logprobs."""
     rows, vocab = logits.shape
     most = min(MAX_LOGPROBS, vocab)
-    [num_top] = settings(sampling, ["num_top"])
+    use_raw, num_top = settings(sampling, ("adjusts", "num_top"))
 
     def compute():
-        [use_raw] = settings(sampling, ["adjusts"])
         x = jnp.where(use_raw[:, None] > 0, raw, logits)
         logprobs = lax.map(log_softmax, x)  # one by one: a sum's order must not depend on the other rows
         own = jnp.take_along_axis(x, tokens[:, None], axis=1)
