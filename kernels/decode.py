@@ -35,7 +35,7 @@ from .common import (
 )
 
 LARGE_BATCH = 1024  # programs without any cut: from here on the GPU is full
-COMBINED = 16  # parts that are added up at a time: few contexts of a batch have more
+COMBINED = 16  # at least so many parts are added up at a time
 
 
 class Tiles(NamedTuple):
@@ -174,7 +174,7 @@ def _take_in_token(ref, b, head, row, owns, *, eps: float) -> jax.Array:
     return rotated
 
 
-def _combine_kernel(part_ref, lse_ref, cut_ref, _, o_ref, *, batch: int, most: int):
+def _combine_kernel(part_ref, lse_ref, cut_ref, _, o_ref, *, batch: int, most: int, at_once: int):
     """Sum a query head's partial results, at most so many, weighted by their share of the softmax's denominator."""
     head, cut = pl.program_id(0), pl.program_id(1)
     b, first, count = (cut_ref[cut, i] for i in range(3))
@@ -184,18 +184,26 @@ def _combine_kernel(part_ref, lse_ref, cut_ref, _, o_ref, *, batch: int, most: i
         at = pl.ds(first + start, number)
         return plgpu.load(lse_ref.at[at, head], mask=live, other=NEG_INF), live, at
 
+    def load_parts(start):
+        lse, live, at = load(start, at_once)
+        return lse, plgpu.load(part_ref.at[at, head, :], mask=live[:, None], other=0)
+
     @pl.when(b < batch)
     def _():
-        lse, _, _ = load(0, most)
+        some = load_parts(0)  # on their way before `top` is waited for: most contexts have no more
+        lse = some[0] if at_once == most else load(0, most)[0]
         top = lse.max(axis=0)
 
-        def step(i, acc):
-            lse, live, at = load(i * COMBINED, COMBINED)
-            part = plgpu.load(part_ref.at[at, head, :], mask=live[:, None], other=0)
-            return acc + (part * jnp.exp2(lse - top)[:, None]).sum(axis=0)
+        def weighted(lse, part):
+            return (part * jnp.exp2(lse - top)[:, None]).sum(axis=0)
 
-        steps = lax.div(count + (COMBINED - 1), jnp.int32(COMBINED))
-        acc = lax.fori_loop(0, steps, step, jnp.zeros((part_ref.shape[2],), jnp.float32))
+        acc = weighted(*some)
+        if at_once < most:
+
+            def step(i, acc):
+                return acc + weighted(*load_parts(i * at_once))
+
+            acc = lax.fori_loop(1, lax.div(count + (at_once - 1), jnp.int32(at_once)), step, acc)
         o_ref[b, head, :] = (acc / jnp.exp2(lse - top).sum(axis=0)).astype(o_ref.dtype)
 
 
@@ -269,6 +277,7 @@ def _decode(args: dict[str, jax.Array], shape: tuple[int, int, int], *, scale, e
         eps=eps,
         on_gpu=not interpret,
     )
+    most = pl.next_power_of_2(tiles.extra)
     [out] = pallas_call(
         _combine_kernel,
         *(results["part"], results["lse"], cut, results["out"]),
@@ -278,6 +287,7 @@ def _decode(args: dict[str, jax.Array], shape: tuple[int, int, int], *, scale, e
         num_warps=4,
         interpret=interpret,
         batch=batch,
-        most=pl.next_power_of_2(tiles.extra),
+        most=most,
+        at_once=min(most, max(COMBINED, most // pl.next_power_of_2(batch))),  # as many as a context has, or more
     )
     return results | {"out": out}

@@ -19,6 +19,7 @@ from .common import dot, gated, pallas_call, rounded
 
 # On an H200 that gains up to 64 rows where a layer's lesser side is up to 2,048. Beyond, cuBLAS is as fast or faster.
 MOST_ROWS, MOST_SIDE = 64, 2048
+MANY_FEATURES = 2**15  # more have wider tiles, and one row too: a vocabulary
 PARTS, MOST_FEATURES = 4, 2048  # into how many parts a depth is cut, of layers with up to so many features
 
 
@@ -35,15 +36,16 @@ def default_tiles(weights: int, features: int) -> Tiles:
     """Settings for an H200: a tile to each of its SMs, or more."""
     if weights == 2:
         return Tiles(features=16, depth=128, num_warps=2, num_stages=4)
-    return Tiles(features=32 if features <= 2**15 else 64, depth=128, num_warps=4, num_stages=4)
+    return Tiles(features=32 if features <= MANY_FEATURES else 64, depth=128, num_warps=4, num_stages=4)
 
 
 def fits(x: jax.Array, weight: jax.Array) -> bool:
-    """Whether x [T, D] is for this kernel, with weights [*F, D]: a few rows of 16 bits that are not short."""
+    """Whether x [T, D] is for this kernel, with weights [*F, D]: a few rows of 16 bits, neither short nor for `row`."""
     if x.ndim != 2 or x.dtype.itemsize != 2 or weight.dtype != x.dtype:
         return False
     depth, features = x.shape[1], math.prod(weight.shape[:-1])
-    return 2 <= x.shape[0] <= MOST_ROWS and depth >= 512 and min(depth, features) <= MOST_SIDE
+    least = 1 if features > MANY_FEATURES else 2
+    return least <= x.shape[0] <= MOST_ROWS and depth >= 512 and min(depth, features) <= MOST_SIDE
 
 
 def parts_of(weight: jax.Array) -> int:

@@ -56,9 +56,10 @@ def test_kernel_equals_float64_attention(shape, extra):
     np.testing.assert_allclose(out, decode_expected(q, cache, scale), atol=2e-6)
 
 
-@pytest.mark.parametrize("parts", [16, 33])
-def test_any_number_of_parts_is_combined(parts):
-    q, cache, scale = case([16 * parts - 5, 40], 1, 2, 16, 16)
+@pytest.mark.parametrize(("parts", "sequences"), [(16, 2), (17, 5), (33, 1), (33, 2), (60, 3)])
+def test_any_number_of_parts_is_combined(parts, sequences):
+    """At once, or one after another: in how many turns depends on how many sequences share them."""
+    q, cache, scale = case([16 * parts - 5, *[40] * (sequences - 1)], 1, 2, 16, 16)
     tiles = decode.Tiles(block_k=16, extra=64, num_warps=4, num_stages=2)
     out = interpreted(q, *cache, scale=scale, tiles=tiles)
     np.testing.assert_allclose(out, decode_expected(q, cache, scale), atol=2e-6)

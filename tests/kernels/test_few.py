@@ -21,6 +21,7 @@ CASES = [
     (64, 2, 48, 640, 1),
     (5, 2, 40, 600, 1),
     (33, 1, 72, 1160, PARTS),
+    (1, 1, 96, 512, 1),
 ]
 CASES += [(7, 1, 33, 520, 3), (3, 1, 32, 513, 8)]  # parts of which the last have little, or nothing
 CASES += [(5, 1, 48, 768, PARTS), (5, 1, 48, 1152, PARTS)]  # depths that are whole parts, but fewer than there are
@@ -94,6 +95,8 @@ def test_swiglu_rounds_where_transformers_does():
         ((8, 1024), (151936, 1024), True),
         ((65, 1024), (3072, 1024), False),
         ((1, 1024), (3072, 1024), False),
+        ((1, 1024), (151936, 1024), True),
+        ((1, 4096), (151936, 4096), False),
         ((64, 6144), (2048, 6144), True),
         ((32, 4096), (8, 6, 128, 4096), False),
         ((2, 2560), (2, 9728, 2560), False),

@@ -96,9 +96,10 @@ def test_decode_batches(contexts, shape):
 
 
 @pytest.mark.parametrize("extra", [1, 2, 5, 64])
-def test_decode_cuts(extra):
+@pytest.mark.parametrize("contexts", [[4000], [2500, 1500], [4000, 0, 1, 130]], ids=str)
+def test_decode_cuts(contexts, extra):
     shape = SHAPES[0]
-    args = on_gpu(3, [4000, 0, 1, 130], *shape, rows=4)
+    args = on_gpu(3, contexts, *shape, rows=len(contexts))
     tiles = decode.Tiles(block_k=64, extra=extra, num_warps=4, num_stages=3)
     out = jax.jit(functools.partial(decode.paged_decode_attention, scale=0.1, tiles=tiles))(*args)
     assert_close(out, decode_oracle, args, shape[0], 0.1)
@@ -308,7 +309,7 @@ FEW += [(1, 1024, 768), (1, 1024, 1152)]  # fewer whole parts than there are
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("shape", FEW, ids=str)
-@pytest.mark.parametrize("rows", [2, 8, 31, 64])
+@pytest.mark.parametrize("rows", [1, 2, 8, 31, 64])
 def test_linear_layers_of_few_rows(rows, shape, dtype):
     """Sums of products of 16-bit numbers, which tensor cores add up in float32, if not in one order."""
     rng = np.random.default_rng(rows)
