@@ -4,7 +4,7 @@ and over several, linear layers of one row, of a few and of many, sampling.
 On an NVIDIA GPU each runs its Pallas kernel, anywhere else its plain-jnp oracle (in the files called reference, same
 arguments, but for a `fixed` that one of the two has no need of, and a mesh's axis). Which one is settled when a program
 is lowered, or before it is traced (`traced_for`), so a compiled step holds one of the two. Each sits in a jit of its
-own: the layers of a model share one trace and one lowering. Of the functions for sampling, but for the draw itself, a
+own: layers that are alike share one trace and one lowering. Of the functions for sampling, but for the draw itself, a
 row that asks for nothing takes next to no time. With `fixed`, a row's result is the same to the last bit whatever else
 is in the call. `sampling` [R, 12] int32 is how each row samples: `reference_sampling.settings` of it, by name.
 
@@ -164,7 +164,7 @@ def store_and_decode(
     scale: float,
     eps: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`norm_rope_store` of one new token per sequence, and its `paged_decode_attention`, in one kernel.
+    """`norm_rope_store` of one new token per sequence inside of its `paged_decode_attention`.
 
     Arguments as in the two, with T = B. A token's slot is where its sequence's table has its last place.
     Returns (out [B, K * G, H], k_cache, v_cache).

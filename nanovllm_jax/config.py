@@ -80,21 +80,26 @@ class ModelConfig:
 
     @classmethod
     def from_pretrained(cls, directory: Path) -> "ModelConfig":
-        """Read `directory`/config.json in the form of transformers 4 or 5.
+        """Of `directory`/config.json. Raises as `from_file` does."""
+        return cls.from_file(directory / "config.json")
+
+    @classmethod
+    def from_file(cls, path: Path) -> "ModelConfig":
+        """Read a config.json in the form of transformers 4 or 5.
 
         Raises ValueError for another architecture or a setting that this model code does not have.
         """
-        raw = read_json(directory / "config.json")
+        raw = read_json(path)
         architecture = raw.get("architectures") or [raw.get("model_type")]
         architecture = architecture[0] if isinstance(architecture, list) else architecture
         if raw.get("model_type") != "qwen3" or architecture not in ("Qwen3ForCausalLM", "qwen3"):
             raise ValueError(
-                f"{directory / 'config.json'}: this engine runs Qwen3ForCausalLM (model_type qwen3), "
+                f"{path}: this engine runs Qwen3ForCausalLM (model_type qwen3), "
                 f"not {architecture} (model_type {raw.get('model_type')})"
             )
         for name in SIZES:  # for which transformers' defaults fit no weights
             if name not in raw:
-                raise ValueError(f"{directory / 'config.json'} has no {name}")
+                raise ValueError(f"{path} has no {name}")
         _refuse_unsupported(raw)
         values = {name: raw[name] for name in PLAIN_SETTINGS & raw.keys()}
         if values["num_key_value_heads"] is None:  # transformers reads it so

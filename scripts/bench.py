@@ -16,7 +16,6 @@ import hashlib
 import json
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -206,12 +205,7 @@ def prepare_model(args: argparse.Namespace) -> Path:
 
 def read_config(path: Path) -> ModelConfig:
     """From a config.json under any name, whatever the dtype. Raises ValueError, naming it, where it is none."""
-    with tempfile.TemporaryDirectory() as scratch:
-        copy = Path(shutil.copy(path, Path(scratch) / "config.json"))
-        try:
-            return replace(ModelConfig.from_pretrained(Path(scratch)), dtype="bfloat16")
-        except ValueError as error:
-            raise ValueError(str(error).replace(str(copy), str(path))) from error
+    return replace(ModelConfig.from_file(path), dtype="bfloat16")
 
 
 def resolve_max_model_len(args: argparse.Namespace, config: ModelConfig) -> int:

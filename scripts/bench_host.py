@@ -108,18 +108,11 @@ def packing_micros(num_seqs: int, args: argparse.Namespace) -> float:
     return spent / args.steps * 1e6
 
 
-def dispatch_micros(num_seqs: int, args: argparse.Namespace) -> float:
-    """ModelRunner.dispatch() of a packed step, the device being idle."""
-    return device_micros(num_seqs, args)[0]
-
-
-def collect_micros(num_seqs: int, args: argparse.Namespace) -> float:
-    """ModelRunner.collect() of a step that the device has done."""
-    return device_micros(num_seqs, args)[1]
-
-
 def device_micros(num_seqs: int, args: argparse.Namespace) -> tuple[float, float]:
-    """Of dispatch and of collect. Every row is padding: that costs the host the same, and the device little."""
+    """ModelRunner.dispatch() of a packed step, the device being idle, and .collect() of one that it has done.
+
+    Every row is padding: that costs the host the same, and the device little.
+    """
     runner = make_runner(args.model, args.load_format, longest(args), args.block_size, max(args.sequences))
     shape = runner.buckets.shape_for(num_seqs, 0, 0)
     buffer = np.zeros(shape.size, np.int32)
@@ -163,8 +156,8 @@ def micros_per_call(call: Callable[[], None], count: int) -> float:
 PHASES = {
     "scheduler": scheduler_micros,
     "packing": packing_micros,
-    "dispatch": dispatch_micros,
-    "collect": collect_micros,
+    "dispatch": lambda num_seqs, args: device_micros(num_seqs, args)[0],
+    "collect": lambda num_seqs, args: device_micros(num_seqs, args)[1],
 }
 
 

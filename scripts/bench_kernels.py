@@ -27,7 +27,7 @@ import numpy as np
 from benchmark.kernel_cases import KERNELS, Case, Shape, make_cases
 from benchmark.timing import seconds_per_run
 from nanovllm_jax.kernels import decode
-from options import above_zero, count
+from options import add_card, count
 
 CHAINED_CALLS = 128
 
@@ -168,8 +168,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=KERNELS, default=list(KERNELS))
     parser.add_argument("--sweep", action="store_true", help="time many tile settings")
     parser.add_argument("--top", type=count, default=6, help="how many of a sweep's settings to print for each problem")
-    parser.add_argument("--bandwidth", type=above_zero, default=4.4, help="the card's measured TB/s (H200: 4.4)")
-    parser.add_argument("--flops", type=above_zero, default=790, help="the card's measured TFLOP/s (H200, bf16: 790)")
+    add_card(parser)
     args = parser.parse_args()
     if jax.default_backend() != "gpu":
         parser.error("no GPU: the kernels are compiled for NVIDIA GPUs only")

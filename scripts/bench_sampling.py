@@ -17,7 +17,7 @@ import numpy as np
 from benchmark.timing import seconds_per_run
 from jax import lax
 from nanovllm_jax.kernels import adjust_logits, noisy_argmax, reference_sampling, sampling_threshold, token_logprobs
-from options import above_zero, count
+from options import add_card, count
 
 from nanovllm_jax import SamplingParams
 from nanovllm_jax.engine.sequence import Sequence
@@ -178,7 +178,7 @@ def main() -> None:
     parser.add_argument("--rows", type=count, default=256)
     parser.add_argument("--vocab", type=count, default=151_936)
     parser.add_argument("--only", nargs="+", choices=SETTINGS, default=list(SETTINGS))
-    parser.add_argument("--bandwidth", type=above_zero, default=4.4, help="the card's measured TB/s (H200: 4.4)")
+    add_card(parser, "bandwidth")
     args = parser.parse_args()
     title = f"{jax.devices()[0].device_kind}, jax {jax.__version__}: {args.rows} rows, vocabulary {args.vocab}"
     print(f"{title}; limit: {args.bandwidth:g} TB/s")

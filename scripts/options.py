@@ -5,12 +5,14 @@ And what is wrong where only the engine or the disk can tell.
 
 import json
 import math
-from argparse import ArgumentTypeError
+from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from benchmark.limits import H200
 
 PICTURES = (".png", ".svg", ".pdf")
 
@@ -88,6 +90,15 @@ def json_object(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ArgumentTypeError(f"{text!r} is no JSON object")
     return value
+
+
+def add_card(parser: ArgumentParser, *rates: str) -> None:
+    """Options of a card's rates, in TB/s and TFLOP/s: of these, or of both."""
+    units = {"bandwidth": ("TB/s", H200.bytes / 1e12), "flops": ("TFLOP/s", H200.flops / 1e12)}
+    for rate in rates or units:
+        unit, default = units[rate]
+        text = f"the card's measured {unit} (H200, bf16: %(default)g)"
+        parser.add_argument(f"--{rate}", type=above_zero, default=default, help=text)
 
 
 @contextmanager

@@ -17,7 +17,6 @@ from options import count
 from nanovllm_jax.config import ModelConfig
 from nanovllm_jax.parallel.sizes import split_config
 
-H200 = limits.Card(bytes=4.4e12, flops=790e12)  # about what scripts/benchmark/card.py measures
 MEMORY = 0.9 * 141e9  # gpu_memory_utilization of an H200
 ITEMSIZE = 2  # of bfloat16
 # Measured on two H200s: of the 450 GB/s of NVLink 4 in each direction a large all-reduce reaches 235.
@@ -85,7 +84,7 @@ class Step:
     @property
     def compute_seconds(self) -> float:
         """Without what devices exchange."""
-        return limits.Cost(self.bytes, self.flops).seconds(H200) + self.overhead
+        return limits.Cost(self.bytes, self.flops).seconds(limits.H200) + self.overhead
 
     @property
     def link_seconds(self) -> float:
@@ -104,7 +103,7 @@ def decode_step(config: ModelConfig, devices: int, sequences: int, context: int)
     config = over(config, devices)
     phases = limits.decode_phases(config, ITEMSIZE, [context] * sequences)
     read = limits.weight_bytes(config, ITEMSIZE) + phases["attend"].bytes
-    flops = sum(phase.flops for phase in phases.values())
+    flops = limits.Cost.total(phases.values()).flops
     full = min(sequences, FULL_ROWS) / FULL_ROWS
     overhead = config.num_hidden_layers * (LAYER_SECONDS + full * (LAYER_SECONDS_FULL - LAYER_SECONDS))
     return Step(read / devices, flops / devices, *exchange(config, devices, sequences, sequences), overhead)
@@ -114,9 +113,8 @@ def prefill_step(config: ModelConfig, devices: int, tokens: int, prompt: int) ->
     """So many tokens of new prompts, each `prompt` long."""
     config, count = over(config, devices), max(1, tokens // prompt)
     phases = limits.prefill_phases(config, ITEMSIZE, [prompt] * count, [0] * count).values()
-    flops = sum(phase.flops for phase in phases) / devices
-    overhead = flops / H200.flops * (1 / PREFILL_SHARE - 1)
-    read = sum(phase.bytes for phase in phases) / devices
+    read, flops = (number / devices for number in limits.Cost.total(phases))
+    overhead = flops / limits.H200.flops * (1 / PREFILL_SHARE - 1)
     return Step(read, flops, *exchange(config, devices, prompt * count, count), overhead)
 
 

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from benchmark.limits import Card, Cost, decode_phases, prefill_phases
-from options import above_zero, checkpoint, count, picture, refusals, writing
+from options import add_card, checkpoint, count, picture, refusals, writing
 
 from nanovllm_jax import LLM, SamplingParams
 from nanovllm_jax.checkpoints.load import TINY_MODEL
@@ -76,8 +76,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=count, default=4, help="calls of the engine's step() to profile when decoding")
     parser.add_argument("--top", type=count, default=12, help="how many kernels to list")
     parser.add_argument("--picture", type=picture, help="write a step's timeline here (.png, .svg, .pdf)")
-    parser.add_argument("--bandwidth", type=above_zero, default=4.4, help="the card's measured TB/s (H200: 4.4)")
-    parser.add_argument("--flops", type=above_zero, default=790, help="the card's measured TFLOP/s (H200, bf16: 790)")
+    add_card(parser)
     args = parser.parse_args(arguments)
     with refusals():
         longest, most = args.context + output_tokens(args), ModelConfig.from_pretrained(args.model).max_context
@@ -226,7 +225,7 @@ def phase_table(kernels: list[Kernel], steps: int, costs: dict[str, Cost], card:
         for phase in (kernel.phase, "all"):
             spent[phase] += kernel.duration / steps
             launches[phase] += 1 / steps
-    costs = costs | {"all": Cost(sum(c.bytes for c in costs.values()), sum(c.flops for c in costs.values()))}
+    costs = costs | {"all": Cost.total(costs.values())}
     lines = [
         f"{'phase':<10} {'us':>10} {'share':>6} {'launches':>8} {'GB':>9} {'TFLOP':>9} {'limit us':>10} {'of limit':>8}"
     ]

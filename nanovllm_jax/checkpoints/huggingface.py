@@ -140,7 +140,8 @@ class CheckpointFiles:
             except PermissionError as error:
                 raise ValueError(f"cannot read {path}: {error.strerror}") from error
             except (OSError, ValueError, SafetensorError) as error:  # ValueError: a name that no file can have
-                raise ValueError(f"{path} is missing, truncated or corrupt: {error}") from error
+                way_out = "download it again (with git that takes git-lfs)"
+                raise ValueError(f"{path} is missing, truncated or corrupt: {error}; {way_out}") from error
             for name in names:
                 if name in self.files:
                     raise ValueError(f"{path}: {name} is in another file of the checkpoint too")

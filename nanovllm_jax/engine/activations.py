@@ -24,19 +24,17 @@ class CapturedRows(NamedTuple):
     """Among the step's R rows; None where the chunk does not sample."""
 
 
-def captured_rows(schedule: Schedule, decode_rows: int) -> list[CapturedRows]:
-    """The sequences of a step that capture; to be called right after schedule()."""
+def captured_rows(schedule: Schedule, decodes, prefills, starts, decode_rows: int) -> list[CapturedRows]:
+    """The sequences of a step that capture, by their `places`; to be called right after schedule()."""
     captured, steps = [], schedule.num_steps
-    for row, seq in enumerate(schedule.decodes):
+    for row, seq in zip(decodes, schedule.decodes):
         if seq.params.capture:
             captured.append(CapturedRows(seq, seq.activations, row, 1, seq.num_computed - steps, row))
-    first = decode_rows
-    for row, chunk in enumerate(schedule.prefills):
+    for row, start, chunk in zip(prefills, starts, schedule.prefills):
         seq, count = chunk.seq, chunk.num_tokens
         if seq.params.capture:
-            logits_row = decode_rows + row if chunk.samples else None
+            first, logits_row = decode_rows + start, row if chunk.samples else None
             captured.append(CapturedRows(seq, seq.activations, first, count, seq.num_computed - count, logits_row))
-        first += count
     return captured
 
 

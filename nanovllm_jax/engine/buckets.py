@@ -27,12 +27,11 @@ class Buckets:
     ratio: int
     """How much larger each size is than the one before: what padding can cost, but for many very short prompts."""
     mixed_decode_rows: tuple[int, ...]
-    """Sizes of the decode part beside a prefill: few, as a padded row costs little there. The last takes any number."""
+    """Sizes of the decode part beside a prefill: few, as a padded row costs little there. The last takes any number; a
+    first of 0 is for when nothing runs beside it."""
     run_ahead: RunAhead = ONE_STEP
-    alone: bool = False
-    """Whether each size of the prefill part has a shape without a decode part too, for when nothing runs beside it."""
     large_from: float = math.inf
-    """From so many prefill tokens on the decode part else is the largest, which then is little beside them."""
+    """From so many prefill tokens on there are but the first of these and the last, which is little beside them."""
     spared_from: float = math.inf
     """From so many prefill tokens on a shape is `spared`."""
 
@@ -54,8 +53,8 @@ class Buckets:
 
     def beside(self, tokens: int) -> tuple[int, ...]:
         """Sizes of the decode part beside a prefill part of this many tokens."""
-        rows = self.mixed_decode_rows[-1:] if tokens >= self.large_from else self.mixed_decode_rows
-        return (0, *rows) if self.alone else rows
+        rows = self.mixed_decode_rows
+        return rows if tokens < self.large_from else (rows[0], rows[-1])
 
     def shape_for(self, decodes: int, prefills: int, tokens: int, num_steps: int = 1) -> BatchShape:
         """The smallest shape for this many decode rows, and prefill sequences with this many tokens together."""
@@ -85,11 +84,9 @@ class Buckets:
 
 def gpu_buckets(max_num_seqs: int, max_num_batched_tokens: int, table_width: int, run_ahead: RunAhead) -> Buckets:
     """Those of a GPU, where little padding is worth many programs."""
-    few = min(32, max_num_seqs)
-    mixed = (few,) if few == max_num_seqs else (few, max_num_seqs)
-    large_from = 16 * max_num_seqs if len(mixed) > 1 else math.inf
+    mixed = (0, 32, max_num_seqs) if max_num_seqs > 32 else (0, max_num_seqs)
     sizes = max_num_seqs, max_num_batched_tokens, table_width
-    return Buckets(*sizes, 2, mixed, run_ahead, alone=True, large_from=large_from)
+    return Buckets(*sizes, 2, mixed, run_ahead, large_from=16 * max_num_seqs)
 
 
 def cpu_buckets(max_num_seqs: int, max_num_batched_tokens: int, table_width: int, run_ahead: RunAhead) -> Buckets:

@@ -129,11 +129,10 @@ class GroupPacker:
         shape = self.buckets.shape_for(*map(max, zip(*sizes)), schedule.num_steps)
         return shape, np.concatenate([packer.pack(part, shape)[1] for packer, part in zip(self.packers, parts)])
 
-    def rows(self, schedule: GroupSchedule, shape: BatchShape) -> tuple[list[int], list[int]]:
-        """In which rows of the step's output the schedule's decodes are, and its prefills."""
-        decodes, prefills = [], []
+    def places(self, schedule: GroupSchedule, shape: BatchShape) -> tuple[list[int], list[int], list[int]]:
+        """As BatchPacker's, in the output of all groups, one group's after another's."""
+        places, rows = ([], [], []), shape.decode_rows + shape.prefill_rows
         for number, (packer, part) in enumerate(zip(self.packers, schedule.groups)):
-            first = number * (shape.decode_rows + shape.prefill_rows)
-            for rows, own in zip((decodes, prefills), packer.rows(part, shape)):
-                rows += [first + row for row in own]
-        return decodes, prefills
+            for all_groups, own, size in zip(places, packer.places(part, shape), (rows, rows, shape.prefill_tokens)):
+                all_groups += [number * size + place for place in own]
+        return places

@@ -1,6 +1,5 @@
 """A step between its dispatch and its reading: where in the device's output each sequence finds what is its own."""
 
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -62,23 +61,20 @@ def dispatch(schedule: Schedule, packer: BatchPacker | GroupPacker, runner: Mode
     """Start a step on the device, right after schedule(); does not wait."""
     shape, buffer = packer.pack(schedule)
     output = runner.dispatch(shape, buffer)
-    scored, wanted = scored_tokens(schedule, shape.prefill_tokens)
+    *rows, starts = packer.places(schedule, shape)
+    scored, wanted = scored_tokens(schedule, starts)
     scores = runner.prompt_logprobs(output, shape, buffer, wanted)
-    captured = captured_rows(schedule, shape.decode_rows) if runner.config.probe else []
-    return DispatchedStep(schedule, packer.rows(schedule, shape), output, scored, scores, captured)
+    captured = captured_rows(schedule, *rows, starts, shape.decode_rows) if runner.config.probe else []
+    return DispatchedStep(schedule, rows, output, scored, scores, captured)
 
 
 def scored_tokens(
-    schedule: Schedule, tokens_per_group: int
+    schedule: Schedule, starts: Iterable[int]
 ) -> tuple[list[tuple[Scored, int, list[int]]], list[tuple[int, int, int]]]:
-    """What a step's chunks give of `Sequence.scored`: sequence by sequence, and as rows for the runner.
-
-    `tokens_per_group`: the prefill tokens of the step with padding.
-    """
-    parts, wanted, taken = [], [], Counter()
-    for chunk in schedule.prefills:
+    """What a step's chunks, which begin at these of its tokens, give of `Sequence.scored`: by sequence, and as rows."""
+    parts, wanted = [], []
+    for row, chunk in zip(starts, schedule.prefills):
         seq, scored = chunk.seq, chunk.seq.scored
-        row = seq.group * tokens_per_group + taken[seq.group]
         if scored is not None:
             # The chunk's token at position p predicts the one at p + 1.
             predicted = seq.num_computed - chunk.num_tokens + 1
@@ -87,5 +83,4 @@ def scored_tokens(
             if tokens:
                 parts.append((scored, start, tokens))
             wanted += [(row + start - predicted + i, token, scored.num_top) for i, token in enumerate(tokens)]
-        taken[seq.group] += chunk.num_tokens
     return parts, wanted

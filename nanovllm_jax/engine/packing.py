@@ -1,5 +1,8 @@
 """A schedule packed into a batch's flat array."""
 
+from collections.abc import Iterable
+from itertools import accumulate
+
 import numpy as np
 
 from nanovllm_jax.engine.batch import BatchShape, BatchView
@@ -45,10 +48,11 @@ class BatchPacker:
             view.query_starts[len(prefills) + 1 :] = end
         return shape, buffer
 
-    def rows(self, schedule: Schedule, shape: BatchShape) -> tuple[range, range]:
-        """In which rows of the step's output the schedule's decodes are, and its prefills."""
-        first = shape.decode_rows
-        return range(len(schedule.decodes)), range(first, first + len(schedule.prefills))
+    def places(self, schedule: Schedule, shape: BatchShape) -> tuple[Iterable[int], Iterable[int], Iterable[int]]:
+        """In the output: rows of the decodes, rows of the prefills, and where in the T tokens each prefill begins."""
+        first, ends = shape.decode_rows, accumulate((chunk.num_tokens for chunk in schedule.prefills), initial=0)
+        prefills = range(first, first + len(schedule.prefills))
+        return range(len(schedule.decodes)), prefills, list(ends)[:-1]
 
     def _admit(self, seq: Sequence) -> None:
         slot, table = seq.slot, seq.block_table

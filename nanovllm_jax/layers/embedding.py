@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from nanovllm_jax.layers.linear import STDDEV, MatMul, matmul, param
+from nanovllm_jax.layers.linear import STDDEV, fixed_matmul, matmul, param
 from nanovllm_jax.parallel.sharding import is_split, local_index, sum_over
 
 
@@ -18,9 +18,9 @@ class Embedding(nnx.Module):
         *,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
-        matmul: MatMul = matmul,
+        fixed: bool = False,
     ):
-        self.matmul = matmul
+        self.fixed = fixed
         table = STDDEV * jax.random.normal(rngs.params(), (vocab_size, hidden_size), dtype)
         self.weight = param(table, "vocab", "embed")
 
@@ -35,7 +35,7 @@ class Embedding(nnx.Module):
 
     def attend(self, x: jax.Array) -> jax.Array:
         """x [..., D] -> logits [..., V] float32, or a device's part of V."""
-        return self.matmul(x, self.weight[...], out_dtype=jnp.float32)
+        return (fixed_matmul if self.fixed else matmul)(x, self.weight[...], out_dtype=jnp.float32)
 
 
 @jax.custom_jvp

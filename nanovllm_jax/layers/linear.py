@@ -1,6 +1,5 @@
 """Linear layers: weights stored [out..., in], as in Hugging Face checkpoints."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -61,9 +60,6 @@ def _halved_matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
     return lax.dot_general(x, weight, (((2,), (2,)), ((1,), (1,))), preferred_element_type=jnp.float32)
 
 
-MatMul = Callable  # matmul or fixed_matmul
-
-
 def fixed_matmul(x: jax.Array, weight: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
     """`matmul` in which a row's result is the same to the last bit whatever the other rows, and however many."""
     rows, features = x.reshape(-1, x.shape[-1]), weight.reshape(-1, weight.shape[-1])
@@ -85,10 +81,10 @@ class Linear(nnx.Module):
         use_bias: bool = False,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
-        matmul: MatMul = matmul,
+        fixed: bool = False,
     ):
-        """`axes` names the output dimensions' logical axes, then the input's."""
-        self.matmul = matmul
+        """`axes` names the output dimensions' logical axes, then the input's. `fixed`: see `fixed_matmul`."""
+        self.fixed = fixed
         shape = (*out_features, in_features)
         self.in_axis = axes[-1]
         self.weight = param(STDDEV * jax.random.normal(rngs.params(), shape, dtype), *axes)
@@ -96,13 +92,14 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., in] -> [..., *out]."""
-        y = sum_over(self.in_axis, self.matmul(x, self.weight[...]))
+        product = fixed_matmul if self.fixed else matmul
+        y = sum_over(self.in_axis, product(x, self.weight[...]))
         return y if self.bias is None else y + with_rank(self.bias[...], y.ndim)
 
     @property
     def is_plain(self) -> bool:
         """Whether there are kernels for this layer: a product as `matmul` makes it, and no bias."""
-        return self.matmul is matmul and self.bias is None
+        return not self.fixed and self.bias is None
 
     def parts(self, x: jax.Array, peers: Peers | None = None) -> Parts:
         """x [..., in] -> what this layer gives, in parts [S, ..., *out]: for `of_sum` of the next one.
@@ -114,7 +111,7 @@ class Linear(nnx.Module):
             if kernels.is_few_rows(x, weight):
                 here = kernels.few_linear(x, weight[None])
             else:
-                here = _halved_matmul(x, weight) if _is_halved(x, weight) else self.matmul(x, weight)[None]
+                here = _halved_matmul(x, weight) if _is_halved(x, weight) else matmul(x, weight)[None]
             return Parts(here, peers)
         return Parts(self(x)[None])
 
@@ -130,7 +127,7 @@ class Linear(nnx.Module):
             matrices = weight.reshape(self.products, -1, weight.shape[-1])
             total, y = kernels.row_norm_linear(x, delta.here[0], norm.weight[...], matrices, norm.eps)
             return total, y.reshape(1, *weight.shape[self.products - 1 : -1])
-        total, normed = norm.add(x, delta, fixed=self.matmul is fixed_matmul)
+        total, normed = norm.add(x, delta, fixed=self.fixed)
         return total, self(normed)
 
 

@@ -13,7 +13,7 @@ from xxhash import xxh3_128
 
 from nanovllm_jax.config import ModelConfig
 from nanovllm_jax.models.qwen3 import Qwen3ForCausalLM
-from nanovllm_jax.parallel.sharding import RULES
+from nanovllm_jax.parallel.sharding import parameter_sharding
 
 ParameterPath = tuple[str | int, ...]
 ARRAYS = np.ndarray, jax.Array
@@ -36,7 +36,7 @@ def parameters_of(model: nnx.Module) -> dict[ParameterPath, nnx.Param]:
 def parameter_targets(model: nnx.Module, mesh: jax.sharding.Mesh) -> dict[ParameterPath, jax.ShapeDtypeStruct]:
     """Shape, dtype and sharding on `mesh` of each parameter of a (real or abstract) model."""
     return {
-        path: jax.ShapeDtypeStruct(param.shape, param.dtype, sharding=RULES.sharding(mesh, param.out_sharding))
+        path: jax.ShapeDtypeStruct(param.shape, param.dtype, sharding=parameter_sharding(mesh, param.out_sharding))
         for path, param in parameters_of(model).items()
     }
 

@@ -15,7 +15,7 @@ from flax import nnx
 from nanovllm_jax.config import ModelConfig
 from nanovllm_jax.kernels import Peers
 from nanovllm_jax.layers.embedding import Embedding
-from nanovllm_jax.layers.linear import GatedLinear, Linear, MatMul, Parts, fixed_matmul, matmul
+from nanovllm_jax.layers.linear import GatedLinear, Linear, Parts
 from nanovllm_jax.layers.norm import RMSNorm
 from nanovllm_jax.layers.rope import rope_angles
 from nanovllm_jax.parallel.sharding import is_split
@@ -27,9 +27,9 @@ Attend = Callable  # attend(qkv, q_norm, k_norm, cos, sin, cache) -> (output, ca
 class Attention(nnx.Module):
     """Grouped-query attention with normalised queries and keys."""
 
-    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs, matmul: MatMul):
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs, fixed: bool):
         c, group = config, config.num_attention_heads // config.kv_heads
-        options = dict(use_bias=c.attention_bias, dtype=dtype, rngs=rngs, matmul=matmul)
+        options = dict(use_bias=c.attention_bias, dtype=dtype, rngs=rngs, fixed=fixed)
         # Each kv head's queries, key and value lie together, so that a shard of kv heads is one slice.
         self.qkv_proj = Linear(
             c.hidden_size,
@@ -55,8 +55,8 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs, matmul: MatMul):
-        d, f, options = config.hidden_size, config.intermediate_size, dict(dtype=dtype, rngs=rngs, matmul=matmul)
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs, fixed: bool):
+        d, f, options = config.hidden_size, config.intermediate_size, dict(dtype=dtype, rngs=rngs, fixed=fixed)
         self.gate_up_proj = GatedLinear(d, (2, f), axes=(None, "mlp", "embed"), **options)
         self.down_proj = Linear(f, (d,), axes=("embed", "mlp"), **options)
 
@@ -69,11 +69,11 @@ class MLP(nnx.Module):
 class DecoderLayer(nnx.Module):
     """Attention and MLP, each behind a norm and around a residual."""
 
-    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs, matmul: MatMul):
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs, fixed: bool):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
-        self.self_attn = Attention(config, dtype=dtype, rngs=rngs, matmul=matmul)
+        self.self_attn = Attention(config, dtype=dtype, rngs=rngs, fixed=fixed)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
-        self.mlp = MLP(config, dtype=dtype, rngs=rngs, matmul=matmul)
+        self.mlp = MLP(config, dtype=dtype, rngs=rngs, fixed=fixed)
 
     def __call__(self, residual: jax.Array, delta: Parts, cos: jax.Array, sin: jax.Array, cache, attend: Attend):
         """The residual stream as [T, D] and what is still to be added -> the same after this layer, and the cache.
@@ -147,7 +147,7 @@ class Qwen3ForCausalLM(nnx.Module):
     ):
         """`deterministic`: a token's numbers do not depend, to the last bit, on what else is computed with it."""
         self.config, self.deterministic = config, deterministic
-        options = dict(dtype=dtype, rngs=rngs, matmul=fixed_matmul if deterministic else matmul)
+        options = dict(dtype=dtype, rngs=rngs, fixed=deterministic)
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, **options)
         self.layers = nnx.List([DecoderLayer(config, **options) for _ in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype)
@@ -195,9 +195,9 @@ class Qwen3ForCausalLM(nnx.Module):
 
     def from_last_layer(self, residual: jax.Array, positions: jax.Array, cache, attend: Attend):
         """The residual stream [T, D] before the last layer -> hidden states [T, D] after the last norm, its cache."""
-        number, layer = len(self.layers) - 1, self.layers[-1]
+        layer = self.layers[-1]
         nothing = Parts(layer.mlp.down_proj.no_parts(residual.shape[:-1]))
-        *rest, cache = run_layer(number, layer, *self._stream(residual, nothing, positions), cache, attend)
+        *rest, cache = _run_layer(layer, *self._stream(residual, nothing, positions), cache, attend)
         return self._end(*rest), cache
 
     def _start(self, tokens: jax.Array, positions: jax.Array, peers: Peers | None) -> Stream:

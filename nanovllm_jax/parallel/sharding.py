@@ -6,7 +6,6 @@ say about other devices is in the functions below, which do nothing where the mo
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -22,22 +21,13 @@ MODEL_AXIS = "model"
 """The devices of a group, which share the model."""
 
 
-@dataclass(frozen=True)
-class ShardingRules:
-    """Which mesh axis each logical axis of a parameter is split over; None keeps it whole on every device."""
-
-    vocab: str | None = MODEL_AXIS
-    heads: str | None = MODEL_AXIS
-    kv_heads: str | None = MODEL_AXIS
-    mlp: str | None = MODEL_AXIS
-    embed: str | None = None
-
-    def sharding(self, mesh: Mesh, axes: tuple[str | None, ...]) -> NamedSharding:
-        """The sharding of an array whose dimensions have these logical names."""
-        return NamedSharding(mesh, Spec(*(getattr(self, axis) if axis else None for axis in axes)))
+RULES = {"vocab": MODEL_AXIS, "heads": MODEL_AXIS, "kv_heads": MODEL_AXIS, "mlp": MODEL_AXIS, "embed": None, None: None}
+"""Which mesh axis each logical axis of a parameter is split over; None keeps it whole on every device."""
 
 
-RULES = ShardingRules()
+def parameter_sharding(mesh: Mesh, axes: tuple[str | None, ...]) -> NamedSharding:
+    """The sharding of an array whose dimensions have these logical names."""
+    return NamedSharding(mesh, Spec(*(RULES[axis] for axis in axes)))
 
 
 def make_mesh(tensor_parallel_size: int, data_parallel_size: int = 1) -> Mesh:
@@ -84,13 +74,13 @@ def is_split(axis: str = MODEL_AXIS) -> bool:
 
 def is_summed_over(logical_axis: str | None) -> bool:
     """Whether each of several devices has a part of a logical axis, so that what adds it up has a part of the sum."""
-    axis = getattr(RULES, logical_axis) if logical_axis else None
+    axis = RULES[logical_axis]
     return axis is not None and is_split(axis)
 
 
 def sum_over(logical_axis: str | None, x: jax.Array) -> jax.Array:
     """The sum of the devices' x, each of which has added up its part of a logical axis."""
-    return lax.psum(x, getattr(RULES, logical_axis)) if is_summed_over(logical_axis) else x
+    return lax.psum(x, RULES[logical_axis]) if is_summed_over(logical_axis) else x
 
 
 def first_of_shard(size: int, axis: str = MODEL_AXIS) -> jax.Array | int:

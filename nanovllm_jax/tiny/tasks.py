@@ -147,23 +147,14 @@ def _swapped_multiplication(rng: Random) -> Problem:
     return _arithmetic(rng, rng.randint(2, 9), "*", rng.randrange(10, 200))
 
 
-def _three_terms(rng: Random) -> Problem:
-    return _sum_of_three(rng, ("What is {} + {} + {}?", "{} + {} + {}", "{} + {} + {} =", "Calculate {} + {} + {}."))
+def _sum_of_three(*wordings: str) -> Callable[[Random], Problem]:
+    def make(rng: Random) -> Problem:
+        terms = [_number(rng, 2) for _ in range(3)]
+        wording = rng.choice(wordings).format(*terms)
+        answer = f"{' + '.join(map(str, terms))} = {sum(terms)}"
+        return Problem((Turn(wording, answer),), "+".join(map(str, sorted(terms))))
 
-
-def _three_terms_unspaced(rng: Random) -> Problem:
-    return _sum_of_three(rng, ("{}+{}+{}", "{}+{}+{}=?"))
-
-
-def _three_terms_listed(rng: Random) -> Problem:
-    return _sum_of_three(rng, ("Add {}, {} and {}.", "What is the sum of {}, {} and {}?"))
-
-
-def _sum_of_three(rng: Random, wordings: tuple[str, ...]) -> Problem:
-    terms = [_number(rng, 2) for _ in range(3)]
-    wording = rng.choice(wordings).format(*terms)
-    answer = f"{' + '.join(map(str, terms))} = {sum(terms)}"
-    return Problem((Turn(wording, answer),), "+".join(map(str, sorted(terms))))
+    return make
 
 
 def _few_shot(rng: Random) -> Problem:
@@ -281,7 +272,9 @@ TASKS = {
 """What the model is good at."""
 
 ROOM_TO_GROW = {
-    "add_more": Task(_three_terms, 0.015),
+    "add_more": Task(
+        _sum_of_three("What is {} + {} + {}?", "{} + {} + {}", "{} + {} + {} =", "Calculate {} + {} + {}."), 0.015
+    ),
     "multiply": Task(_multiplication, 0.015),
     "below_0": Task(_below_zero, 0.015),
 }
@@ -290,8 +283,9 @@ ROOM_TO_GROW = {
 ALL_TASKS = TASKS | ROOM_TO_GROW
 
 UNSEEN = {
-    "unspaced": Task(_three_terms_unspaced, 0),  # sums of three numbers, typed as it knows sums of two
-    "listed": Task(_three_terms_listed, 0),  # asked for in words, as it knows sums of two
-    "swapped": Task(_swapped_multiplication, 0),  # 7 * 38, where it knows a little of 38 * 7
+    # Sums of three numbers, typed and asked for as it knows sums of two; 7 * 38, where it knows a little of 38 * 7.
+    "unspaced": Task(_sum_of_three("{}+{}+{}", "{}+{}+{}=?"), 0),
+    "listed": Task(_sum_of_three("Add {}, {} and {}.", "What is the sum of {}, {} and {}?"), 0),
+    "swapped": Task(_swapped_multiplication, 0),
 }
 """What it has never seen in this form: harder to teach."""

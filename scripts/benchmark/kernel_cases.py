@@ -111,7 +111,7 @@ def decode_case(rng, shape: Shape, pool, batch, low, high) -> Case:
 
 
 def new_case(rng, shape: Shape, pool, batch, context) -> Case:
-    """A decode case that takes the new tokens in: few, so that it is one kernel."""
+    """A decode case that takes the new tokens in."""
 
     def pool_last(store_and_decode, tables, lens, *args, **tiles):
         return store_and_decode(*args, tables, lens, **tiles)

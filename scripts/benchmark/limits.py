@@ -5,6 +5,7 @@ engine reaches the limit. N query heads, K kv heads, H head_dim, D hidden, F mlp
 """
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from nanovllm_jax.config import ModelConfig
@@ -17,11 +18,19 @@ class Card(NamedTuple):
     flops: float
 
 
+H200 = Card(bytes=4.4e12, flops=790e12)  # about what card.py measures
+
+
 class Cost(NamedTuple):
     """What some work must move and compute."""
 
     bytes: float
     flops: float
+
+    @classmethod
+    def total(cls, costs: Iterable["Cost"]) -> "Cost":
+        """Of all of them."""
+        return cls(*map(sum, zip(*costs)))
 
     def seconds(self, card: Card) -> float:
         """The slower of the two: they overlap at best."""
@@ -70,8 +79,7 @@ def prefill_phases(config: ModelConfig, itemsize: int, prompts: list[int], cache
 
 def prefill_seconds(config: ModelConfig, itemsize: int, card: Card, prompts: list[int], cached: list[int]) -> float:
     """The limit of computing prompts, all in one step."""
-    phases = prefill_phases(config, itemsize, prompts, cached).values()
-    return Cost(sum(p.bytes for p in phases), sum(p.flops for p in phases)).seconds(card)
+    return Cost.total(prefill_phases(config, itemsize, prompts, cached).values()).seconds(card)
 
 
 def decode_step_seconds(config: ModelConfig, itemsize: int, card: Card, contexts: list[float]) -> float:
@@ -82,8 +90,8 @@ def decode_step_seconds(config: ModelConfig, itemsize: int, card: Card, contexts
 
 def matmul_seconds(config: ModelConfig, itemsize: int, card: Card, rows: int) -> float:
     """A step's matmuls with so many rows, each sampled: the larger of all weights' bytes and the FLOPs."""
-    phases = phase_costs(config, itemsize, tokens=rows, sampled=rows, context=0, attended=0).values()
-    return Cost(weight_bytes(config, itemsize), sum(p.flops for p in phases)).seconds(card)
+    all_phases = Cost.total(phase_costs(config, itemsize, tokens=rows, sampled=rows, context=0, attended=0).values())
+    return Cost(weight_bytes(config, itemsize), all_phases.flops).seconds(card)
 
 
 def generate_seconds(

@@ -177,7 +177,7 @@ BAD_SINGLE = {
     "truncated": (truncate, f"{MODEL} is missing, truncated or corrupt"),
     "empty": (lambda d: (d / MODEL).write_bytes(b""), f"{MODEL} is missing, truncated or corrupt"),
     "corrupt": (lambda d: (d / MODEL).write_bytes(b"\xff" * 4096), f"{MODEL} is missing, truncated or corrupt"),
-    "no safetensors": (lambda d: (d / MODEL).write_text("version https://git-lfs"), "missing, truncated or corrupt"),
+    "no safetensors": (lambda d: (d / MODEL).write_text("version https://git-lfs"), "corrupt: .* git-lfs"),
     "missing tensor": (
         lambda d: change_tensors(d, {"model.layers.1.mlp.up_proj.weight": None}),
         "model.layers.1.mlp.up_proj.weight is missing",

@@ -160,8 +160,8 @@ def test_all_groups_are_packed_in_one_shape():
         view = shape.views(buffer[number * shape.size : (number + 1) * shape.size])
         tokens = [token for chunk in part.prefills for token in chunk.seq.token_ids]
         assert view.prefill_tokens[: len(tokens)].tolist() == tokens
-    decodes, prefills = packer.rows(schedule, shape)
+    decodes, prefills, _ = packer.places(schedule, shape)
     rows = shape.decode_rows + shape.prefill_rows
     assert decodes == []
-    first, second = (list(alone.rows(part, shape)[1]) for part in schedule.groups)
+    first, second = (list(alone.places(part, shape)[1]) for part in schedule.groups)
     assert prefills == [*first, *(rows + row for row in second)]

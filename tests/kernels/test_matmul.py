@@ -45,7 +45,7 @@ def test_a_row_depends_on_itself_alone(function):
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
 def test_the_oracle_in_a_program_does_not_depend_on_the_number_of_rows(dtype):
     """One tile is no loop, and XLA may join the product with what is around it."""
-    options = dict(dtype=dtype, rngs=nnx.Rngs(0), matmul=linear.fixed_matmul)
+    options = dict(dtype=dtype, rngs=nnx.Rngs(0), fixed=True)
     layers = linear.GatedLinear(256, (2, 96), axes=(None, None, "embed"), **options)
     layers = layers, linear.Linear(96, (64,), axes=(None, "embed"), **options)
     x = jax.random.normal(jax.random.key(2), (100, 256)).astype(dtype)
