@@ -1,7 +1,7 @@
 """From a conversation to a prompt, through the tokenizer's chat template."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -50,14 +50,18 @@ def chat_prompt(
     if not isinstance(chat_template, str | None):
         raise TypeError(f"chat_template must be a string or None, not {chat_template!r}")
     messages = [_with_objects(message) for message in messages]
-    try:
-        text = tokenizer.apply_chat_template(
-            messages, tools=tools, chat_template=chat_template, tokenize=False, **own, **options
-        )
-    except Exception as error:  # a template raises what it likes
-        raise ValueError(f"the chat template refuses the messages or their options: {error}") from error
+
+    def prompt_of(messages: list[Message]) -> str:
+        try:
+            return tokenizer.apply_chat_template(
+                messages, tools=tools, chat_template=chat_template, tokenize=False, **own, **options
+            )
+        except Exception as error:  # a template raises what it likes
+            raise ValueError(f"the chat template refuses the messages or their options: {error}") from error
+
+    text = prompt_of(messages)
     if chat_template is None:
-        _check_all_are_in(text, messages)
+        _check_all_are_in(text, messages, prompt_of)
     # The template has written the special tokens.
     return {"prompt": text, "prompt_token_ids": encode(tokenizer, text, add_special_tokens=False)}
 
@@ -77,10 +81,12 @@ def _check_messages(messages: list[Message]) -> None:
             raise TypeError(f"message {i} must have a 'content' that is a string, not {content!r}")
 
 
-def _check_all_are_in(text: str, messages: list[Message]) -> None:
+def _check_all_are_in(text: str, messages: list[Message], prompt_of: Callable) -> None:
+    """Raise ValueError where the template leaves out a role: what it would say is put in place of what it says."""
+    mark = "?" * (len(text) + 1)  # which is nowhere else in the prompt
     for i, message in enumerate(messages):
-        role, content = message["role"], message.get("content") or ""
-        if role not in ROLES and content.strip() not in text:
+        role, marked = message["role"], [*messages[:i], {**message, "content": mark}, *messages[i + 1 :]]
+        if role not in ROLES and mark not in prompt_of(marked):
             raise ValueError(
                 f"message {i}: the chat template leaves out what has the role {role!r}: give it one of "
                 f"{', '.join(ROLES)}"

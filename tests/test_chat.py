@@ -182,6 +182,16 @@ BAD_MESSAGES = {
         ValueError,
         "message 0: the chat template leaves out what has the role 'developer': give it one of system, user",
     ),
+    "such a role, whose content is said by others": (
+        [USER, {"role": "function", "content": USER["content"][:2]}, USER],
+        ValueError,
+        "message 1: the chat template leaves out what has the role 'function'",
+    ),
+    "such a role without content": (
+        [USER, {"role": "Assistant", "content": None}],
+        ValueError,
+        "message 1: the chat template leaves out what has the role 'Assistant'",
+    ),
     "half a surrogate pair": ([{"role": "user", "content": "\ud800"}], ValueError, "is not valid Unicode text"),
 }
 

@@ -17,6 +17,7 @@ from nanovllm_jax.engine.memory import MemoryPlan, decide_num_blocks, memory_sta
 from nanovllm_jax.engine.model_runner import _check_for_gpu
 from nanovllm_jax.engine_config import EngineConfig
 from nanovllm_jax.machine import GIB
+from nanovllm_jax.models.parameters import parameters_of
 from nanovllm_jax.models.qwen3 import MLP
 
 GREEDY = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
@@ -137,6 +138,29 @@ def test_eager_steps(tmp_path, monkeypatch, capsys, caplog):
     norms = re.findall(r"norm of x: ([\d.]+)", capsys.readouterr().out)
     assert len(norms) >= 2
     assert all(float(norm) > 0 for norm in norms)
+
+
+# --- what a caller has set around its calls ---
+
+
+def test_a_callers_mesh(one_layer):
+    """A trainer's is not the engine's, whatever is traced within it: at the start, and when it is first asked for."""
+    params = SamplingParams(temperature=0, max_tokens=4, repetition_penalty=1.5, prompt_logprobs=1)
+
+    def answers(llm):
+        llm.runner.scores.compiled.clear()
+        [output] = llm.generate([[1, 2, 3]], params, use_tqdm=False)
+        return output.outputs[0].token_ids, llm.score([[6]], [[7, 8]], use_tqdm=False)
+
+    expected = answers(small_llm(one_layer, num_kvcache_blocks=8))
+    with jax.set_mesh(jax.make_mesh((1,), ("fsdp",))):
+        llm = small_llm(one_layer, num_kvcache_blocks=8)
+        assert answers(llm) == expected
+        rounded = {path: np.asarray(array[...]).astype(np.float16) for path, array in parameters_of(llm.model).items()}
+        llm.update_weights(rounded)
+        llm.runner.reset()  # as after a step that failed
+        within = answers(llm)
+    assert within == answers(llm)
 
 
 # --- the start-up log ---

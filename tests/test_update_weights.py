@@ -105,8 +105,9 @@ def test_arrays_are_shared(llm, models):
     assert run(llm) == before
 
 
-def test_numpy_arrays_are_copied(llm, models, expected):
-    arrays = {path: np.array(array) for path, array in arrays_of(models[1]).items()}
+@pytest.mark.parametrize("dtype", ["<f4", ">f4"])
+def test_numpy_arrays_are_copied(llm, models, expected, dtype):
+    arrays = {path: np.array(array, dtype) for path, array in arrays_of(models[1]).items()}
     llm.update_weights(arrays)
     for array in arrays.values():
         array[...] = np.nan

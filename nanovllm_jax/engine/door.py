@@ -39,9 +39,9 @@ class Door:
         """A request ready to be started."""
         metrics = RequestMetrics(arrival_time=now())
         params = self.default_params if params is None else params
+        if isinstance(params, SamplingParams) and params.logit_bias is not None:
+            params = replace(params)  # checked again: a dict may have changed, and may later
         check_params(params, self.vocab_size, self.tokenizer, self.eos_token_ids)
-        if params.logit_bias is not None:  # a dict, which may have changed since it was checked, and may later
-            params = replace(params)
         check_probing(params, self.probe)
         if request_id is not None and not isinstance(request_id, str):
             raise TypeError(f"request_id must be a string or None, not {request_id!r}")

@@ -42,6 +42,7 @@ from nanovllm_jax.models.programs import ProgramStore
 from nanovllm_jax.models.score_programs import ScorePrograms
 from nanovllm_jax.models.step import StepOutput
 from nanovllm_jax.models.step_programs import HOST, ProgramSettings, StepPrograms
+from nanovllm_jax.parallel.backend import own_settings
 from nanovllm_jax.parallel.peers import connect_peers, reach_one_another
 from nanovllm_jax.parallel.processes import largest, same_everywhere
 from nanovllm_jax.parallel.sharding import make_mesh, per_device, specs_of
@@ -62,6 +63,7 @@ PROMPT_CHUNK = 256  # positions whose logits are made at a time where a prompt's
 class ModelRunner:
     """Runs batches on the device, with one program a batch shape, compiled when the engine starts."""
 
+    @own_settings()
     def __init__(self, directory: Path, model_config: ModelConfig, config: EngineConfig):
         """Load weights, size the cache, compile. Raises ValueError for what does not fit together or in memory."""
         self.config = config
@@ -112,17 +114,20 @@ class ModelRunner:
             output.tokens.copy_to_host_async()
         return output
 
+    @own_settings()
     def write_tables(self, group: int, slot: int, token_counts: np.ndarray, logit_bias: np.ndarray) -> None:
         """Set a slot's lines [V] int32 and float32 of a group's state, for the steps dispatched from now on."""
         line = group * (self.max_num_seqs + 1) + slot
         self.state = self.table_writer(self.state, line, token_counts, logit_bias)
 
+    @own_settings()
     def write_steering(self, slot: int, steering: tuple[float, ...] | None) -> None:
         """Set what a slot's sequence brings for the probe, for the steps dispatched from now on; None: zeros."""
         size = self.config.probe.steering_size
         numbers = np.zeros(size, np.float32) if steering is None else np.array(steering, np.float32)
         self.state = _write_steering(self.state, slot, numbers)
 
+    @own_settings()
     def prompt_logprobs(
         self, output: StepOutput, shape: BatchShape, buffer: np.ndarray, wanted: list[tuple[int, int, int]]
     ) -> list[jax.Array]:
@@ -134,15 +139,14 @@ class ModelRunner:
         if not wanted:
             return []
         parts, hidden, size = [], output.hidden, min(PROMPT_CHUNK, output.hidden.shape[1])
-        with jax.enable_x64(False):  # which the caller may have set since the start
-            if shape.spared:
-                arguments = self.weights.leaves, self.caches[-1], hidden, self._on_devices(buffer)
-                hidden, self.caches[-1] = self.scores.hidden(shape)(*arguments)
-            for start in range(0, len(wanted), size):
-                part = np.array(wanted[start : start + size], np.int32)
-                columns = np.full((3, size), [[0], [0], [-1]], np.int32)
-                columns[:, : len(part)] = part.T
-                parts.append(self.scores.logprobs(size)(self.weights.leaves, hidden, *columns))
+        if shape.spared:
+            arguments = self.weights.leaves, self.caches[-1], hidden, self._on_devices(buffer)
+            hidden, self.caches[-1] = self.scores.hidden(shape)(*arguments)
+        for start in range(0, len(wanted), size):
+            part = np.array(wanted[start : start + size], np.int32)
+            columns = np.full((3, size), [[0], [0], [-1]], np.int32)
+            columns[:, : len(part)] = part.T
+            parts.append(self.scores.logprobs(size)(self.weights.leaves, hidden, *columns))
         return parts
 
     def collect(self, output: StepOutput) -> list[list[int]]:
@@ -175,6 +179,7 @@ class ModelRunner:
         """Drop the device's state, until `restore`: a step that failed, or was interrupted, may have taken it along."""
         self.caches = self.state = self.peers = None
 
+    @own_settings()
     def restore(self) -> None:
         """Make the device's state anew after `reset`. Raises RuntimeError while the device has no memory for it."""
         if self.caches is None or self.state is None:
@@ -322,7 +327,7 @@ class ModelRunner:
 
 
 def _eager_step(step: Callable, leaves, caches, state, buffer, peers):
-    with jax.disable_jit(), jax.enable_x64(False):
+    with jax.disable_jit(), own_settings():
         return step(leaves, caches, state, jnp.asarray(buffer), peers)
 
 

@@ -15,6 +15,7 @@ from nanovllm_jax.checkpoints.load import ModelLoader
 from nanovllm_jax.machine import GIB
 from nanovllm_jax.models.parameters import ParameterPath, checked_weights
 from nanovllm_jax.models.qwen3 import Qwen3ForCausalLM
+from nanovllm_jax.parallel.backend import own_settings
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ class ServedWeights:
         """Arrays by path from what `update_weights` of the engine may be given; raises as it says."""
         return checked_weights(weights, self.config, self.targets)
 
+    @own_settings()
     def update(self, arrays: Mapping[ParameterPath, Any], donate: bool) -> None:
         """Run the steps dispatched from now on with these arrays, which `check` has passed.
 
@@ -84,7 +86,7 @@ def _placed(given: Any, sharding: NamedSharding, donate: bool) -> jax.Array:
     own = jax.process_count() > 1 and isinstance(given, jax.Array) and given.is_fully_addressable
     if isinstance(given, jax.Array) and not own:
         return jax.device_put(given, sharding, donate=donate)
-    values = np.array(given)
+    values = np.array(given, np.dtype(given.dtype).newbyteorder("="))
     if own and donate:
         given.delete()
     return jax.make_array_from_callback(values.shape, sharding, values.__getitem__)

@@ -1,12 +1,13 @@
 """What JAX is told before it starts its devices, and XLA when it compiles for them."""
 
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from threading import Thread
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from nanovllm_jax.engine_config import EngineConfig
 from nanovllm_jax.parallel.processes import connect
@@ -17,6 +18,7 @@ NO_GRAPH_ROWS = 8192
 # What XLA may put in CUDA graphs where there are several GPUs: not collectives, which have hung there, and which each
 # update of a graph makes anew. (A step of few rows has next to none: kernels/exchange.py.)
 COMMAND_BUFFERS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION"
+NO_MESH = AbstractMesh((), ())
 
 
 @cache
@@ -47,6 +49,16 @@ def prepare_backend(config: EngineConfig) -> None:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache_dir))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     Thread(target=_start_devices).start()
+
+
+@contextmanager
+def own_settings() -> Iterator[None]:
+    """What is traced inside has numbers of 32 bits and no mesh around it, whatever the caller has set since the start.
+
+    A program that is compiled already needs none of this.
+    """
+    with jax.enable_x64(False), jax.sharding.use_abstract_mesh(NO_MESH):
+        yield
 
 
 def _start_devices() -> None:
