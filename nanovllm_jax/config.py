@@ -30,6 +30,7 @@ SIZES = (
 LARGEST_SIZE = 2**24
 MOST_LAYERS = 1024
 ROPE_RANGES = {"rope_theta": (2, 1e12), "factor": (1, 1e6), "original_max_position_embeddings": (1, LARGEST_SIZE)}
+ROPE_RANGES |= dict.fromkeys(("mscale", "mscale_all_dim"), (0, 1e3))  # 0 is as if it were not there
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,8 @@ class ModelConfig:
             defaults = Qwen3Config()
             values |= {name: getattr(defaults, name) for name in PLAIN_SETTINGS - values.keys()}
         dtype = raw.get("dtype") or raw.get("torch_dtype") or "float32"
-        config = cls(**values, dtype=str(dtype).removeprefix("torch."))
+        dtype = str(dtype).removeprefix("torch.")
+        config = cls(**values, dtype="float32" if dtype in ("float64", "double") else dtype)
         return replace(config, rope=_read_rope(raw, config.max_position_embeddings))
 
     @property
@@ -195,6 +197,8 @@ def _read_rope(raw: dict[str, Any], max_position_embeddings: int) -> RopeConfig:
     settings = new or old or {}
     if not isinstance(settings, dict):
         raise ValueError(f"config.json: rope settings must be an object, not {settings!r}")
+    if settings.get("truncate", True) is None:  # which transformers takes for false
+        settings = settings | {"truncate": False}
     settings = {name: value for name, value in settings.items() if value is not None}
     if any(isinstance(value, dict) for value in settings.values()):
         raise ValueError(f"config.json: rope settings must be those of all layers, not of some kinds: {settings!r}")
@@ -217,11 +221,10 @@ def _read_rope(raw: dict[str, Any], max_position_embeddings: int) -> RopeConfig:
             settings["attn_factor"],
         )
     names = {field.name for field in fields(RopeConfig)} - {"rope_type"}
-    values = {name: value for name, value in settings.items() if name in names and value is not None}
+    counts = {"default": {"rope_theta"}, "linear": {"rope_theta", "factor"}}.get(rope_type, names)
+    values = {name: value for name, value in settings.items() if name in counts}
     for name, value in values.items():
         _check_rope_setting(name, value)
-    counts = {"default": ("rope_theta",), "linear": ("rope_theta", "factor")}.get(rope_type, values)
-    values = {name: value for name, value in values.items() if name in counts}
     if rope_type == "linear" and "factor" not in values:
         raise ValueError("config.json: rope_type 'linear' needs a factor")
     if rope_type == "yarn":

@@ -24,6 +24,13 @@ def count(text: str) -> int:
     return int(text)
 
 
+def seed(text: str) -> int:
+    """Of a random generator, JAX's as well."""
+    if not text.removeprefix("-").isdecimal() or not -(2**63) <= int(text) < 2**63:
+        raise ArgumentTypeError(f"{text!r} is no integer of 64 bits")
+    return int(text)
+
+
 def above_zero(text: str) -> float:
     """A positive number."""
     number = _number(text)

@@ -22,7 +22,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
-from options import above_zero, count, from_zero, picture, writing
+from options import above_zero, count, from_zero, picture, refusals, seed, writing
 
 from nanovllm_jax import LLM, RequestOutput, SamplingParams
 from nanovllm_jax.checkpoints.load import TINY_MODEL, load_model
@@ -158,14 +158,15 @@ def train(options: argparse.Namespace) -> list[Step]:
     """Run until the steps or minutes are used up, printing the table; returns its lines."""
     config, on_gpu = ModelConfig.from_pretrained(TINY_MODEL), jax.default_backend() == "gpu"
     # The pool is small, for the trainer's arrays share the GPU with it.
-    llm = LLM(
-        TINY_MODEL,
-        max_model_len=128,
-        block_size=16,
-        max_num_seqs=min(options.prompts * options.samples, 1024 if on_gpu else 64),
-        num_kvcache_blocks=8 * 1024,
-        seed=options.seed,
-    )
+    with refusals():
+        llm = LLM(
+            TINY_MODEL,
+            max_model_len=128,
+            block_size=16,
+            max_num_seqs=min(options.prompts * options.samples, 1024 if on_gpu else 64),
+            num_kvcache_blocks=8 * 1024,
+            seed=options.seed,
+        )
     mesh = make_mesh(1)
     graph, params = nnx.split(load_model(TINY_MODEL, config, dtype=jnp.float32, mesh=mesh))
     rate = optax.linear_schedule(0, options.learning_rate, WARM_UP)
@@ -250,7 +251,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=above_zero, default=5e-5)
     parser.add_argument("--kl", type=from_zero, default=0.0, help="weight of the divergence from the first weights")
     parser.add_argument("--plot", type=picture, help="write a plot to this file")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
     options = parser.parse_args(arguments)
     if not (options.minutes < math.inf or options.steps < math.inf):
         parser.error("say how long to train: --minutes or --steps")

@@ -23,7 +23,7 @@ from pathlib import Path
 from textwrap import shorten
 
 import jax.numpy as jnp
-from options import above_zero, checkpoint, count, refusals
+from options import above_zero, checkpoint, count, refusals, seed
 from soaking.company import Company
 from soaking.compare import Result, largest_difference, other_differences, token_differences
 from soaking.referee import Referee
@@ -39,6 +39,7 @@ ROUND = 200  # requests in company, before each is run alone
 NOISE = 0.25  # of log probabilities in 16 bits
 ROUNDING = 2e-6  # of log probabilities in float32, as a share of the largest logit
 MOST_GROWTH = 1024  # KiB for 1000 requests
+SHORTEST = 64  # tokens of max_model_len: a text of a few words and its answer fit
 
 
 def parse_args(arguments: list[str] | None) -> argparse.Namespace:
@@ -47,7 +48,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--load-format", choices=["auto", "dummy"], default="auto", help="dummy: random weights")
     parser.add_argument("--requests", type=count, default=2000)
     parser.add_argument("--seconds", type=above_zero, default=float("inf"), help="begin nothing after so many")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--max-model-len", type=count, default=256)
     parser.add_argument("--max-num-seqs", type=count, default=16)
@@ -56,7 +57,10 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--blocks", type=count, help="of the pool (default: two of the longest requests)")
     parser.add_argument("--num-scheduler-steps", type=count)
     parser.add_argument("--gpu-memory-utilization", type=above_zero, default=0.3)
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.max_model_len < SHORTEST:
+        parser.error(f"--max-model-len {args.max_model_len} leaves no room for requests: give {SHORTEST} or more")
+    return args
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -117,7 +121,8 @@ class Soak:
         longest = self.maker.longest
         for tokens in self.llm.runner.buckets.prefill_tokens:
             sizes = [longest] * (tokens // longest) + [tokens % longest]
-            self.llm.generate([[1] * size for size in sizes if size], params, use_tqdm=False)
+            prompts = [[1] * max(size, 2) for size in sizes if size]  # the first token of a prompt has no logprob
+            self.llm.generate(prompts, params, use_tqdm=False)
         self._run_every_program()
 
     def run(self, requests: int, deadline: float) -> None:

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from options import above_zero, count, new_directory, refusals
+from options import above_zero, count, new_directory, refusals, seed
 from tokenizers import Tokenizer
 
 from nanovllm_jax.checkpoints.huggingface import make_target, save_pretrained
@@ -227,7 +227,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=above_zero, default=1.5e-3, help="its peak")
     parser.add_argument("--hidden", type=count, default=384, help="hidden size")
     parser.add_argument("--layers", type=count, default=3, help="decoder layers")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
     options = parser.parse_args()
     if not (options.minutes < math.inf or options.steps < math.inf):
         parser.error("say how long to train: --minutes or --steps")

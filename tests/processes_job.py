@@ -8,6 +8,7 @@ import logging
 import shutil
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import jax
@@ -15,9 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
+from safetensors.numpy import load_file
 from small_model import assert_idle, small_llm
 
 from nanovllm_jax import SamplingParams
+from nanovllm_jax.checkpoints.huggingface import save_pretrained
 from nanovllm_jax.parallel import processes
 
 PROMPTS = [[5, 6, 7], list(range(40)), [9] * 20]
@@ -109,6 +112,13 @@ def refused(llm, weights, directory):
     return said
 
 
+def saved(llm, result):
+    """A checksum of the checkpoint that all processes save together: after the call it is there for each of them."""
+    save_pretrained(llm.model, f"{result}-saved")
+    tensors = load_file(f"{result}-saved/model.safetensors")
+    return {name: zlib.crc32(tensors[name].tobytes()) for name in sorted(tensors)}
+
+
 def warned(llm):
     """What is logged in this process while another one is late."""
     handler, said = logging.Handler(), []
@@ -129,7 +139,7 @@ def main():
     sizes = dict(tensor_parallel_size=jax.device_count(), num_kvcache_blocks=9)
     llm = small_llm(directory, compilation_cache_dir=cache, **sizes)
     weights = whole_weights(llm)
-    report = dict(first=answers(llm), **every_form(llm, weights), last=answers(llm))
+    report = dict(first=answers(llm), **every_form(llm, weights), last=answers(llm), saved=saved(llm, result))
     if jax.process_count() > 1:
         report |= dict(refused=refused(llm, weights, directory), then=answers(llm), warned=warned(llm))
     Path(f"{result}{jax.process_index()}").write_text(json.dumps(report))

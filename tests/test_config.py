@@ -252,6 +252,25 @@ def test_what_says_the_same_in_more_words(read):
     assert read(published("0.6B") | words) == read(published("0.6B"))
 
 
+def test_settings_without_a_value(read):
+    """As transformers reads them: YaRN's truncate without one is false, and a weight of 0 is none."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+
+    def rope(**more):
+        return read(published("8B") | {"rope_scaling": yarn | more}).rope
+
+    assert rope(truncate=None) == rope(truncate=False) != rope()
+    assert rope(factor=None).factor == 40960 / 32768
+    assert rope(mscale=0, mscale_all_dim=0).scale == rope().scale
+    unused = {"rope_type": "default", "rope_theta": 1e6, "attention_factor": 0}
+    assert read(published("0.6B") | {"rope_parameters": unused}) == read(published("0.6B"))
+
+
+def test_float64_counts_as_float32(read):
+    for name in ("float64", "double", "torch.float64"):
+        assert read(published("0.6B") | {"torch_dtype": name}).dtype == "float32"
+
+
 def test_what_vllm_reads_and_transformers_does_not(read, caplog):
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
     config = read(published("8B") | {"rope_scaling": yarn})

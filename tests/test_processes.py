@@ -33,7 +33,7 @@ def test_scores_and_new_weights(directory, tmp_path):
     differ, own = "the 2 processes were given different requests, w", "these weights do not fit the model: embed_tokens"
     for report, third in zip(reports, (differ, own), strict=True):
         assert report.keys() >= alone.keys()
-        for name in ("finish", "recompute"):
+        for name in ("finish", "recompute", "saved"):
             assert report[name] == alone[name], name
         for name in ("first", "numpy", "own", "spread", "last"):
             assert_same(report[name], alone[name])

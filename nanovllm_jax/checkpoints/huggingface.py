@@ -10,19 +10,21 @@ import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from xxhash import xxh3_128
 
 from nanovllm_jax.checkpoints.orbax import FOLDER
 from nanovllm_jax.config import DTYPES, PLAIN_SETTINGS, ModelConfig, read_json
-from nanovllm_jax.models.parameters import ParameterPath, check_model, parameters_of
+from nanovllm_jax.models.parameters import ParameterPath, check_copies, check_model, parameters_of
 from nanovllm_jax.models.qwen3 import Qwen3ForCausalLM
 
 HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
@@ -73,6 +75,7 @@ def _fused_qkv(names: list[str], config: ModelConfig, width: int | None) -> Sour
         return np.concatenate(parts, axis=1)
 
     def split(array: np.ndarray) -> list[np.ndarray]:
+        check_copies(array, copies)
         parts = np.split(array, [group, group + 1], axis=1)
         parts[1:] = [part[::copies] for part in parts[1:]]
         return [np.ascontiguousarray(part).reshape(-1, *tail) for part in parts]
@@ -267,28 +270,58 @@ def make_target(directory: str | Path) -> Path:
 def save_pretrained(model: Qwen3ForCausalLM, directory: str | Path, dtype: np.dtype | None = None) -> None:
     """Write config.json and model.safetensors that transformers opens; the tokenizer's files are the caller's.
 
-    They take the place of a checkpoint that is there, in whatever number of files.
+    They take the place of a checkpoint that is there, in whatever number of files. Where several processes have parts
+    of the model, all of them are to call this, and the first one writes.
 
     Raises as `make_target` does, TypeError for what is no Qwen3ForCausalLM, ValueError for a dtype that no checkpoint
-    has, and OSError where the disk is full.
+    has and for copies of a kv head that differ, and OSError where the disk is full.
     """
     check_model(model)
-    if dtype is not None and jnp.dtype(dtype).name not in DTYPES.values():  # those that config.json may name
-        raise ValueError(f"dtype must be one of {', '.join(sorted({*DTYPES.values()}))}, not {dtype!r}")
-    directory = make_target(directory)
+    _check_dtype(dtype)
+    directory, arrays = make_target(directory), {path: param[...] for path, param in parameters_of(model).items()}
+    spread = not all(map(_is_here, arrays.values()))
     sources, tensors = parameter_sources(model.config), {}
-    for path, param in parameters_of(model).items():
-        array = np.asarray(jax.device_get(param[...]))
-        parts = sources[path].split(array if dtype is None else array.astype(dtype))
-        tensors |= dict(zip(sources[path].shapes, parts))
-    weights, config = directory / SINGLE, directory / "config.json"
+    try:
+        for path, array in arrays.items():
+            array = np.asarray(jax.device_get(array) if _is_here(array) else _gathered(array))
+            if spread and jax.process_index() > 0:
+                continue
+            parts = sources[path].split(array if dtype is None else array.astype(dtype))
+            tensors |= dict(zip(sources[path].shapes, parts))
+        if tensors:
+            _write(tensors, model.config, directory)
+    finally:
+        if spread:  # nobody reads what is not there yet
+            multihost_utils.sync_global_devices(f"save_pretrained {directory}")
+
+
+def _check_dtype(dtype: np.dtype | None) -> None:
+    names = sorted({*DTYPES.values()})  # those that config.json may name
+    with suppress(TypeError):  # what is no dtype at all
+        if dtype is None or jnp.dtype(dtype).name in names:
+            return
+    raise ValueError(f"dtype must be one of {', '.join(names)}, not {dtype!r}")
+
+
+def _is_here(array: jax.Array) -> bool:
+    """Whether this process has all of it."""
+    return not isinstance(array, jax.Array) or array.is_fully_addressable
+
+
+def _gathered(array: jax.Array) -> np.ndarray:
+    """All of what several processes have, who are to call this at one time."""
+    return multihost_utils.process_allgather(array, tiled=True)
+
+
+def _write(tensors: dict[str, np.ndarray], config: ModelConfig, directory: Path) -> None:
+    weights, config_file = directory / SINGLE, directory / "config.json"
     try:
         save_file(tensors, weights, metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(f"{weights} cannot be written: {error}") from error
     written = str(next(iter(tensors.values())).dtype)
-    config.write_text(json.dumps(config_json(model.config, written), indent=2) + "\n")
-    shutil.copymode(config, weights)  # safetensors lets nobody but the owner read them
+    config_file.write_text(json.dumps(config_json(config, written), indent=2) + "\n")
+    shutil.copymode(config_file, weights)  # safetensors lets nobody but the owner read them
     for part in (directory / INDEX, *directory.glob(PARTS)):  # some readers, as vLLM, would take them and not this file
         part.unlink(missing_ok=True)
 

@@ -64,7 +64,7 @@ def save_weights(model: Qwen3ForCausalLM, directory: str | Path) -> None:
         checkpointer.save(path, args=ocp.args.PyTreeSave(tree, save_args=options))
     if jax.process_index() == 0:
         for other in folder.iterdir():  # older saves, and what is left of interrupted ones
-            if other != path:
+            if other != path and other.is_dir():
                 shutil.rmtree(other)
 
 

@@ -69,19 +69,21 @@ def checked_weights(
 
     Raises TypeError for what is neither, and ValueError, naming the array or setting, for what does not fit.
     """
-    other_copies = False
+    copies = config.kv_copies
     if isinstance(weights, Qwen3ForCausalLM):
-        check_same_model(replace(weights.config, kv_copies=config.kv_copies), config)
-        other_copies = weights.config.kv_copies != config.kv_copies
-        weights = parameters_of(weights)
+        check_same_model(replace(weights.config, kv_copies=copies), config)
+        copies, weights = weights.config.kv_copies, parameters_of(weights)
     if isinstance(weights, nnx.State):
         check_model(weights)  # says what to make of one
     if not isinstance(weights, Mapping):
         raise TypeError(f"weights must be a Qwen3ForCausalLM or a dict of arrays by path, not {type(weights)}")
     weights = {path: _numbers(array) for path, array in weights.items()}
-    if other_copies:
+    if copies != config.kv_copies:
         fused = {path: array for path, array in weights.items() if "qkv_proj" in path and isinstance(array, ARRAYS)}
-        weights |= {path: with_heads(array, config.kv_heads) for path, array in fused.items() if not _is_deleted(array)}
+        fused = {path: array for path, array in fused.items() if not _is_deleted(array)}
+        for array in fused.values():
+            check_copies(array, copies)
+        weights |= {path: with_heads(array, config.kv_heads) for path, array in fused.items()}
     check_parameters(weights, targets)
     return weights
 
@@ -130,6 +132,17 @@ def check_same_model(found: ModelConfig, expected: ModelConfig) -> None:
     if different:
         settings = ", ".join(f"{name}={value!r} (here {wanted[name]!r})" for name, value in different.items())
         raise ValueError(f"these weights are another model's: {settings}")
+
+
+def check_copies(qkv: np.ndarray | jax.Array, copies: int) -> None:
+    """Raise ValueError where the copies of a kv head in a fused qkv projection [K, G + 2, ...] differ."""
+    if copies > 1:
+        module, kv = np if isinstance(qkv, np.ndarray) else jnp, qkv[:, -2:]
+        if not module.array_equal(kv, module.repeat(kv[::copies], copies, axis=0), equal_nan=True):
+            raise ValueError(
+                f"the {copies} copies of a kv head differ, as they were trained apart, and only one of them would be "
+                "left: train a model that has no copies, as load_model() makes on no more devices than kv heads"
+            )
 
 
 def with_heads(qkv: jax.Array, kv_heads: int) -> jax.Array:

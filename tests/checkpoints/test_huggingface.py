@@ -18,7 +18,7 @@ from nanovllm_jax.checkpoints.huggingface import CheckpointFiles, save_pretraine
 from nanovllm_jax.checkpoints.load import load_model
 from nanovllm_jax.checkpoints.orbax import save_weights
 from nanovllm_jax.config import ModelConfig
-from nanovllm_jax.models.parameters import parameter_targets, parameters_of
+from nanovllm_jax.models.parameters import checked_weights, parameter_targets, parameters_of
 from nanovllm_jax.models.qwen3 import Qwen3ForCausalLM
 from nanovllm_jax.parallel.sharding import make_mesh
 
@@ -312,13 +312,30 @@ def test_what_is_no_model_is_not_saved(tmp_path, save):
     assert not (tmp_path / "saved").exists()
 
 
-@pytest.mark.parametrize("dtype", [np.int8, bool, jnp.float8_e4m3fn, np.float64])
+@pytest.mark.parametrize("dtype", [*map(jnp.dtype, [np.int8, bool, jnp.float8_e4m3fn, np.float64]), "auto", object()])
 def test_what_no_checkpoint_is_saved_in(tmp_path, dtype):
     model = load(write_checkpoint(tmp_path))
     before = (tmp_path / MODEL).read_bytes()
     with pytest.raises(ValueError, match="dtype must be one of bfloat16, float16, float32, not"):
-        save_pretrained(model, tmp_path, dtype=jnp.dtype(dtype))
+        save_pretrained(model, tmp_path, dtype=dtype)
     assert (tmp_path / MODEL).read_bytes() == before
+
+
+def test_copies_of_a_kv_head_that_were_trained_apart(tmp_path):
+    """Only one of them would be left."""
+    config = replace(SMALL, kv_copies=2)
+    paths, target = (write_checkpoint(tmp_path / "model"), SMALL), tmp_path / "saved"
+    model = load_model(paths[0], config, dtype=np.dtype("float32"), mesh=make_mesh(1))
+    save_pretrained(model, target)
+    assert_equal(load(target), load(paths[0]))
+    before = (target / MODEL).read_bytes()
+    weight = model.layers[1].self_attn.qkv_proj.weight
+    weight[...] = weight[...].at[3, -1, 0, 0].add(1)  # the second copy of a value head
+    with pytest.raises(ValueError, match="the 2 copies of a kv head differ, as they were trained apart"):
+        save_pretrained(model, target)
+    assert (target / MODEL).read_bytes() == before
+    with pytest.raises(ValueError, match="the 2 copies of a kv head differ"):
+        checked_weights(model, SMALL, parameter_targets(load(target), make_mesh(1)))
 
 
 def test_who_may_read_what_is_saved(tmp_path):

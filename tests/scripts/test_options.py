@@ -13,6 +13,7 @@ import profile_step
 import pytest
 import rl_tiny
 import soak
+import train_tiny
 from options import new_directory, refusals, writing
 
 RECORDED = Path(__file__).parent / "recorded_run.json"
@@ -28,6 +29,9 @@ RECORDED = Path(__file__).parent / "recorded_run.json"
         (soak, "--dtype float8", "error: dtype must be auto, float32"),
         (soak, "--gpu-memory-utilization 7", "error: gpu_memory_utilization must be above 0 and at most 1, not 7"),
         (soak, "--requests -3", "'-3' is no integer from 1 on"),
+        (soak, "--max-model-len 2", "--max-model-len 2 leaves no room for requests: give 64 or more"),
+        (train_tiny, "--out x --seed 99999999999999999999", "'99999999999999999999' is no integer of 64 bits"),
+        (rl_tiny, "--seed 1e3", "'1e3' is no integer of 64 bits"),
         (soak, "--seconds nan", "'nan' is no number above 0"),
         (device_checks, "", "the following arguments are required: folder, devices, names"),
         (device_checks, "/tmp two alone", "'two' is no integer from 1 on"),
