@@ -6,7 +6,7 @@ arguments, but for a `fixed` that one of the two has no need of, and a mesh's ax
 is lowered, or before it is traced (`traced_for`), so a compiled step holds one of the two. Each sits in a jit of its
 own: layers that are alike share one trace and one lowering. Of the functions for sampling, but for the draw itself, a
 row that asks for nothing takes next to no time. With `fixed`, a row's result is the same to the last bit whatever else
-is in the call. `sampling` [R, 12] int32 is how each row samples: `reference_sampling.settings` of it, by name.
+is in the call. `sampling` [R, 12] int32 is how each row samples: `sampling.settings` of it, by name.
 
 Shapes: T tokens, B sequences with one new token each, P sequences in prefill, N query heads, K kv heads, H head_dim,
 W blocks in a row of a block table, D hidden, R rows to sample, V vocabulary, S slots of running sequences (in a linear
@@ -41,8 +41,8 @@ from .common import either, kernel, traced_for
 from .exchange import Peers
 from .few import fits as is_few_rows
 from .reference import whole
-from .reference_sampling import ENDS, MAX_LOGPROBS, PROMPT
 from .row import fits as is_row
+from .sampling import ENDS, MAX_LOGPROBS, PROMPT
 
 __all__ = [
     "ENDS",

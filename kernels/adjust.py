@@ -6,7 +6,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from .common import pallas_call
-from .reference_sampling import PENALTIES, adjusted, settings
+from .sampling import PENALTIES, adjusted, settings
 from .vocabulary import Tiles, default_tiles, for_each_tile
 
 

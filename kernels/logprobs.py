@@ -18,7 +18,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from . import vocabulary
 from .common import pallas_call
-from .reference_sampling import MAX_LOGPROBS, settings
+from .sampling import MAX_LOGPROBS, settings
 from .vocabulary import GROUP, as_two_rows, for_each_tile, grouped, groups_of
 
 LOWEST = -3.4e38  # stands for minus infinity, which is the maximum of a group that has no entry left

@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from .common import by_assembly, pallas_call
-from .reference_sampling import noise_bits, row_key, settings, uniform
+from .sampling import noise_bits, row_key, settings, uniform
 from .vocabulary import Tiles, default_tiles, fold_tiles
 
 LN2 = 0.6931471805599453

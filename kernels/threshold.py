@@ -19,7 +19,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from . import vocabulary
 from .common import SMS, exp2_of_line, pallas_call
-from .reference_sampling import CUTS, asks_threshold, inverse_temperature, settings
+from .sampling import CUTS, asks_threshold, inverse_temperature, settings
 from .vocabulary import GROUP, as_two_rows, for_each_tile, grouped, groups_of
 
 

@@ -16,7 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from benchmark.timing import seconds_per_run
 from jax import lax
-from nanovllm_jax.kernels import adjust_logits, noisy_argmax, reference_sampling, sampling_threshold, token_logprobs
+from nanovllm_jax.kernels import (
+    adjust_logits,
+    noisy_argmax,
+    reference_sampling,
+    sampling,
+    sampling_threshold,
+    token_logprobs,
+)
 from options import add_card, count
 
 from nanovllm_jax import SamplingParams
@@ -127,12 +134,10 @@ class Bench:
         self.adjust = self.sampling, self.slots, self.context_lens, *tables
         self.sample = self.sampling, self.context_lens, jnp.full(rows, -1.0)
         self.logprobs = self.sampling, tokens
-        adjusts, self.num_top, *cuts = reference_sampling.settings(
-            self.sampling, ("adjusts", "num_top", *reference_sampling.CUTS), row=0
-        )
+        adjusts, self.num_top, *cuts = sampling.settings(self.sampling, ("adjusts", "num_top", *sampling.CUTS), row=0)
         passes = dict(  # over the logits or what is as large
             adjust=5 * adjusts,  # logits, counts and bias come in, old and new logits go out
-            threshold=reference_sampling.asks_threshold(*cuts, vocab),
+            threshold=sampling.asks_threshold(*cuts, vocab),
             sample=1,
             logprobs=self.num_top >= 0,
         )

@@ -9,7 +9,7 @@ import pytest
 from nanovllm_jax.kernels import noisy_argmax, reference_sampling
 from sampling_array import sampling_array
 
-from nanovllm_jax import SamplingParams
+from nanovllm_jax import SamplingParams, kernels
 from nanovllm_jax.sampling_rows import FLOAT_COLUMNS, SamplingRows
 
 DRAWS = 20_000
@@ -18,8 +18,8 @@ compiled = jax.jit(noisy_argmax)
 
 
 def test_the_kernels_know_the_columns():
-    assert SamplingRows._fields == reference_sampling.COLUMNS
-    assert sorted(reference_sampling.FLOAT_COLUMNS) == sorted(FLOAT_COLUMNS)
+    assert SamplingRows._fields == kernels.sampling.COLUMNS
+    assert sorted(kernels.sampling.FLOAT_COLUMNS) == sorted(FLOAT_COLUMNS)
 
 
 def draw_scored(logits, temperature, seeds, positions, thresholds=-np.inf):
@@ -41,9 +41,7 @@ def rows(count, logits=LOGITS, temperature=1.0, seeds=None, positions=None):
 
 @partial(jax.jit, static_argnums=2)
 def noise_of(sampling, positions, size):
-    return reference_sampling.gumbel(
-        reference_sampling.row_key(sampling, positions), jnp.arange(size, dtype=jnp.uint32)
-    )
+    return reference_sampling.gumbel(kernels.sampling.row_key(sampling, positions), jnp.arange(size, dtype=jnp.uint32))
 
 
 def gumbel(seeds, positions, size):

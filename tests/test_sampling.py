@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from nanovllm_jax.kernels import reference_sampling
+from nanovllm_jax.kernels import sampling
 from small_model import assert_idle, small_llm, write_checkpoint
 
 from nanovllm_jax import SamplingParams
@@ -77,8 +77,8 @@ def log_softmax(logits):
 
 
 def test_the_flags_are_the_kernels():
-    assert (PROMPT, ENDS) == (reference_sampling.PROMPT, reference_sampling.ENDS)
-    assert reference_sampling.MAX_LOGPROBS == MAX_LOGPROBS
+    assert (PROMPT, ENDS) == (sampling.PROMPT, sampling.ENDS)
+    assert sampling.MAX_LOGPROBS == MAX_LOGPROBS
 
 
 ADJUSTING = [

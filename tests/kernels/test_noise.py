@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from nanovllm_jax.kernels import noise, noisy_argmax, reference_sampling, vocabulary
+from nanovllm_jax.kernels import noise, noisy_argmax, reference_sampling, sampling, vocabulary
 from sampling_array import sampling_array
 
 IMPL = "threefry2x32"  # whatever JAX's default is
@@ -134,7 +134,7 @@ def test_noise_of_all_sizes():
         2 ** rng.uniform(0, 32, 5000),
     )).astype(np.uint32)  # fmt: skip
     got = noise._gumbel(jnp.asarray(bits), on_gpu=False)
-    uniform = np.asarray(reference_sampling.uniform(bits), np.float64)
+    uniform = np.asarray(sampling.uniform(bits), np.float64)
     np.testing.assert_allclose(uniform, (bits + 0.5) / 2**32, atol=2.0**-24)
     np.testing.assert_allclose(got, -np.log(-np.log1p(-uniform)), atol=1e-5)
     assert np.isfinite(got).all()
@@ -149,5 +149,5 @@ def test_keys_are_those_of_fold_in():
     seeds, positions = rng.integers(0, 2**32, (1000, 2), np.uint32), rng.integers(0, 2**31 - 1, 1000, np.int32)
     seeds[:3], positions[:3] = 0, (0, 1, 2**31 - 1)
     seeds[3:6] = 2**32 - 1
-    key = reference_sampling.row_key(jnp.asarray(sampling_array(1000, seeds=seeds)), jnp.asarray(positions))
+    key = sampling.row_key(jnp.asarray(sampling_array(1000, seeds=seeds)), jnp.asarray(positions))
     np.testing.assert_array_equal(np.stack(key, axis=1), keys_of(seeds, positions))
