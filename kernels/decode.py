@@ -288,6 +288,6 @@ def _decode(args: dict[str, jax.Array], shape: tuple[int, int, int], *, scale, e
         interpret=interpret,
         batch=batch,
         most=most,
-        at_once=min(most, max(COMBINED, most // pl.next_power_of_2(batch))),  # as many as a context has, or more
+        at_once=min(most, max(COMBINED, most // pl.next_power_of_2(batch))),  # a context's at a mean, or more
     )
     return results | {"out": out}

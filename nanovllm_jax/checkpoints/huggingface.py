@@ -8,7 +8,7 @@ than one parameter's shard beside the mapping.
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -279,20 +279,18 @@ def save_pretrained(model: Qwen3ForCausalLM, directory: str | Path, dtype: np.dt
     check_model(model)
     _check_dtype(dtype)
     directory, arrays = make_target(directory), {path: param[...] for path, param in parameters_of(model).items()}
-    spread = not all(map(_is_here, arrays.values()))
-    sources, tensors = parameter_sources(model.config), {}
+    if all(map(_is_here, arrays.values())):
+        _write(((path, np.asarray(jax.device_get(arrays[path]))) for path in arrays), model.config, directory, dtype)
+        return
+    whole = []
+    for path, array in arrays.items():  # to the end, before anything can fail in the one process that writes
+        here = jax.device_get(array) if _is_here(array) else multihost_utils.process_allgather(array, tiled=True)
+        whole += [(path, np.asarray(here))] if jax.process_index() == 0 else []
     try:
-        for path, array in arrays.items():
-            array = np.asarray(jax.device_get(array) if _is_here(array) else _gathered(array))
-            if spread and jax.process_index() > 0:
-                continue
-            parts = sources[path].split(array if dtype is None else array.astype(dtype))
-            tensors |= dict(zip(sources[path].shapes, parts))
-        if tensors:
-            _write(tensors, model.config, directory)
-    finally:
-        if spread:  # nobody reads what is not there yet
-            multihost_utils.sync_global_devices(f"save_pretrained {directory}")
+        if whole:
+            _write(whole, model.config, directory, dtype)
+    finally:  # nobody reads what is not there yet
+        multihost_utils.sync_global_devices(f"save_pretrained {directory}")
 
 
 def _check_dtype(dtype: np.dtype | None) -> None:
@@ -308,12 +306,13 @@ def _is_here(array: jax.Array) -> bool:
     return not isinstance(array, jax.Array) or array.is_fully_addressable
 
 
-def _gathered(array: jax.Array) -> np.ndarray:
-    """All of what several processes have, who are to call this at one time."""
-    return multihost_utils.process_allgather(array, tiled=True)
-
-
-def _write(tensors: dict[str, np.ndarray], config: ModelConfig, directory: Path) -> None:
+def _write(
+    arrays: Iterable[tuple[ParameterPath, np.ndarray]], config: ModelConfig, directory: Path, dtype: np.dtype | None
+) -> None:
+    sources, tensors = parameter_sources(config), {}
+    for path, array in arrays:
+        parts = sources[path].split(array if dtype is None else array.astype(dtype))
+        tensors |= dict(zip(sources[path].shapes, parts))
     weights, config_file = directory / SINGLE, directory / "config.json"
     try:
         save_file(tensors, weights, metadata={"format": "pt"})

@@ -1,6 +1,7 @@
 """What a probe takes out of the steps, put together by sequence. Row and position are as in engine.batch."""
 
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,8 +25,10 @@ class CapturedRows(NamedTuple):
     """Among the step's R rows; None where the chunk does not sample."""
 
 
-def captured_rows(schedule: Schedule, decodes, prefills, starts, decode_rows: int) -> list[CapturedRows]:
-    """The sequences of a step that capture, by their `places`; to be called right after schedule()."""
+def captured_rows(
+    schedule: Schedule, decodes: Iterable[int], prefills: Iterable[int], starts: Iterable[int], decode_rows: int
+) -> list[CapturedRows]:
+    """The sequences of a step that capture, by a packer's `places`; to be called right after schedule()."""
     captured, steps = [], schedule.num_steps
     for row, seq in zip(decodes, schedule.decodes):
         if seq.params.capture:

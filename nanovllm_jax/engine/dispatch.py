@@ -63,7 +63,7 @@ def dispatch(schedule: Schedule, packer: BatchPacker | GroupPacker, runner: Mode
     output = runner.dispatch(shape, buffer)
     *rows, starts = packer.places(schedule, shape)
     scored, wanted = scored_tokens(schedule, starts)
-    scores = runner.prompt_logprobs(output, shape, buffer, wanted)
+    scores = runner.prompt_logprobs(output, shape, buffer, wanted) if wanted else []
     captured = captured_rows(schedule, *rows, starts, shape.decode_rows) if runner.config.probe else []
     return DispatchedStep(schedule, rows, output, scored, scores, captured)
 

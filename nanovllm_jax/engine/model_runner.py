@@ -136,8 +136,6 @@ class ModelRunner:
         Like `dispatch`, right after which it is called, it does not wait for the device. Returns the parts for
         `collect_prompt_logprobs`.
         """
-        if not wanted:
-            return []
         parts, hidden, size = [], output.hidden, min(PROMPT_CHUNK, output.hidden.shape[1])
         if shape.spared:
             arguments = self.weights.leaves, self.caches[-1], hidden, self._on_devices(buffer)
