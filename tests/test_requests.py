@@ -362,6 +362,7 @@ def test_a_logit_bias_that_has_changed(llm, entry, message):
     with pytest.raises((TypeError, ValueError), match=message):
         llm.add_request(PROMPT, params)
     params.logit_bias.clear()
+    params.logit_bias[5] = 1.0
     changed = llm.add_request(PROMPT, params)
     params.logit_bias[10**6] = 5.0
     done = set()

@@ -24,7 +24,7 @@ from xxhash import xxh3_128
 
 from nanovllm_jax.checkpoints.orbax import FOLDER
 from nanovllm_jax.config import DTYPES, PLAIN_SETTINGS, ModelConfig, read_json
-from nanovllm_jax.models.parameters import ParameterPath, check_copies, check_model, parameters_of
+from nanovllm_jax.models.parameters import ParameterPath, check_copies, check_model, is_here, parameters_of
 from nanovllm_jax.models.qwen3 import Qwen3ForCausalLM
 
 HEAD, TABLE = "lm_head.weight", "model.embed_tokens.weight"
@@ -75,7 +75,7 @@ def _fused_qkv(names: list[str], config: ModelConfig, width: int | None) -> Sour
         return np.concatenate(parts, axis=1)
 
     def split(array: np.ndarray) -> list[np.ndarray]:
-        check_copies(array, copies)
+        check_copies(names[1], array, copies)
         parts = np.split(array, [group, group + 1], axis=1)
         parts[1:] = [part[::copies] for part in parts[1:]]
         return [np.ascontiguousarray(part).reshape(-1, *tail) for part in parts]
@@ -279,12 +279,12 @@ def save_pretrained(model: Qwen3ForCausalLM, directory: str | Path, dtype: np.dt
     check_model(model)
     _check_dtype(dtype)
     directory, arrays = make_target(directory), {path: param[...] for path, param in parameters_of(model).items()}
-    if all(map(_is_here, arrays.values())):
+    if all(map(is_here, arrays.values())):
         _write(((path, np.asarray(jax.device_get(arrays[path]))) for path in arrays), model.config, directory, dtype)
         return
     whole = []
     for path, array in arrays.items():  # to the end, before anything can fail in the one process that writes
-        here = jax.device_get(array) if _is_here(array) else multihost_utils.process_allgather(array, tiled=True)
+        here = jax.device_get(array) if is_here(array) else multihost_utils.process_allgather(array, tiled=True)
         whole += [(path, np.asarray(here))] if jax.process_index() == 0 else []
     try:
         if whole:
@@ -299,11 +299,6 @@ def _check_dtype(dtype: np.dtype | None) -> None:
         if dtype is None or jnp.dtype(dtype).name in names:
             return
     raise ValueError(f"dtype must be one of {', '.join(names)}, not {dtype!r}")
-
-
-def _is_here(array: jax.Array) -> bool:
-    """Whether this process has all of it."""
-    return not isinstance(array, jax.Array) or array.is_fully_addressable
 
 
 def _write(

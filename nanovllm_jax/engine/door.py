@@ -39,7 +39,9 @@ class Door:
         """A request ready to be started."""
         metrics = RequestMetrics(arrival_time=now())
         params = self.default_params if params is None else params
-        if isinstance(params, SamplingParams) and params.logit_bias is not None:
+        if not isinstance(params, SamplingParams):
+            raise TypeError(f"sampling_params must be a SamplingParams, not {params!r}")
+        if params.logit_bias is not None:
             params = replace(params)  # checked again: a dict may have changed, and may later
         check_params(params, self.vocab_size, self.tokenizer, self.eos_token_ids)
         check_probing(params, self.probe)

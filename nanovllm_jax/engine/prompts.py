@@ -74,9 +74,7 @@ def check_token_ids(tokens: list | tuple, vocab_size: int, what: str = "prompt")
 
 
 def check_params(params: SamplingParams, vocab_size: int, tokenizer: Any | None, eos_token_ids: frozenset[int]) -> None:
-    """Raise TypeError or ValueError for settings that this model or its tokenizer cannot follow."""
-    if not isinstance(params, SamplingParams):
-        raise TypeError(f"sampling_params must be a SamplingParams, not {params!r}")
+    """Raise ValueError for settings that this model or its tokenizer cannot follow."""
     for name, tokens in (("stop_token_ids", params.stop_token_ids), ("logit_bias", params.logit_bias or ())):
         for token in tokens:
             if not 0 <= token < vocab_size:

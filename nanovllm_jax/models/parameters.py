@@ -79,11 +79,10 @@ def checked_weights(
         raise TypeError(f"weights must be a Qwen3ForCausalLM or a dict of arrays by path, not {type(weights)}")
     weights = {path: _numbers(array) for path, array in weights.items()}
     if copies != config.kv_copies:
-        fused = {path: array for path, array in weights.items() if "qkv_proj" in path and isinstance(array, ARRAYS)}
-        fused = {path: array for path, array in fused.items() if not _is_deleted(array)}
-        for array in fused.values():
-            check_copies(array, copies)
-        weights |= {path: with_heads(array, config.kv_heads) for path, array in fused.items()}
+        for path, array in weights.items():
+            if "qkv_proj" in path and isinstance(array, ARRAYS) and not _is_deleted(array):
+                check_copies(name_of(path), array, copies)
+                weights[path] = with_heads(array, config.kv_heads)
     check_parameters(weights, targets)
     return weights
 
@@ -121,6 +120,11 @@ def _numbers(array: Any) -> Any:
         return array
 
 
+def is_here(array: np.ndarray | jax.Array) -> bool:
+    """Whether this process has all of an array's numbers."""
+    return not isinstance(array, jax.Array) or array.is_fully_addressable
+
+
 def _is_deleted(array: Any) -> bool:
     return isinstance(array, jax.Array) and array.is_deleted()
 
@@ -134,14 +138,14 @@ def check_same_model(found: ModelConfig, expected: ModelConfig) -> None:
         raise ValueError(f"these weights are another model's: {settings}")
 
 
-def check_copies(qkv: np.ndarray | jax.Array, copies: int) -> None:
-    """Raise ValueError where the copies of a kv head in a fused qkv projection [K, G + 2, ...] differ."""
+def check_copies(name: str, qkv: np.ndarray | jax.Array, copies: int) -> None:
+    """Raise ValueError, naming it, where a fused qkv projection [K, G + 2, ...] has copies of a kv head that differ."""
     if copies > 1:
         module, kv = np if isinstance(qkv, np.ndarray) else jnp, qkv[:, -2:]
         if not module.array_equal(kv, module.repeat(kv[::copies], copies, axis=0), equal_nan=True):
             raise ValueError(
-                f"the {copies} copies of a kv head differ, as they were trained apart, and only one of them would be "
-                "left: train a model that has no copies, as load_model() makes on no more devices than kv heads"
+                f"{name}: the {copies} copies of a kv head differ, as they were trained apart, and only one of them "
+                "would be left: train a model without copies, as load_model() makes on no more devices than kv heads"
             )
 
 
@@ -158,9 +162,8 @@ def digest_of(arrays: Mapping[ParameterPath, Any]) -> bytes:
     """16 bytes of the arrays' names, shapes and dtypes, and of the numbers of those that this process has whole."""
     digest = xxh3_128()
     for path, array in sorted(arrays.items(), key=lambda item: name_of(item[0])):
-        spread = isinstance(array, jax.Array) and not array.is_fully_addressable
-        digest.update(f"{name_of(path)} {array.shape} {array.dtype} {spread}\n".encode())
-        if not spread:
+        digest.update(f"{name_of(path)} {array.shape} {array.dtype} {is_here(array)}\n".encode())
+        if is_here(array):
             digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
     return digest.digest()
 
