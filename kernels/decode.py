@@ -1,12 +1,15 @@
 """Pallas kernels: attention of one token per sequence over the paged cache, long contexts cut into parts.
 
 The same kernel may take the token in before it attends: normalise, rotate and store, what else is a kernel of its own.
+Of larger batches, neighbours whose contexts begin with the same blocks read these once, for all of them (together.py):
+tensor cores take 16 rows at least, of which one sequence fills but G.
 
 Flash-decoding (Dao et al. 2023). The contexts of a batch are cut into parts of about one size, so few that most stay
 whole: enough to fill the GPU at a small batch, and so that one long context does not keep a large batch waiting. A
 program that has a whole context writes the result; those with parts leave a normalised partial result and the log2 of
 its weights' sum each, and a second kernel combines them.
-Shapes: B sequences, N query heads, K kv heads, G = N / K, H head_dim, I items of work (contexts and parts of them).
+Shapes: B sequences, N query heads, K kv heads, G = N / K, H head_dim, I items of work (contexts and parts of them), R
+sequences at most that read together.
 """
 
 from typing import NamedTuple
@@ -33,9 +36,12 @@ from .common import (
     softmax_step,
     spread,
 )
+from .together import PART, SHARED, UNUSED, WHOLE, cut_together, shared_tiles
 
 LARGE_BATCH = 1024  # programs without any cut: from here on the GPU is full
 COMBINED = 16  # at least so many parts are added up at a time
+COMBINING = 64  # programs a head: where more sequences have parts, each adds up those of several
+TOGETHER_FROM = 16  # sequences: what fewer could share is not looked for
 
 
 class Tiles(NamedTuple):
@@ -70,9 +76,6 @@ class Work(NamedTuple):
     """[min(B, extra), 3] int32: each cut sequence (B for an unused row), its first item, how many it has."""
 
 
-UNUSED, WHOLE, PART = range(3)
-
-
 def cut_contexts(context_lens: jax.Array, block_k: int, extra: int) -> Work:
     """Cut the contexts [B] into at most B + extra items of about one size, whole tiles of block_k keys each."""
     batch = len(context_lens)
@@ -96,27 +99,18 @@ def cut_contexts(context_lens: jax.Array, block_k: int, extra: int) -> Work:
     )
 
 
-def _decode_kernel(ref, *, rows: int, scale: float, eps: float, block_k: int, on_gpu: bool):
+def _decode_kernel(ref, *, rows: int, most: int, scale: float, eps: float, block_k: int, on_gpu: bool):
+    """most: how many sequences may read together; 1: none do, and items are `cut_contexts`'."""
     k_ref, v_ref, table_ref, item_ref = (ref[name] for name in ("k_cache", "v_cache", "tables", "items"))
     o_ref, part_ref, lse_ref = (ref[name] for name in ("out", "part", "lse"))
     head, item = pl.program_id(0), pl.program_id(1)
     _, kv_heads, block_size, head_dim = k_ref.shape
     group = o_ref.shape[1] // kv_heads
     b, first, last, kind = (item_ref[item, i] for i in range(4))
+    members, place = (item_ref[item, i] for i in (4, 5)) if most > 1 else (1, item)
     row = jnp.arange(rows, dtype=jnp.int32)  # the G query heads of this kv head, padded to what tensor cores take
-    live = row < group
-    own = pl.ds(head * group, rows)
 
-    @pl.when(kind != UNUSED)
-    def _():
-        context = ref["context_lens"][b]
-        if "q" in ref:
-            q = plgpu.load(ref["q"].at[b, own, :], mask=live[:, None], other=0)
-        else:
-            q = _take_in_token(ref, b, head, row, last * block_k >= context, eps=eps)
-            if on_gpu:  # a program's threads are to see what others of them have stored
-                plgpu.debug_barrier()
-
+    def attend(q, context):
         def step(i, state):
             start = i * block_k
             valid = start + jnp.arange(block_k, dtype=jnp.int32) < context
@@ -126,8 +120,23 @@ def _decode_kernel(ref, *, rows: int, scale: float, eps: float, block_k: int, on
             v = load_tile(v_ref, blocks, head, offsets, valid)
             return softmax_step(state, scores, v, scale=scale, fused_exp2=on_gpu)
 
-        state = lax.fori_loop(first, last, step, softmax_start(rows, head_dim))
-        result, (_, m, l) = softmax_end(state), state
+        return lax.fori_loop(first, last, step, softmax_start(rows, head_dim))
+
+    def log_sum(state):
+        _, m, l = state
+        return m * (scale * LOG2E) + jnp.log2(l)
+
+    @pl.when(kind != UNUSED if most == 1 else (kind == WHOLE) | (kind == PART))
+    def _():
+        live, own, context = row < group, pl.ds(head * group, rows), ref["context_lens"][b]
+        owns = last * block_k >= context
+        q = _queries(ref, b, head, row, eps=eps)
+        if "q" not in ref:
+            _store_token(ref, b, head, q, owns)
+            if on_gpu:  # a program's threads are to see what others of them have stored
+                plgpu.debug_barrier()
+        state = attend(q, context)
+        result = softmax_end(state)
 
         @pl.when(kind == WHOLE)
         def _():
@@ -135,18 +144,40 @@ def _decode_kernel(ref, *, rows: int, scale: float, eps: float, block_k: int, on
 
         @pl.when(kind == PART)
         def _():
-            plgpu.store(part_ref.at[item, own, :], result, mask=live[:, None])
-            plgpu.store(lse_ref.at[item, own], m * (scale * LOG2E) + jnp.log2(l), mask=live)
+            plgpu.store(part_ref.at[place, own, :], result, mask=live[:, None])
+            plgpu.store(lse_ref.at[place, own], log_sum(state), mask=live)
+
+    if most > 1:
+
+        @pl.when(kind == SHARED)
+        def _():
+            number, member, shape = row >> log2(most), row & (most - 1), (rows, head_dim)
+
+            def with_one_more(i, q):
+                one = _queries(ref, b + i, head, jnp.arange(rows // most, dtype=jnp.int32), eps=eps)
+                each = jnp.broadcast_to(one[:, None], (len(one), most, head_dim)).reshape(shape)
+                return jnp.where(spread(member == i, shape), each, q)
+
+            q = lax.fori_loop(0, members, with_one_more, jnp.zeros(shape, o_ref.dtype))
+            state = attend(q, last * block_k)
+            at, heads, live = place + member, head * group + number, (number < group) & (member < members)
+            column = lax.broadcasted_iota(jnp.int32, shape, 1)
+            to = part_ref.at[spread(at, shape), spread(heads, shape), column]
+            plgpu.store(to, softmax_end(state), mask=live[:, None])
+            plgpu.store(lse_ref.at[at, heads], log_sum(state), mask=live)
 
 
-def _take_in_token(ref, b, head, row, owns, *, eps: float) -> jax.Array:
-    """Sequence b's new token: the normalised, rotated queries [R, H] of a kv head, whose key and value are stored.
+def _queries(ref, b, head, row, *, eps: float) -> jax.Array:
+    """Sequence b's queries of a kv head, [rows, H]; of a new token normalised and rotated, and then so is its key.
 
-    Of the programs that share a context one `owns` its end, and stores. row: 0 to R - 1.
+    row: 0, 1, ...; what comes after them is 0.
     """
-    qkv_ref, k_ref, v_ref = ref["qkv"], ref["k_cache"], ref["v_cache"]
-    (_, _, parts, head_dim), block_size = qkv_ref.shape, k_ref.shape[2]
-    key, half, shape = parts - 2, head_dim // 2, (row.size, head_dim)
+    group = ref["out"].shape[1] // ref["k_cache"].shape[1]
+    if "q" in ref:
+        return plgpu.load(ref["q"].at[b, pl.ds(head * group, len(row)), :], mask=(row < group)[:, None], other=0)
+    qkv_ref = ref["qkv"]
+    key, head_dim = group, qkv_ref.shape[3]
+    half, shape = head_dim // 2, (row.size, head_dim)
     column, line = lax.broadcasted_iota(jnp.int32, shape, 1), spread(row, shape)
     low = jnp.where(column < half, column, column - half)
     sequence, heads = jnp.full(shape, b, jnp.int32), jnp.full(shape, head, jnp.int32)
@@ -155,38 +186,66 @@ def _take_in_token(ref, b, head, row, owns, *, eps: float) -> jax.Array:
         """Of each number of a head the one that it is rotated with too: first half, second half."""
         return [load(low + start) for start in (0, half)]
 
-    # The key is one row more. What it attends to is not stored.
     halves = both(lambda at: plgpu.load(qkv_ref.at[sequence, heads, line, at], mask=line <= key, other=0))
     gains = both(lambda at: jnp.where(line < key, ref["q_gain"][at], ref["k_gain"][at]))
     angles = ref["cos"][sequence, low], ref["sin"][sequence, low]
     first, second = norm_rope(halves, gains, *angles, eps=eps, dtype=qkv_ref.dtype)
-    rotated = jnp.where(column < half, first, second).astype(qkv_ref.dtype)
+    return jnp.where(column < half, first, second).astype(qkv_ref.dtype)
 
-    slot = ref["slots"][b]
+
+def _store_token(ref, b, head, rotated, owns) -> None:
+    """Store sequence b's new key, the row after the queries, and value: by the one that owns the context's end."""
+    qkv_ref, k_ref, v_ref = ref["qkv"], ref["k_cache"], ref["v_cache"]
+    key, block_size, slot = qkv_ref.shape[2] - 2, k_ref.shape[2], ref["slots"][b]
 
     @pl.when(owns & (slot >= 0))
     def _():
         block, offset = slot >> log2(block_size), slot & (block_size - 1)
+        line = lax.broadcasted_iota(jnp.int32, rotated.shape, 0)
         new_key = jnp.where(line == key, rotated.astype(jnp.float32), 0).sum(axis=0)
         k_ref[block, head, offset, :] = new_key.astype(k_ref.dtype)
         v_ref[block, head, offset, :] = qkv_ref[b, head, key + 1, :]
 
-    return rotated
 
-
-def _combine_kernel(part_ref, lse_ref, cut_ref, _, o_ref, *, batch: int, most: int, at_once: int):
-    """Sum a query head's partial results, at most so many, weighted by their share of the softmax's denominator."""
+def _combine_kernel(part_ref, lse_ref, cut_ref, _, o_ref, *, programs: int, **sizes: int):
+    """Sum a query head's partial results of the cut sequences: one to a program, or more where there are more."""
     head, cut = pl.program_id(0), pl.program_id(1)
+    num_cut = cut_ref[cut, 5] if cut_ref.shape[0] > programs else 1
+    _combine(part_ref, lse_ref, cut_ref, o_ref, head, cut, **sizes)
+    if cut_ref.shape[0] > programs:
+
+        def another(turn, _):
+            _combine(part_ref, lse_ref, cut_ref, o_ref, head, cut + turn * programs, **sizes)
+
+        lax.fori_loop(1, lax.div(num_cut - cut + (programs - 1), jnp.int32(programs)), another, None)
+
+
+def _combine(part_ref, lse_ref, cut_ref, o_ref, head, cut, *, apart: int, batch: int, most: int, at_once: int):
+    """Sum the partial results of one cut sequence, at most so many, weighted by their share of the denominator.
+
+    apart: of results that it shares, which follow its own, each is so far from the next; 1: it shares none.
+    """
     b, first, count = (cut_ref[cut, i] for i in range(3))
+    num_own, head_dim = count, o_ref.shape[2]
+    if apart > 1:
+        shared, num_shared = (cut_ref[cut, i] for i in (3, 4))
+        count = num_own + num_shared
 
     def load(start, number):
-        live = start + jnp.arange(number, dtype=jnp.int32) < count
-        at = pl.ds(first + start, number)
-        return plgpu.load(lse_ref.at[at, head], mask=live, other=NEG_INF), live, at
+        part = start + jnp.arange(number, dtype=jnp.int32)
+        live = part < count
+        if apart == 1:
+            at = pl.ds(first + start, number)
+            return plgpu.load(lse_ref.at[at, head], mask=live, other=NEG_INF), live, (at, head, slice(None))
+        at = jnp.where(part < num_own, first + part, shared + (part - num_own) * apart)
+        lse = plgpu.load(lse_ref.at[at, jnp.full_like(at, head)], mask=live, other=NEG_INF)
+        shape = number, head_dim
+        column = lax.broadcasted_iota(jnp.int32, shape, 1)
+        return lse, live, (spread(at, shape), jnp.full(shape, head, jnp.int32), column)
 
     def load_parts(start):
         lse, live, at = load(start, at_once)
-        return lse, plgpu.load(part_ref.at[at, head, :], mask=live[:, None], other=0)
+        return lse, plgpu.load(part_ref.at[at], mask=live[:, None], other=0)
 
     @pl.when(b < batch)
     def _():
@@ -257,8 +316,16 @@ def _decode(args: dict[str, jax.Array], shape: tuple[int, int, int], *, scale, e
     k_cache, context_lens, (_, heads, head_dim) = args["k_cache"], args["context_lens"], shape
     batch, kv_heads, dtype, fused = len(context_lens), k_cache.shape[1], k_cache.dtype, "qkv" in args
     tiles = tiles or default_tiles(batch, kv_heads, head_dim, dtype)
-    items, cut = cut_contexts(context_lens, tiles.block_k, tiles.extra)
-    part = jax.ShapeDtypeStruct((len(items), heads, head_dim), jnp.float32)
+    group = heads // kv_heads
+    rows = max(16, pl.next_power_of_2(group + fused))
+    together = rows // pl.next_power_of_2(group) if batch >= TOGETHER_FROM and tiles.extra > 1 else 1
+    if together > 1:
+        shared = shared_tiles(args["tables"], context_lens, k_cache.shape[2], tiles.block_k, together)
+        items, cut = cut_together(context_lens, shared, tiles.block_k, tiles.extra, together)
+    else:
+        items, cut = cut_contexts(context_lens, tiles.block_k, tiles.extra)
+    num_parts = len(items) + (together - 1) * (batch // 2 + tiles.extra)
+    part = jax.ShapeDtypeStruct((num_parts, heads, head_dim), jnp.float32)
     outs = {"out": jax.ShapeDtypeStruct(shape, dtype), "part": part}
     outs |= {"lse": jax.ShapeDtypeStruct(part.shape[:-1], jnp.float32)}
     if fused:
@@ -271,21 +338,24 @@ def _decode(args: dict[str, jax.Array], shape: tuple[int, int, int], *, scale, e
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         interpret=interpret,
-        rows=max(16, pl.next_power_of_2(heads // kv_heads + fused)),
+        rows=rows,
+        most=together,
         block_k=tiles.block_k,
         scale=scale,
         eps=eps,
         on_gpu=not interpret,
     )
-    most = pl.next_power_of_2(tiles.extra)
+    most, programs = pl.next_power_of_2(tiles.extra), min(len(cut), COMBINING)
     [out] = pallas_call(
         _combine_kernel,
         *(results["part"], results["lse"], cut, results["out"]),
-        grid=(heads, len(cut)),
+        grid=(heads, programs),
         out_shape=[outs["out"]],
         aliases={3: 0},
         num_warps=4,
         interpret=interpret,
+        programs=programs,
+        apart=together,
         batch=batch,
         most=most,
         at_once=min(most, max(COMBINED, most // pl.next_power_of_2(batch))),  # a context's at a mean, or more

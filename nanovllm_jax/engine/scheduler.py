@@ -14,7 +14,7 @@ from nanovllm_jax.engine.schedule import ONE_STEP, PrefillChunk, RunAhead, Sched
 from nanovllm_jax.engine.sequence import Sequence, Status
 
 WAITING, PREFILL, DECODE, FINISHED = Status
-_context = attrgetter("num_computed")
+_context, _table = attrgetter("num_computed"), attrgetter("block_table")
 
 # One block in so many stays free when a sequence is admitted beside others, for these to grow into. Without it, a full
 # pool computes a fifth of all tokens twice: whoever was admitted last is preempted right away, again and again.
@@ -161,8 +161,7 @@ class Scheduler:
             if seq.status is PREFILL:  # else a decode has preempted it
                 budget -= self._schedule_chunk(schedule, seq, budget)
         self._schedule_admissions(schedule, budget)
-        # The attention kernel starts with the first rows: what takes longest must not be what it ends with.
-        schedule.decodes.sort(key=_context, reverse=True)
+        schedule.decodes = in_order(schedule.decodes)
         return schedule
 
     def update(self, schedule: Schedule, decode_tokens: list[int], prefill_tokens: list[int]) -> list[Sequence]:
@@ -340,3 +339,19 @@ class Scheduler:
         self.block_manager.free(seq)
         self._free_slots.append(seq.slot)
         seq.slot = -1
+
+
+def in_order(decodes: list[Sequence]) -> list[Sequence]:
+    """Sequences as attention is to find them: the longest first, but beside one another those that share blocks.
+
+    It starts with the first rows, and what takes longest must not be what it ends with. What neighbours share it reads
+    once for several of them.
+    """
+    decodes = sorted(decodes, key=_context, reverse=True)
+    first_blocks = [seq.block_table[0] for seq in decodes]
+    if len({*first_blocks}) == len(decodes):
+        return decodes
+    families: dict[int, list[Sequence]] = {block: [] for block in first_blocks}
+    for block, seq in zip(first_blocks, decodes):
+        families[block].append(seq)
+    return [seq for family in families.values() for seq in sorted(family, key=_table)]

@@ -36,6 +36,19 @@ def paged(rng, contexts, *, kv_heads, head_dim, block_size, width, spare_blocks=
     return Paged(*caches, tables, np.array(contexts, np.int32))
 
 
+def with_shared_blocks(case: Paged, prefixes) -> Paged:
+    """The case with tables that begin alike: prefixes (first row, rows, blocks). Blocks that fall out become NaN."""
+    tables = case.block_tables.copy()
+    for first, rows, blocks in prefixes:
+        assert (blocks * case.k_cache.shape[2] < case.context_lens[first : first + rows]).all()
+        tables[first : first + rows, :blocks] = tables[first, :blocks]
+    used = -(-case.context_lens // case.k_cache.shape[2])
+    before, after = ({b for table, n in zip(t, used) for b in table[:n]} for t in (case.block_tables, tables))
+    for cache in case.k_cache, case.v_cache:
+        cache[[*(before - after)]] = np.nan
+    return case._replace(block_tables=tables)
+
+
 class NewTokens(NamedTuple):
     """Projections of one new token per sequence, and where it goes in the cache: -1 for an empty context."""
 

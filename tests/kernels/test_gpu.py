@@ -29,7 +29,7 @@ from nanovllm_jax.kernels import (
     store_and_decode,
     swiglu,
 )
-from paged_cases import new_tokens, paged
+from paged_cases import new_tokens, paged, with_shared_blocks
 from sampling_array import sampling_array
 
 pytestmark = pytest.mark.gpu
@@ -108,10 +108,36 @@ def test_decode_cuts(contexts, extra):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("contexts", [[1], [1000], CONTEXTS, CONTEXTS * 12], ids=["first", "one", "some", "many"])
 def test_new_tokens(contexts, shape):
-    dtype, kv_heads, group, head_dim, block_size = shape
+    _, kv_heads, _, head_dim, block_size = shape
     rng = np.random.default_rng(5)
     width = -(-max(contexts) // block_size) + 3
     cache = paged(rng, contexts, kv_heads=kv_heads, head_dim=head_dim, block_size=block_size, width=width)
+    check_new_tokens(rng, cache, shape)
+
+
+# Sequences beside one another that share so many tokens of theirs: more and fewer than read together, and none.
+ALIKE = [0, 300, 300, *range(530, 1800, 70), 9, 2000, 2100, 1000]
+PREFIXES = [(1, 2, 256), (3, 19, 512), (5, 6, 512), (23, 2, 1792)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("times", [1, 9], ids=["some", "many"])
+def test_shared_blocks(times, shape):
+    dtype, kv_heads, group, head_dim, block_size = shape
+    rng, contexts = np.random.default_rng(7), ALIKE * times
+    cache = paged(rng, contexts, kv_heads=kv_heads, head_dim=head_dim, block_size=block_size, width=2304 // block_size)
+    prefixes = [
+        (first + i * len(ALIKE), rows, tokens // block_size) for i in range(times) for first, rows, tokens in PREFIXES
+    ]
+    cache = with_shared_blocks(cache, prefixes)
+    q = jnp.asarray(rng.standard_normal((len(contexts), kv_heads * group, head_dim)), dtype)
+    args = q, *(jnp.asarray(x, dtype) for x in cache[:2]), *map(jnp.asarray, cache[2:])
+    assert_close(paged_decode_attention(*args, scale=0.1), decode_oracle, args, dtype, 0.1)
+    check_new_tokens(rng, cache, shape)
+
+
+def check_new_tokens(rng, cache, shape):
+    dtype, _, group, head_dim, _ = shape
     new = new_tokens(rng, cache, group)
     kinds = [dtype] * 3 + [jnp.float32] * 2 + [jnp.int32] + [dtype] * 2 + [jnp.int32] * 2
     args = [jnp.asarray(x, kind) for x, kind in zip((*new, *cache), kinds, strict=True)]

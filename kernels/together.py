@@ -1,0 +1,105 @@
+"""Which sequences of a decode batch read the blocks that they share together, and what each program then does.
+
+Shapes: B sequences, W blocks in a block table's row.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from .common import search
+
+SHORT = 16  # tiles: what is read together is not cut into smaller parts
+UNUSED, WHOLE, PART, SHARED = range(4)
+
+
+class Shared(NamedTuple):
+    """Which sequences read their first tiles of keys together: each [B] int32."""
+
+    leader: jax.Array
+    """The first of the neighbours that it reads with, which reads for them too; itself, where it reads alone."""
+    members: jax.Array
+    """How many a leader reads for, itself included; of others 1."""
+    tiles: jax.Array
+    """How many tiles are read together."""
+
+
+def shared_tiles(tables: jax.Array, context_lens: jax.Array, block_size: int, block_k: int, most: int) -> Shared:
+    """Of sequences next to one another, at most so many together, the tiles of the blocks that their tables share.
+
+    None of these is the newest token's block: it may be written by the kernel that reads it.
+    """
+    batch, width = tables.shape
+    row = jnp.arange(batch)
+    full = jnp.maximum(context_lens - 1, 0) // block_size
+    alike = jnp.where(tables[1:] != tables[:-1], jnp.arange(width), width).min(axis=1)  # leading blocks
+    common = jnp.minimum(alike, jnp.minimum(full[1:], full[:-1])) * block_size // block_k
+    common = jnp.pad(common, (1, most))  # of each with the one before it; the first and those after the last have none
+    # One that has much more in common with a neighbour than these two have reads with that neighbour.
+    more = jnp.maximum(jnp.pad(common, (1, 0))[:batch], common[1 : batch + 1])
+    begins = (common[:batch] == 0) | (2 * common[:batch] < more)
+    start = jnp.where((row[None] <= row[:, None]) & begins[None], row[None], 0).max(axis=1)
+    leader = row - (row - start) % most
+    follows = [jnp.pad(leader, (0, most))[i : i + batch] == row for i in range(1, most)]  # has the i-th after it
+    follows = [which & (row + i < batch) for i, which in enumerate(follows, start=1)]
+    members = 1 + sum(which.astype(jnp.int32) for which in follows)
+    tiles = jnp.full(batch, 2**30)
+    for i, which in enumerate(follows, start=1):
+        tiles = jnp.where(which, jnp.minimum(tiles, common[i : i + batch]), tiles)
+    tiles = jnp.where(members > 1, tiles, 0)
+    return Shared(leader, members, tiles[leader])
+
+
+def cut_together(context_lens: jax.Array, shared: Shared, block_k: int, extra: int, most: int) -> tuple:
+    """decode.cut_contexts where sequences read together, which is cut once, as a context of its own.
+
+    most: how many may read together. Returns items [B + B / 2 + extra, 6] and cut [B, 6] int32: as decode.Work's, but
+    with items for what is read together, in place of one sequence the first; then how many these are, 1 of an own part,
+    and where partial results go, those of several one after another. Of a cut sequence, where its own partial results
+    begin, how many, where those that it shares begin, which are `most` apart, how many, and how many sequences are cut.
+    """
+    batch, (leader, members, start) = len(context_lens), shared
+    row, end = jnp.arange(batch), (context_lens + block_k - 1) // block_k
+    # First what is read together, as contexts of the leaders, for these are the longest; then what each reads alone.
+    first = jnp.concatenate((jnp.zeros_like(row), start))
+    tiles = jnp.concatenate((jnp.where(leader == row, start, 0), end - start))
+    least = jnp.concatenate((jnp.zeros_like(row), jnp.ones_like(row)))
+    share = jnp.maximum((tiles.sum() + extra - 1) // extra, 1)  # most tiles to an item: at most `extra` cuts
+    # Of what is read together they are shorter, as the others are short, where all are B + B / 2 + extra nonetheless.
+    spare = jnp.maximum(batch // 2 - (tiles[:batch] > 0).sum(), 1)
+    shorter = jnp.maximum((tiles[:batch].sum() + spare - 1) // spare, SHORT)
+    share = jnp.concatenate((jnp.broadcast_to(jnp.minimum(share, shorter), batch), jnp.broadcast_to(share, batch)))
+    parts = jnp.maximum((tiles + share - 1) // share, least)
+    together = jnp.minimum(parts[:batch], extra - 1)  # of one sequence no more than `extra` parts are combined
+    parts = jnp.concatenate((together, jnp.minimum(parts[batch:], extra - together[leader])))
+    size = jnp.maximum((tiles + parts - 1) // jnp.maximum(parts, 1), 1)  # a context's parts are equal, but for the last
+    parts = jnp.maximum((tiles + size - 1) // size, least)
+    ends = running_sum(parts)
+    begins, num_shared = ends - parts, ends[batch - 1]  # each one's first item, and the first that is not shared
+    own, others = parts[batch:], parts[:batch][leader]
+    is_cut = own + others > 1
+
+    item = jnp.arange(batch + batch // 2 + extra)
+    owner = search(ends, item)
+    used, owner = owner < 2 * batch, jnp.minimum(owner, 2 * batch - 1)
+    is_own, sequence = owner >= batch, owner % batch
+    at = first[owner] + (item - begins[owner]) * size[owner]
+    last = jnp.minimum(at + size[owner], (first + tiles)[owner])
+    kind = jnp.where(is_own, jnp.where(is_cut[sequence], PART, WHOLE), SHARED)
+    own_place = num_shared * (most - 1)  # partial results of shared items before, beyond one each
+    place = jnp.where(is_own, item + own_place, item * most)
+    items = sequence, at, last, jnp.where(used, kind, UNUSED), jnp.where(is_own, 1, members[sequence]), place
+
+    cuts = running_sum(is_cut)
+    cut = search(cuts, row)
+    which = jnp.minimum(cut, batch - 1)
+    places = begins[batch:] + own_place, own, begins[:batch][leader] * most + row - leader, others
+    cut = cut, *(column[which] for column in places), jnp.broadcast_to(cuts[-1], batch)
+    return tuple(jnp.stack(columns, axis=1).astype(jnp.int32) for columns in (items, cut))
+
+
+def running_sum(numbers: jax.Array) -> jax.Array:
+    """jnp.cumsum of few numbers, by adding up all of them for each: one kernel in place of several."""
+    row = jnp.arange(len(numbers))
+    return jnp.where(row[None] <= row[:, None], numbers[None], 0).sum(axis=1)
