@@ -134,7 +134,8 @@ def paged_decode_attention(
 
     q [B or more, N, H], of which the first B rows are the sequences', query head n belonging to kv head n // (N / K);
     k_cache, v_cache [num_blocks, K, block_size, H]; block_tables [B, W] int32, of which entries past a sequence's
-    context may be anything; context_lens [B] int32 in tokens, 0 for a padded row. scale multiplies the scores.
+    context may be anything; context_lens [B] int32 in tokens, 0 for a padded row. scale multiplies the scores. What
+    sequences next to one another share, as their tables begin alike, a GPU may read once for several of them.
     Returns an array like q: zeros for padded rows, and rows past B undefined (`paged_prefill_attention` fills them).
     """
     return either(

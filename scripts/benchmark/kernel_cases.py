@@ -26,6 +26,7 @@ DECODE = [(1, 1000, 1000), (1, 32000, 32000), (8, 1000, 1000), (64, 1000, 1000),
 DECODE += [(256, 1000, 1000), (256, 200, 1486)]
 PREFILL = [(16, 1024, 1024), (1, 16384, 16384), (64, 256, 256), (4, 2048, 8192), (1, 1000, 1000)]
 NEW = [(1, 1000), (8, 1000), (64, 128)]
+SHARED = [(256, 8, 2048, 208), (256, 16, 768, 332), (64, 4, 1024, 208)]  # batch, prefixes, their length, the rest
 STORE = [1, 64, 256, 16384]
 NORM = [1, 256, 16384]
 ROW = [(1, 4096), (2, 3072)]  # (weights, features of each): q/k/v, gate and up
@@ -128,6 +129,20 @@ def new_case(rng, shape: Shape, pool, batch, context) -> Case:
     return Case("new", f"{batch} x {context}", *functions, sets, attends.default, moved, attends.flops, state=pool)
 
 
+def shared_case(rng, shape: Shape, pool, batch, prefixes, length, own) -> Case:
+    """A decode case whose sequences have a few prefixes, neighbours the same: these need to be read but once."""
+    case = decode_case(rng, shape, pool, batch, length + own, length + own)
+    first = np.arange(batch) * prefixes // batch * batch // prefixes  # the one of a prefix whose blocks all have
+    blocks = length // shape.block_size
+    sets = []
+    for *cached, tables, lens in case.sets:
+        tables = np.array(tables)
+        tables[:, :blocks] = tables[first, :blocks]
+        sets.append((*cached, jnp.asarray(tables), lens))
+    moved = float(prefixes * length + batch * own) * shape.token_bytes
+    return case._replace(kernel="shared", name=f"{batch} x {length}+{own} of {prefixes}", sets=sets, bytes=moved)
+
+
 def prefill_case(rng, shape: Shape, pool, sequences, new, context) -> Case:
     starts = jnp.arange(sequences + 1, dtype=jnp.int32) * new
     sets = []
@@ -201,7 +216,8 @@ def swiglu_case(rng, shape: Shape, pool, rows, features) -> Case:
     return Case("swiglu", f"{rows} x {features}", *kernel_and_oracle(hopper_swiglu, "swiglu"), sets, None, moved, flops)
 
 
-KERNELS = {"decode": (decode_case, DECODE), "new": (new_case, NEW), "prefill": (prefill_case, PREFILL)}
+KERNELS = {"decode": (decode_case, DECODE), "new": (new_case, NEW), "shared": (shared_case, SHARED)}
+KERNELS |= {"prefill": (prefill_case, PREFILL)}
 KERNELS |= {"store": (store_case, STORE), "norm": (norm_case, NORM), "row": (row_case, ROW), "few": (few_case, FEW)}
 if common.is_hopper():
     KERNELS |= {"hopper": (hopper_case, PREFILL), "swiglu": (swiglu_case, SWIGLU)}

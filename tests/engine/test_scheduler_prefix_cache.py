@@ -44,6 +44,21 @@ def test_identical_prompts_in_one_step_share_their_blocks():
     simulation.drain()
 
 
+def test_decodes_that_share_blocks_are_neighbours():
+    """The longest first, and with each those that share its first block: what more they share is side by side too."""
+    simulation = simulate(max_num_batched_tokens=400, max_num_seqs=8)
+    short, shared, more = prompt(9, SIZE + 1), prompt(1, 2 * SIZE), prompt(2, 2 * SIZE)
+    prompts = [short, shared + prompt(3, 2), prompt(4, 40), shared + more + prompt(5, 3), shared, shared + more + [6]]
+    seqs = [simulation.add(ids, max_tokens=9) for ids in prompts]
+    simulation.dispatch()
+    order = [seqs.index(seq) for seq in simulation.dispatch().decodes]
+    assert order[0] == 2
+    assert {*order[1:5]} == {1, 3, 4, 5}
+    assert abs(order.index(3) - order.index(5)) == 1
+    assert order[5] == 0
+    simulation.drain()
+
+
 def test_a_block_is_shared_only_once_it_is_scheduled():
     """ATOM 902: the hash was published before the keys and values were computed."""
     simulation = simulate(max_num_batched_tokens=6)

@@ -11,7 +11,7 @@ from benchmark import kernel_cases
 from benchmark.kernel_cases import Shape, make_cases
 
 SMALL = {"decode": (2, 20, 40), "new": (2, 20), "prefill": (2, 16, 40), "store": 3, "norm": 3, "row": (2, 32)}
-SMALL |= {"hopper": (2, 16, 16), "swiglu": (16, 32)}
+SMALL |= {"shared": (4, 2, 16, 8), "hopper": (2, 16, 16), "swiglu": (16, 32)}
 
 
 @pytest.mark.parametrize("kernel", SMALL)
