@@ -1,7 +1,7 @@
 """Pallas kernels: attention of one token per sequence over the paged cache, long contexts cut into parts.
 
 The same kernel may take the token in before it attends: normalise, rotate and store, what else is a kernel of its own.
-Of larger batches, neighbours whose contexts begin with the same blocks read these once, for all of them (together.py):
+Of larger batches, neighbours whose contexts begin with the same blocks read these once, for all of them (work.py):
 tensor cores take 16 rows at least, of which one sequence fills but G.
 
 Flash-decoding (Dao et al. 2023). The contexts of a batch are cut into parts of about one size, so few that most stay
@@ -30,13 +30,12 @@ from .common import (
     named_pallas_call,
     norm_rope,
     pallas_call,
-    search,
     softmax_end,
     softmax_start,
     softmax_step,
     spread,
 )
-from .together import PART, SHARED, UNUSED, WHOLE, cut_together, shared_tiles
+from .work import PART, SHARED, UNUSED, WHOLE, cut_contexts, cut_together, shared_tiles
 
 LARGE_BATCH = 1024  # programs without any cut: from here on the GPU is full
 COMBINED = 16  # at least so many parts are added up at a time
@@ -67,40 +66,8 @@ def default_tiles(batch: int, kv_heads: int, head_dim: int, dtype: jnp.dtype) ->
     return Tiles(block_k, extra, num_warps=2, num_stages=5 if programs < 2 * LARGE_BATCH else 3)
 
 
-class Work(NamedTuple):
-    """What each program does. A context has one item (also an empty one, whose result is zeros) or several parts."""
-
-    items: jax.Array
-    """[B + extra, 4] int32: sequence, first tile of keys, last one + 1, and what it is: UNUSED, WHOLE or PART."""
-    cut: jax.Array
-    """[min(B, extra), 3] int32: each cut sequence (B for an unused row), its first item, how many it has."""
-
-
-def cut_contexts(context_lens: jax.Array, block_k: int, extra: int) -> Work:
-    """Cut the contexts [B] into at most B + extra items of about one size, whole tiles of block_k keys each."""
-    batch = len(context_lens)
-    tiles = (context_lens + block_k - 1) // block_k
-    share = jnp.maximum((tiles.sum() + extra - 1) // extra, 1)  # most tiles to an item: at most `extra` cuts
-    parts = jnp.maximum((tiles + share - 1) // share, 1)
-    size = jnp.maximum((tiles + parts - 1) // parts, 1)  # a context's parts are equal, but for the last
-    parts = jnp.maximum((tiles + size - 1) // size, 1)
-    ends, cuts = jnp.cumsum(parts), jnp.cumsum(parts > 1)
-    item = jnp.arange(batch + extra)
-    owner = search(ends, item)
-    used, owner = owner < batch, jnp.minimum(owner, batch - 1)
-    first = (item - (ends - parts)[owner]) * size[owner]
-    last = jnp.minimum(first + size[owner], tiles[owner])
-    kind = jnp.where(used, jnp.where(parts[owner] > 1, PART, WHOLE), UNUSED)
-    cut = search(cuts, jnp.arange(min(batch, extra)))
-    at = jnp.minimum(cut, batch - 1)
-    return Work(
-        jnp.stack((owner, first, last, kind), axis=1).astype(jnp.int32),
-        jnp.stack((cut, (ends - parts)[at], parts[at]), axis=1).astype(jnp.int32),
-    )
-
-
 def _decode_kernel(ref, *, rows: int, most: int, scale: float, eps: float, block_k: int, on_gpu: bool):
-    """most: how many sequences may read together; 1: none do, and items are `cut_contexts`'."""
+    """most: how many sequences may read together, as `cut_together` says; 1: none do, as of `cut_contexts`."""
     k_ref, v_ref, table_ref, item_ref = (ref[name] for name in ("k_cache", "v_cache", "tables", "items"))
     o_ref, part_ref, lse_ref = (ref[name] for name in ("out", "part", "lse"))
     head, item = pl.program_id(0), pl.program_id(1)

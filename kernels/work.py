@@ -1,4 +1,4 @@
-"""Which sequences of a decode batch read the blocks that they share together, and what each program then does.
+"""What each program of decode attention does: contexts, parts of them, and what several sequences read together.
 
 Shapes: B sequences, W blocks in a block table's row.
 """
@@ -12,6 +12,46 @@ from .common import search
 
 SHORT = 16  # tiles: what is read together is not cut into smaller parts
 UNUSED, WHOLE, PART, SHARED = range(4)
+
+
+class Work(NamedTuple):
+    """What each program does. A context has one item (also an empty one, whose result is zeros) or several parts.
+
+    In brackets what there is only where sequences read together, of which at most R do.
+    """
+
+    items: jax.Array
+    """[I, 4 or 6] int32: sequence, first tile of keys, last one + 1, and what it is: UNUSED, WHOLE or PART. (Or SHARED,
+    with the first of the sequences; then how many these are, 1 of any other; and where the partial result goes, those
+    of several one after another, where else it goes to the item's own number.)
+    """
+    cut: jax.Array
+    """[C, 3 or 6] int32: each cut sequence (B for an unused row), its first partial result, how many it has of its own.
+    (Then the first of those that it shares, which are R apart; how many; and how many sequences are cut.)
+    """
+
+
+def cut_contexts(context_lens: jax.Array, block_k: int, extra: int) -> Work:
+    """Cut the contexts [B] into at most B + extra items of about one size, whole tiles of block_k keys each."""
+    batch = len(context_lens)
+    tiles = (context_lens + block_k - 1) // block_k
+    share = jnp.maximum((tiles.sum() + extra - 1) // extra, 1)  # most tiles to an item: at most `extra` cuts
+    parts = jnp.maximum((tiles + share - 1) // share, 1)
+    size = jnp.maximum((tiles + parts - 1) // parts, 1)  # a context's parts are equal, but for the last
+    parts = jnp.maximum((tiles + size - 1) // size, 1)
+    ends, cuts = jnp.cumsum(parts), jnp.cumsum(parts > 1)
+    item = jnp.arange(batch + extra)
+    owner = search(ends, item)
+    used, owner = owner < batch, jnp.minimum(owner, batch - 1)
+    first = (item - (ends - parts)[owner]) * size[owner]
+    last = jnp.minimum(first + size[owner], tiles[owner])
+    kind = jnp.where(used, jnp.where(parts[owner] > 1, PART, WHOLE), UNUSED)
+    cut = search(cuts, jnp.arange(min(batch, extra)))
+    at = jnp.minimum(cut, batch - 1)
+    return Work(
+        jnp.stack((owner, first, last, kind), axis=1).astype(jnp.int32),
+        jnp.stack((cut, (ends - parts)[at], parts[at]), axis=1).astype(jnp.int32),
+    )
 
 
 class Shared(NamedTuple):
@@ -51,13 +91,10 @@ def shared_tiles(tables: jax.Array, context_lens: jax.Array, block_size: int, bl
     return Shared(leader, members, tiles[leader])
 
 
-def cut_together(context_lens: jax.Array, shared: Shared, block_k: int, extra: int, most: int) -> tuple:
-    """decode.cut_contexts where sequences read together, which is cut once, as a context of its own.
+def cut_together(context_lens: jax.Array, shared: Shared, block_k: int, extra: int, most: int) -> Work:
+    """The same where at most so many sequences read together: that is cut once, as a context of its own.
 
-    most: how many may read together. Returns items [B + B / 2 + extra, 6] and cut [B, 6] int32: as decode.Work's, but
-    with items for what is read together, in place of one sequence the first; then how many these are, 1 of an own part,
-    and where partial results go, those of several one after another. Of a cut sequence, where its own partial results
-    begin, how many, where those that it shares begin, which are `most` apart, how many, and how many sequences are cut.
+    At most B + B / 2 + extra items, of B sequences that may be cut.
     """
     batch, (leader, members, start) = len(context_lens), shared
     row, end = jnp.arange(batch), (context_lens + block_k - 1) // block_k
@@ -96,7 +133,7 @@ def cut_together(context_lens: jax.Array, shared: Shared, block_k: int, extra: i
     which = jnp.minimum(cut, batch - 1)
     places = begins[batch:] + own_place, own, begins[:batch][leader] * most + row - leader, others
     cut = cut, *(column[which] for column in places), jnp.broadcast_to(cuts[-1], batch)
-    return tuple(jnp.stack(columns, axis=1).astype(jnp.int32) for columns in (items, cut))
+    return Work(*(jnp.stack(columns, axis=1).astype(jnp.int32) for columns in (items, cut)))
 
 
 def running_sum(numbers: jax.Array) -> jax.Array:
