@@ -169,11 +169,6 @@ def spread(column: jax.Array, shape: tuple[int, int]) -> jax.Array:
     return jnp.broadcast_to(column[:, None], shape)
 
 
-def spread_row(row: jax.Array, shape: tuple[int, int]) -> jax.Array:
-    """[C] -> [R, C], the same values in each row."""
-    return jnp.broadcast_to(row[None], shape)
-
-
 def rounded(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """float32 numbers with dtype's precision."""
     return x.astype(dtype).astype(jnp.float32)

@@ -35,7 +35,7 @@ from .common import (
     softmax_step,
     spread,
 )
-from .work import PART, SHARED, UNUSED, WHOLE, cut_contexts, cut_together, shared_tiles
+from .work import PART, SHARED, UNUSED, WHOLE, list_work
 
 LARGE_BATCH = 1024  # programs without any cut: from here on the GPU is full
 COMBINED = 16  # at least so many parts are added up at a time
@@ -67,7 +67,7 @@ def default_tiles(batch: int, kv_heads: int, head_dim: int, dtype: jnp.dtype) ->
 
 
 def _decode_kernel(ref, *, rows: int, most: int, scale: float, eps: float, block_k: int, on_gpu: bool):
-    """most: how many sequences may read together, as `cut_together` says; 1: none do, as of `cut_contexts`."""
+    """most: how many sequences may read together; 1: none do, and items have no more than `cut_contexts` gives."""
     k_ref, v_ref, table_ref, item_ref = (ref[name] for name in ("k_cache", "v_cache", "tables", "items"))
     o_ref, part_ref, lse_ref = (ref[name] for name in ("out", "part", "lse"))
     head, item = pl.program_id(0), pl.program_id(1)
@@ -97,7 +97,7 @@ def _decode_kernel(ref, *, rows: int, most: int, scale: float, eps: float, block
     def _():
         live, own, context = row < group, pl.ds(head * group, rows), ref["context_lens"][b]
         owns = last * block_k >= context
-        q = _queries(ref, b, head, row, eps=eps)
+        q = _queries(ref, b, head, rows, eps=eps)
         if "q" not in ref:
             _store_token(ref, b, head, q, owns)
             if on_gpu:  # a program's threads are to see what others of them have stored
@@ -121,7 +121,7 @@ def _decode_kernel(ref, *, rows: int, most: int, scale: float, eps: float, block
             number, member, shape = row >> log2(most), row & (most - 1), (rows, head_dim)
 
             def with_one_more(i, q):
-                one = _queries(ref, b + i, head, jnp.arange(rows // most, dtype=jnp.int32), eps=eps)
+                one = _queries(ref, b + i, head, rows // most, eps=eps)
                 each = jnp.broadcast_to(one[:, None], (len(one), most, head_dim)).reshape(shape)
                 return jnp.where(spread(member == i, shape), each, q)
 
@@ -134,17 +134,16 @@ def _decode_kernel(ref, *, rows: int, most: int, scale: float, eps: float, block
             plgpu.store(lse_ref.at[at, heads], log_sum(state), mask=live)
 
 
-def _queries(ref, b, head, row, *, eps: float) -> jax.Array:
-    """Sequence b's queries of a kv head, [rows, H]; of a new token normalised and rotated, and then so is its key.
-
-    row: 0, 1, ...; what comes after them is 0.
+def _queries(ref, b, head, rows: int, *, eps: float) -> jax.Array:
+    """[rows, H]: sequence b's queries of a kv head, then 0. A new token's are normalised and rotated, and its key too,
+    which comes after them.
     """
-    group = ref["out"].shape[1] // ref["k_cache"].shape[1]
+    group, row = ref["out"].shape[1] // ref["k_cache"].shape[1], jnp.arange(rows, dtype=jnp.int32)
     if "q" in ref:
-        return plgpu.load(ref["q"].at[b, pl.ds(head * group, len(row)), :], mask=(row < group)[:, None], other=0)
+        return plgpu.load(ref["q"].at[b, pl.ds(head * group, rows), :], mask=(row < group)[:, None], other=0)
     qkv_ref = ref["qkv"]
     key, head_dim = group, qkv_ref.shape[3]
-    half, shape = head_dim // 2, (row.size, head_dim)
+    half, shape = head_dim // 2, (rows, head_dim)
     column, line = lax.broadcasted_iota(jnp.int32, shape, 1), spread(row, shape)
     low = jnp.where(column < half, column, column - half)
     sequence, heads = jnp.full(shape, b, jnp.int32), jnp.full(shape, head, jnp.int32)
@@ -286,12 +285,8 @@ def _decode(args: dict[str, jax.Array], shape: tuple[int, int, int], *, scale, e
     group = heads // kv_heads
     rows = max(16, pl.next_power_of_2(group + fused))
     together = rows // pl.next_power_of_2(group) if batch >= TOGETHER_FROM and tiles.extra > 1 else 1
-    if together > 1:
-        shared = shared_tiles(args["tables"], context_lens, k_cache.shape[2], tiles.block_k, together)
-        items, cut = cut_together(context_lens, shared, tiles.block_k, tiles.extra, together)
-    else:
-        items, cut = cut_contexts(context_lens, tiles.block_k, tiles.extra)
-    num_parts = len(items) + (together - 1) * (batch // 2 + tiles.extra)
+    sizes = k_cache.shape[2], tiles.block_k, tiles.extra, together
+    (items, cut), num_parts = list_work(args["tables"], context_lens, *sizes)
     part = jax.ShapeDtypeStruct((num_parts, heads, head_dim), jnp.float32)
     outs = {"out": jax.ShapeDtypeStruct(shape, dtype), "part": part}
     outs |= {"lse": jax.ShapeDtypeStruct(part.shape[:-1], jnp.float32)}

@@ -31,6 +31,18 @@ class Work(NamedTuple):
     """
 
 
+def list_work(
+    tables: jax.Array, context_lens: jax.Array, block_size: int, block_k: int, extra: int, most: int
+) -> tuple[Work, int]:
+    """What there is to do where at most so many sequences read together, and room for how many partial results."""
+    if most == 1:
+        work = cut_contexts(context_lens, block_k, extra)
+        return work, len(work.items)
+    shared = shared_tiles(tables, context_lens, block_size, block_k, most)
+    work = cut_together(context_lens, shared, block_k, extra, most)
+    return work, len(work.items) + (most - 1) * (len(context_lens) // 2 + extra)
+
+
 def cut_contexts(context_lens: jax.Array, block_k: int, extra: int) -> Work:
     """Cut the contexts [B] into at most B + extra items of about one size, whole tiles of block_k keys each."""
     batch = len(context_lens)
@@ -81,12 +93,12 @@ def shared_tiles(tables: jax.Array, context_lens: jax.Array, block_size: int, bl
     begins = (common[:batch] == 0) | (2 * common[:batch] < more)
     start = jnp.where((row[None] <= row[:, None]) & begins[None], row[None], 0).max(axis=1)
     leader = row - (row - start) % most
-    follows = [jnp.pad(leader, (0, most))[i : i + batch] == row for i in range(1, most)]  # has the i-th after it
-    follows = [which & (row + i < batch) for i, which in enumerate(follows, start=1)]
-    members = 1 + sum(which.astype(jnp.int32) for which in follows)
-    tiles = jnp.full(batch, 2**30)
-    for i, which in enumerate(follows, start=1):
-        tiles = jnp.where(which, jnp.minimum(tiles, common[i : i + batch]), tiles)
+    later = jnp.pad(leader, (0, most), constant_values=-1)
+    members, tiles = jnp.ones_like(row), jnp.full(batch, 2**30)
+    for i in range(1, most):
+        leads = later[i : i + batch] == row  # the i-th after it
+        members += leads
+        tiles = jnp.where(leads, jnp.minimum(tiles, common[i : i + batch]), tiles)
     tiles = jnp.where(members > 1, tiles, 0)
     return Shared(leader, members, tiles[leader])
 

@@ -2,9 +2,12 @@
 
 import math
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import NamedTuple
 
 from nanovllm_jax.engine.sequence import Sequence
+
+_context, _table = attrgetter("num_computed"), attrgetter("block_table")
 
 
 class RunAhead(NamedTuple):
@@ -58,3 +61,19 @@ class Schedule:
     def num_prefill_tokens(self) -> int:
         """Tokens of all chunks together."""
         return sum(chunk.num_tokens for chunk in self.prefills)
+
+
+def in_order(decodes: list[Sequence]) -> list[Sequence]:
+    """Sequences as attention is to find them: the longest first, but beside one another those that share blocks.
+
+    It starts with the first rows, and what takes longest must not be what it ends with. What neighbours share it reads
+    once for several of them.
+    """
+    decodes = sorted(decodes, key=_context, reverse=True)
+    first_blocks = [seq.block_table[0] for seq in decodes]
+    if len({*first_blocks}) == len(decodes):
+        return decodes
+    families: dict[int, list[Sequence]] = {block: [] for block in first_blocks}
+    for block, seq in zip(first_blocks, decodes):
+        families[block].append(seq)
+    return [seq for family in families.values() for seq in sorted(family, key=_table)]

@@ -7,14 +7,12 @@ freed while a step is in flight can be given to a later step at once.
 """
 
 from collections import OrderedDict
-from operator import attrgetter
 
 from nanovllm_jax.engine.block_manager import BlockManager
-from nanovllm_jax.engine.schedule import ONE_STEP, PrefillChunk, RunAhead, Schedule
+from nanovllm_jax.engine.schedule import ONE_STEP, PrefillChunk, RunAhead, Schedule, in_order
 from nanovllm_jax.engine.sequence import Sequence, Status
 
 WAITING, PREFILL, DECODE, FINISHED = Status
-_context, _table = attrgetter("num_computed"), attrgetter("block_table")
 
 # One block in so many stays free when a sequence is admitted beside others, for these to grow into. Without it, a full
 # pool computes a fifth of all tokens twice: whoever was admitted last is preempted right away, again and again.
@@ -339,19 +337,3 @@ class Scheduler:
         self.block_manager.free(seq)
         self._free_slots.append(seq.slot)
         seq.slot = -1
-
-
-def in_order(decodes: list[Sequence]) -> list[Sequence]:
-    """Sequences as attention is to find them: the longest first, but beside one another those that share blocks.
-
-    It starts with the first rows, and what takes longest must not be what it ends with. What neighbours share it reads
-    once for several of them.
-    """
-    decodes = sorted(decodes, key=_context, reverse=True)
-    first_blocks = [seq.block_table[0] for seq in decodes]
-    if len({*first_blocks}) == len(decodes):
-        return decodes
-    families: dict[int, list[Sequence]] = {block: [] for block in first_blocks}
-    for block, seq in zip(first_blocks, decodes):
-        families[block].append(seq)
-    return [seq for family in families.values() for seq in sorted(family, key=_table)]

@@ -130,7 +130,7 @@ def test_it_runs_without_jit():
     np.testing.assert_allclose(out, decode_expected(q, cache, scale), atol=2e-6)
 
 
-# Rows that begin alike, of contexts long enough: with 8, 3 and 2 sequences at most to a tile, some left alone.
+# Rows that begin alike, of contexts long enough: with 8 or 2 sequences at most to a tile, some left alone.
 PREFIXES = [(1, 2, 3), (3, 11, 1), (5, 9, 4), (15, 2, 2)]
 ALIKE = [0, 97, 120, *[140 + 7 * i for i in range(11)], 5, 65, 70]
 
