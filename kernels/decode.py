@@ -67,7 +67,7 @@ def default_tiles(batch: int, kv_heads: int, head_dim: int, dtype: jnp.dtype) ->
 
 
 def _decode_kernel(ref, *, rows: int, most: int, scale: float, eps: float, block_k: int, on_gpu: bool):
-    """most: how many sequences may read together; 1: none do, and items have no more than `cut_contexts` gives."""
+    """most: how many sequences may read together; 1: none do, and items have four columns."""
     k_ref, v_ref, table_ref, item_ref = (ref[name] for name in ("k_cache", "v_cache", "tables", "items"))
     o_ref, part_ref, lse_ref = (ref[name] for name in ("out", "part", "lse"))
     head, item = pl.program_id(0), pl.program_id(1)
@@ -243,7 +243,7 @@ def paged_decode_attention(
     tiles: Tiles | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """nanovllm_jax.kernels.paged_decode_attention as two kernels, and jnp operations that every layer shares."""
+    """nanovllm_jax.kernels.paged_decode_attention as two kernels, and one that all layers share."""
     args = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "tables": block_tables, "context_lens": context_lens}
     return _decode(args, q.shape, scale=scale, tiles=tiles, interpret=interpret)["out"]
 
@@ -285,8 +285,8 @@ def _decode(args: dict[str, jax.Array], shape: tuple[int, int, int], *, scale, e
     group = heads // kv_heads
     rows = max(16, pl.next_power_of_2(group + fused))
     together = rows // pl.next_power_of_2(group) if batch >= TOGETHER_FROM and tiles.extra > 1 else 1
-    sizes = k_cache.shape[2], tiles.block_k, tiles.extra, together
-    (items, cut), num_parts = list_work(args["tables"], context_lens, *sizes)
+    sizes = {"block_size": k_cache.shape[2], "block_k": tiles.block_k, "extra": tiles.extra, "most": together}
+    (items, cut), num_parts = list_work(args["tables"], context_lens, **sizes, interpret=interpret)
     part = jax.ShapeDtypeStruct((num_parts, heads, head_dim), jnp.float32)
     outs = {"out": jax.ShapeDtypeStruct(shape, dtype), "part": part}
     outs |= {"lse": jax.ShapeDtypeStruct(part.shape[:-1], jnp.float32)}

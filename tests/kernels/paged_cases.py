@@ -30,7 +30,7 @@ def paged(rng, contexts, *, kv_heads, head_dim, block_size, width, spare_blocks=
     caches = np.full((2, num_blocks, kv_heads, block_size, head_dim), np.nan, np.float32)
     for table, context in zip(tables, contexts, strict=True):
         own = table[: -(-context // block_size)]
-        caches[:, own] = rng.standard_normal(caches[:, own].shape)
+        caches[:, own] = rng.standard_normal(caches[:, own].shape, np.float32)
         if context % block_size:
             caches[:, own[-1], :, context % block_size :] = np.nan
     return Paged(*caches, tables, np.array(contexts, np.int32))

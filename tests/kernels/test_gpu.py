@@ -121,7 +121,7 @@ PREFIXES = [(1, 2, 256), (3, 19, 512), (5, 6, 512), (23, 2, 1792)]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("times", [1, 9], ids=["some", "many"])
+@pytest.mark.parametrize("times", [1, 6], ids=["some", "many"])
 def test_shared_blocks(times, shape):
     dtype, kv_heads, group, head_dim, block_size = shape
     rng, contexts = np.random.default_rng(7), ALIKE * times
@@ -147,9 +147,8 @@ def check_new_tokens(rng, cache, shape):
     for _ in range(3):  # what one thread writes and another reads
         out, *caches = store_and_decode(*args, **options)
         for a, b in zip(caches, stored, strict=True):
-            a, b = (np.asarray(x, np.float32) for x in (a, b))
-            np.testing.assert_array_equal(np.isnan(a), np.isnan(b))
-            assert_rounded_alike([np.nan_to_num(a)], [np.nan_to_num(b)], dtype)
+            assert (jnp.isnan(a) == jnp.isnan(b)).all()
+            assert_rounded_alike([jnp.nan_to_num(a)], [jnp.nan_to_num(b)], dtype)
         assert np.abs(np.asarray(out, np.float32) - want).max() <= 2 * TOLERANCE[dtype] * np.abs(want).max()
 
 
@@ -262,9 +261,9 @@ def store_args(tokens, shape, blocks):
 def assert_rounded_alike(got, expected, dtype, share=0.002):
     """16 bits: equal but for values that lay between two, a share of all. float32: close."""
     for a, b in zip(got, expected, strict=True):
-        a, b = (np.asarray(x, np.float32) for x in (a, b))
-        assert np.abs(a - b).max() <= TOLERANCE[dtype] * np.abs(b).max()
-        assert dtype == jnp.float32 or np.mean(a != b) < share
+        a, b = (jnp.asarray(x, jnp.float32) for x in (a, b))  # on the GPU, for they may be large
+        assert jnp.abs(a - b).max() <= TOLERANCE[dtype] * jnp.abs(b).max()
+        assert dtype == jnp.float32 or jnp.mean(a != b) < share
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -1,5 +1,7 @@
 """The list of work of decode attention: each key is read once by whom it concerns, and results are found again."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,9 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nanovllm_jax.kernels import decode, work
 
-cut_contexts = jax.jit(work.cut_contexts, static_argnums=(1, 2))
-cut_together = jax.jit(work.cut_together, static_argnums=(2, 3, 4))
-shared_tiles = jax.jit(work.shared_tiles, static_argnums=(2, 3, 4))
+NAMES = ("block_size", "block_k", "extra", "most")
+interpreted = jax.jit(functools.partial(work.list_work, interpret=True), static_argnames=NAMES)
+
+
+def list_work(tables, contexts, **sizes):
+    """As NumPy arrays (items in use, cut sequences), and the room for partial results."""
+    (items, cut), room = jax.tree.map(np.asarray, interpreted(tables, contexts, **sizes))
+    return items[items[:, 3] != work.UNUSED], cut[cut[:, 0] < len(contexts)], room
 
 
 @st.composite
@@ -35,8 +42,10 @@ def batches(draw):
     extra=st.sampled_from([1, 16, 64]),
 )
 def test_each_key_is_in_one_item_of_work(contexts, block_k, extra):
-    items, cut = jax.tree.map(np.asarray, cut_contexts(np.array(contexts), block_k, extra))
-    used = items[items[:, 3] != work.UNUSED]
+    tables = np.zeros((len(contexts), 1), np.int32)  # which are not read
+    sizes = dict(block_size=256, block_k=block_k, extra=extra, most=1)
+    used, cut, room = list_work(tables, np.array(contexts, np.int32), **sizes)
+    assert len(used) <= room == len(contexts) + extra
     share = max(1, -(-sum(-(-c // block_k) for c in contexts) // extra))
     assert (used[:, 2] - used[:, 1] <= share).all(), "items of about one size"
     for b, context in enumerate(contexts):
@@ -49,7 +58,7 @@ def test_each_key_is_in_one_item_of_work(contexts, block_k, extra):
         (b, np.flatnonzero(used[:, 0] == b)[0], (used[:, 0] == b).sum())
         for b in np.unique(used[used[:, 3] == work.PART, 0])
     ]
-    np.testing.assert_array_equal(cut[cut[:, 0] < len(contexts)], np.reshape(parts, (-1, 3)))
+    np.testing.assert_array_equal(cut, np.reshape(parts, (-1, 3)))
     assert cut[:, 2].max(initial=0) <= extra, "as many as the kernel combines"
 
 
@@ -58,10 +67,9 @@ def test_each_key_is_in_one_item_of_work(contexts, block_k, extra):
 def test_each_key_is_read_once_alone_or_together(batch, extra, most):
     tables, contexts, block_size, block_k = batch
     rows, tiles = len(contexts), -(-contexts // block_k)
-    shared = shared_tiles(tables, contexts, block_size, block_k, most)
-    items, cut = map(np.asarray, cut_together(contexts, shared, block_k, extra, most))
+    items, cut, room = list_work(tables, contexts, block_size=block_size, block_k=block_k, extra=extra, most=most)
     parts, read = {}, np.zeros((rows, max(1, tiles.max())), int)
-    for row, first, last, kind, members, place in items[items[:, 3] != work.UNUSED]:
+    for row, first, last, kind, members, place in items:
         assert first < last or contexts[row] == 0
         assert members == 1 if kind != work.SHARED else 1 < members <= most
         for i in range(members):
@@ -78,13 +86,12 @@ def test_each_key_is_read_once_alone_or_together(batch, extra, most):
     np.testing.assert_array_equal(read, np.arange(read.shape[1]) < tiles[:, None])
     found = {}
     for row, own, num_own, apart, num_apart, cuts in cut:
-        assert cuts == (cut[:, 0] < rows).sum()
-        if row < rows:
-            assert num_own + num_apart <= extra, "as many as the kernel combines"
-            found |= dict.fromkeys([*range(own, own + num_own)], row)
-            found |= dict.fromkeys([apart + i * most for i in range(num_apart)], row)
+        assert cuts == len(cut)
+        assert num_own + num_apart <= extra, "as many as the kernel combines"
+        found |= dict.fromkeys([*range(own, own + num_own)], row)
+        found |= dict.fromkeys([apart + i * most for i in range(num_apart)], row)
     assert found == parts
-    assert max(parts, default=0) < len(items) + (most - 1) * (rows // 2 + extra)
+    assert max(parts, default=0) < room
 
 
 def test_neighbours_that_have_more_in_common_read_together():
@@ -93,14 +100,15 @@ def test_neighbours_that_have_more_in_common_read_together():
     tables[:, 0] = 0
     for row in range(12):
         tables[row, 1:6] = tables[row - row % 3, 1:6]
-    leader, members, tiles = shared_tiles(tables.astype(np.int32), np.full(12, 8 * 64, np.int32), 64, 32, 8)
-    np.testing.assert_array_equal(leader, np.arange(12) // 3 * 3)
-    np.testing.assert_array_equal(members[::3], [3] * 4)
-    np.testing.assert_array_equal(tiles, [12] * 12)
+    sizes = dict(block_size=64, block_k=32, extra=8, most=8)
+    items, *_ = list_work(tables.astype(np.int32), np.full(12, 8 * 64, np.int32), **sizes)
+    together = items[items[:, 3] == work.SHARED, :5]
+    np.testing.assert_array_equal(together, [[row, 0, 12, work.SHARED, 3] for row in (0, 3, 6, 9)])
 
 
 @pytest.mark.parametrize("batch", [1, 8])  # more have 128 items uncut
 def test_defaults_fill_the_gpu(batch):
     tiles = decode.default_tiles(batch, 8, 128, jnp.bfloat16)
-    items, _ = cut_contexts(np.full(batch, 1000), tiles.block_k, tiles.extra)
-    assert 8 * (items[:, 3] != work.UNUSED).sum() >= 128
+    sizes = dict(block_size=256, block_k=tiles.block_k, extra=tiles.extra, most=1)
+    items, *_ = list_work(np.zeros((batch, 4), np.int32), np.full(batch, 1000, np.int32), **sizes)
+    assert 8 * len(items) >= 128
