@@ -1,8 +1,8 @@
 """Pallas kernels: attention of one token per sequence over the paged cache, long contexts cut into parts.
 
 The same kernel may take the token in before it attends: normalise, rotate and store, what else is a kernel of its own.
-Of larger batches, neighbours whose contexts begin with the same blocks read these once, for all of them (work.py):
-tensor cores take 16 rows at least, of which one sequence fills but G.
+Neighbours in the batch whose contexts begin with the same blocks read these once, for all of them (work.py): tensor
+cores take 16 rows at least, of which one sequence fills but G.
 
 Flash-decoding (Dao et al. 2023). The contexts of a batch are cut into parts of about one size, so few that most stay
 whole: enough to fill the GPU at a small batch, and so that one long context does not keep a large batch waiting. A
@@ -40,7 +40,6 @@ from .work import PART, SHARED, UNUSED, WHOLE, list_work
 LARGE_BATCH = 1024  # programs without any cut: from here on the GPU is full
 COMBINED = 16  # at least so many parts are added up at a time
 COMBINING = 64  # programs a head: where more sequences have parts, each adds up those of several
-TOGETHER_FROM = 16  # sequences: what fewer could share is not looked for
 
 
 class Tiles(NamedTuple):
@@ -284,7 +283,7 @@ def _decode(args: dict[str, jax.Array], shape: tuple[int, int, int], *, scale, e
     tiles = tiles or default_tiles(batch, kv_heads, head_dim, dtype)
     group = heads // kv_heads
     rows = max(16, pl.next_power_of_2(group + fused))
-    together = rows // pl.next_power_of_2(group) if batch >= TOGETHER_FROM and tiles.extra > 1 else 1
+    together = rows // pl.next_power_of_2(group) if batch > 1 and tiles.extra > 1 else 1
     sizes = {"block_size": k_cache.shape[2], "block_k": tiles.block_k, "extra": tiles.extra, "most": together}
     (items, cut), num_parts = list_work(args["tables"], context_lens, **sizes, interpret=interpret)
     part = jax.ShapeDtypeStruct((num_parts, heads, head_dim), jnp.float32)
