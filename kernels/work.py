@@ -151,7 +151,7 @@ def _shared_tiles(table_ref, context_ref, common_ref, start_ref, row, context, *
     _store_where(begins, start_ref, (family,), row)
     _store_where(row == batch - 1, start_ref, (family + 1,), jnp.full_like(row, batch))
     wait()
-    leader = row - (row - load(start_ref, family) & most - 1)
+    leader = row - ((row - load(start_ref, family)) & (most - 1))
     members = jnp.minimum(load(start_ref, family + 1) - leader, most)
     others = [load(common_ref, leader + i, live & (i < members), MANY) for i in range(1, most)]
     tiles = functools.reduce(jnp.minimum, others)
