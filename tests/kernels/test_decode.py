@@ -136,10 +136,14 @@ ALIKE = [0, 97, 120, *[140 + 7 * i for i in range(11)], 5, 65, 70]
 
 
 @pytest.mark.parametrize(
-    ("shape", "extra"),
-    [((1, 2, 16, 32, 16), 64), ((2, 5, 16, 16, 32), 8), ((1, 8, 16, 32, 32), 16), ((1, 2, 16, 32, 64), 2)],
+    ("shape", "extra", "combining"),
+    [
+        ((1, 2, 16, 32, 16), 64, 4),
+        ((2, 5, 16, 16, 32), 8, 64),
+        ((1, 8, 16, 32, 32), 16, 4),
+        ((1, 2, 16, 32, 64), 2, 64),
+    ],
 )
-@pytest.mark.parametrize("combining", [64, 4])
 def test_shared_blocks_are_read_together(shape, extra, combining, monkeypatch):
     monkeypatch.setattr(decode, "COMBINING", combining)
     q, cache, scale = case(ALIKE, *shape[:4])

@@ -20,31 +20,31 @@ def list_work(tables, contexts, **sizes):
     return items[items[:, 3] != work.UNUSED], cut[cut[:, 0] < len(contexts)], room
 
 
+# Each size is compiled anew, so there are few: batch, block size, block_k, extra, most.
+ALONE = [(1, 256, 64, 64, 1), (3, 16, 128, 1, 1), (40, 256, 16, 16, 1), (40, 16, 64, 64, 1)]
+TOGETHER = [(2, 16, 16, 2, 8), (2, 256, 64, 64, 2), (17, 16, 128, 16, 4), (40, 256, 128, 16, 8), (40, 256, 16, 64, 2)]
+LONGEST = 10_000
+
+
 @st.composite
-def batches(draw):
-    """(tables, contexts, block size, block_k): rows that share leading blocks or not, garbage where there are none."""
-    batch, block_size = draw(st.sampled_from([2, 16, 40])), draw(st.sampled_from([16, 256]))
-    contexts = draw(st.lists(st.integers(0, 3) | st.integers(0, 10_000), min_size=batch, max_size=batch))
-    width = max(contexts) // block_size + 2
+def batches(draw, sizes):
+    """(tables, contexts, sizes by name): rows that share leading blocks or not, garbage where there are none."""
+    batch, *sizes = draw(st.sampled_from(sizes))
+    contexts = draw(st.lists(st.integers(0, 3) | st.integers(0, LONGEST), min_size=batch, max_size=batch))
+    width = LONGEST // sizes[0] + 2
     tables = np.arange(batch * width).reshape(batch, width)
     for row in range(1, batch):
         same = draw(st.just(0) | st.integers(0, width))
         tables[row, :same] = tables[row - 1, :same]
-    return tables.astype(np.int32), np.array(contexts, np.int32), block_size, draw(st.sampled_from([16, 64, 128]))
+    return tables.astype(np.int32), np.array(contexts, np.int32), dict(zip(NAMES, sizes))
 
 
-@settings(deadline=None, max_examples=60)  # each size is compiled anew
-@given(
-    contexts=st.sampled_from([1, 3, 40]).flatmap(
-        lambda n: st.lists(st.integers(0, 3) | st.integers(0, 70_000), min_size=n, max_size=n)
-    ),
-    block_k=st.sampled_from([16, 64, 128]),
-    extra=st.sampled_from([1, 16, 64]),
-)
-def test_each_key_is_in_one_item_of_work(contexts, block_k, extra):
-    tables = np.zeros((len(contexts), 1), np.int32)  # which are not read
-    sizes = dict(block_size=256, block_k=block_k, extra=extra, most=1)
-    used, cut, room = list_work(tables, np.array(contexts, np.int32), **sizes)
+@settings(deadline=None, max_examples=60)
+@given(batches(ALONE))
+def test_each_key_is_in_one_item_of_work(batch):
+    tables, contexts, sizes = batch
+    block_k, extra = sizes["block_k"], sizes["extra"]
+    used, cut, room = list_work(tables, contexts, **sizes)
     assert len(used) <= room == len(contexts) + extra
     share = max(1, -(-sum(-(-c // block_k) for c in contexts) // extra))
     assert (used[:, 2] - used[:, 1] <= share).all(), "items of about one size"
@@ -62,12 +62,13 @@ def test_each_key_is_in_one_item_of_work(contexts, block_k, extra):
     assert cut[:, 2].max(initial=0) <= extra, "as many as the kernel combines"
 
 
-@settings(deadline=None, max_examples=40)  # each size is compiled anew
-@given(batches(), st.sampled_from([2, 16, 64]), st.sampled_from([2, 4, 8]))
-def test_each_key_is_read_once_alone_or_together(batch, extra, most):
-    tables, contexts, block_size, block_k = batch
+@settings(deadline=None, max_examples=60)
+@given(batches(TOGETHER))
+def test_each_key_is_read_once_alone_or_together(batch):
+    tables, contexts, sizes = batch
+    block_size, block_k, extra, most = (sizes[name] for name in NAMES)
     rows, tiles = len(contexts), -(-contexts // block_k)
-    items, cut, room = list_work(tables, contexts, block_size=block_size, block_k=block_k, extra=extra, most=most)
+    items, cut, room = list_work(tables, contexts, **sizes)
     parts, read = {}, np.zeros((rows, max(1, tiles.max())), int)
     for row, first, last, kind, members, place in items:
         assert first < last or contexts[row] == 0
