@@ -39,7 +39,7 @@ def batches(draw, sizes):
     return tables.astype(np.int32), np.array(contexts, np.int32), dict(zip(NAMES, sizes))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(batches(ALONE))
 def test_each_key_is_in_one_item_of_work(batch):
     tables, contexts, sizes = batch
@@ -62,7 +62,7 @@ def test_each_key_is_in_one_item_of_work(batch):
     assert cut[:, 2].max(initial=0) <= extra, "as many as the kernel combines"
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(batches(TOGETHER))
 def test_each_key_is_read_once_alone_or_together(batch):
     tables, contexts, sizes = batch
