@@ -182,7 +182,7 @@ def _combine_kernel(part_ref, lse_ref, cut_ref, _, o_ref, *, programs: int, **si
         def another(turn, _):
             _combine(part_ref, lse_ref, cut_ref, o_ref, head, cut + turn * programs, **sizes)
 
-        lax.fori_loop(1, lax.div(num_cut - cut + (programs - 1), jnp.int32(programs)), another, None)
+        lax.fori_loop(1, pl.cdiv(num_cut - cut, programs), another, None)
 
 
 def _combine(part_ref, lse_ref, cut_ref, o_ref, head, cut, *, apart: int, batch: int, most: int, at_once: int):
@@ -227,7 +227,7 @@ def _combine(part_ref, lse_ref, cut_ref, o_ref, head, cut, *, apart: int, batch:
             def step(i, acc):
                 return acc + weighted(*load_parts(i * at_once))
 
-            acc = lax.fori_loop(1, lax.div(count + (at_once - 1), jnp.int32(at_once)), step, acc)
+            acc = lax.fori_loop(1, pl.cdiv(count, at_once), step, acc)
         o_ref[b, head, :] = (acc / jnp.exp2(lse - top).sum(axis=0)).astype(o_ref.dtype)
 
 
@@ -264,7 +264,7 @@ def store_and_decode(
     tiles: Tiles | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """nanovllm_jax.kernels.store_and_decode as two kernels: paged_decode_attention's, which take the tokens in too."""
+    """nanovllm_jax.kernels.store_and_decode as paged_decode_attention's kernels, which take the tokens in too."""
     batch, kv_heads, parts, head_dim = qkv.shape
     args = {"qkv": qkv, "q_gain": q_gain, "k_gain": k_gain, "cos": cos, "sin": sin, "slots": slot_mapping}
     args |= {"k_cache": k_cache, "v_cache": v_cache, "tables": block_tables, "context_lens": context_lens}

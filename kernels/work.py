@@ -87,13 +87,13 @@ def _work_kernel(
     if most > 1:
         sizes = {"block_size": block_size, "block_k": block_k, "most": most, "on_gpu": on_gpu}
         leader, members, start = _shared_tiles(table_ref, context_ref, *scratch_refs, row, context, **sizes)
-    leads, end = live & (leader == row), _ratio(context, block_k)
+    leads, end = live & (leader == row), pl.cdiv(context, block_k)
     together, alone = jnp.where(leads, start, 0), end - start
 
-    share = jnp.maximum(_ratio(together.sum() + alone.sum(), extra), 1)  # most tiles to an item: `extra` cuts at most
+    share = jnp.maximum(pl.cdiv(together.sum() + alone.sum(), extra), 1)  # most tiles to an item: `extra` cuts at most
     # Of what is read together they are shorter, as the others are short, where all are B + B / 2 + extra nonetheless.
     spare = jnp.maximum(batch // 2 - (together > 0).astype(jnp.int32).sum(), 1)
-    shorter = jnp.maximum(_ratio(together.sum(), spare), SHORT)
+    shorter = jnp.maximum(pl.cdiv(together.sum(), spare), SHORT)
     others, size = _equal_parts(start, jnp.minimum(share, shorter), 0, extra - 1)
     own, own_size = _equal_parts(alone, share, jnp.where(live, 1, 0), extra - others)
     is_cut = own + others > 1
@@ -118,8 +118,9 @@ def _work_kernel(
     _fill(items_ref, num_shared + own.sum(), 0, 0, 0, UNUSED, 1, 0)
     cuts = jnp.cumsum(is_cut.astype(jnp.int32))
     results = own_first + more_places, own, first * most + row - leader, others
-    _put(cut_ref, cuts - 1, is_cut, row, *results, cuts.max())
-    _fill(cut_ref, cuts.max(), batch, 0, 0, 0, 0, cuts.max())
+    num_cuts = cuts.max()
+    _put(cut_ref, cuts - 1, is_cut, row, *results, num_cuts)
+    _fill(cut_ref, num_cuts, batch, 0, 0, 0, 0, num_cuts)
 
 
 def _shared_tiles(table_ref, context_ref, common_ref, start_ref, row, context, *, block_size, block_k, most, on_gpu):
@@ -180,15 +181,9 @@ def _alike(table_ref, row, most) -> jax.Array:
 
 def _equal_parts(tiles, share, least, most) -> tuple[jax.Array, jax.Array]:
     """Into how many parts of at most `share` tiles, or else `most` parts, and how large each is but for the last."""
-    parts = jnp.clip(_ratio(tiles, share), least, most)
-    size = jnp.maximum(_ratio(tiles, jnp.maximum(parts, 1)), 1)
-    return jnp.maximum(_ratio(tiles, size), least), size
-
-
-def _ratio(number, divisor) -> jax.Array:
-    """Rounded up; none is below 0."""
-    divisor = jnp.asarray(divisor, jnp.int32)
-    return lax.div(*jnp.broadcast_arrays(number + (divisor - 1), divisor))
+    parts = jnp.clip(pl.cdiv(tiles, share), least, most)
+    size = jnp.maximum(pl.cdiv(tiles, jnp.maximum(parts, 1)), 1)
+    return jnp.maximum(pl.cdiv(tiles, size), least), size
 
 
 def _numbers(size: int) -> jax.Array:

@@ -56,10 +56,7 @@ def test_kernel_equals_float64_attention(shape, extra):
 
 @pytest.mark.parametrize(("parts", "sequences"), [(16, 2), (17, 5), (33, 1), (33, 2), (60, 3)])
 def test_any_number_of_parts_is_combined(parts, sequences):
-    """At once, or one after another: in how many turns depends on how many sequences share them.
-
-    And grids of several sizes in one process, of one function.
-    """
+    """At once, or one after another: in how many turns depends on how many sequences share them."""
     q, cache, scale = case([16 * parts - 5, *[40] * (sequences - 1)], 1, 2, 16, 16)
     tiles = decode.Tiles(block_k=16, extra=64, num_warps=4, num_stages=2)
     out = interpreted(q, *cache, scale=scale, tiles=tiles)
@@ -107,6 +104,14 @@ def test_rows_past_the_sequences_are_left_alone():
         np.testing.assert_allclose(out[: len(q)], decode_expected(q, cache, scale), atol=2e-6)
 
 
+def test_two_batch_sizes_in_one_process():
+    tiles = decode.Tiles(block_k=16, extra=2, num_warps=4, num_stages=2)
+    for contexts in ([40, 3], [7, 33, 16, 0]):
+        q, cache, scale = case(contexts, 1, 2, 16, 16)
+        out = interpreted(q, *cache, scale=scale, tiles=tiles)
+        np.testing.assert_allclose(out, decode_expected(q, cache, scale), atol=2e-6)
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_is_computed_in_float32(dtype):
     q, cache, scale = case(CONTEXTS, 2, 2, 16, 16)
@@ -131,27 +136,25 @@ ALIKE = [0, 97, 120, *[140 + 7 * i for i in range(11)], 5, 65, 70]
 
 
 @pytest.mark.parametrize(
-    ("shape", "extra", "combining", "new"),
+    ("shape", "extra", "combining"),
     [
-        ((1, 2, 16, 32, 16), 64, 4, False),
-        ((1, 2, 16, 32, 16), 64, 64, True),
-        ((2, 5, 16, 16, 32), 8, 64, True),
-        ((1, 8, 16, 32, 32), 16, 4, False),
-        ((1, 2, 16, 32, 64), 2, 64, True),
+        ((1, 2, 16, 32, 16), 64, 4),
+        ((2, 5, 16, 16, 32), 8, 64),
+        ((1, 8, 16, 32, 32), 16, 4),
+        ((1, 2, 16, 32, 64), 2, 64),
     ],
 )
-def test_shared_blocks_are_read_together(shape, extra, combining, new, monkeypatch):
-    """By queries as they are, and by those of new tokens."""
+def test_shared_blocks_are_read_together(shape, extra, combining, monkeypatch):
     monkeypatch.setattr(decode, "COMBINING", combining)
     q, cache, scale = case(ALIKE, *shape[:4])
     cache = with_shared_blocks(cache, [(a, n, blocks * 32 // shape[3]) for a, n, blocks in PREFIXES])
     tiles = decode.Tiles(block_k=shape[4], extra=extra, num_warps=4, num_stages=2)
     options = {"scale": scale, "tiles": tiles, "interpret": True}
-    if not new:
-        attend = jax.jit(functools.partial(decode.paged_decode_attention, **options))
-        np.testing.assert_allclose(attend(q, *cache), decode_expected(q, cache, scale), atol=2e-6)
-        return
-    args = [jnp.asarray(x) for x in (*new_tokens(np.random.default_rng(3), cache, group=shape[1]), *cache)]
+    attend = jax.jit(functools.partial(decode.paged_decode_attention, **options))
+    np.testing.assert_allclose(attend(q, *cache), decode_expected(q, cache, scale), atol=2e-6)
+
+    new = new_tokens(np.random.default_rng(3), cache, group=shape[1])
+    args = [jnp.asarray(x) for x in (*new, *cache)]
     got = jax.jit(functools.partial(decode.store_and_decode, eps=1e-6, **options))(*args)
     for a, b in zip(got, store_and_decode(*args, scale=scale, eps=1e-6), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-6)

@@ -150,7 +150,7 @@ def test_decode_lowers_to_its_kernels(group, pool):
 
 @pytest.mark.parametrize(("group", "pool"), SHAPES, ids=str)
 def test_new_tokens_lower_to_kernels_that_alias_the_caches(group, pool):
-    for batch in (1, 127, 2048):
+    for batch in (1, 127, 128, 2048):
         f, args = new_tokens_case(batch, group, pool)
         text = lowered_for_cuda(f, *args)
         assert custom_calls(text) == [PALLAS] * 3  # as of decode: what stores is the second of these
