@@ -192,7 +192,7 @@ def _numbers(size: int) -> jax.Array:
 
 
 def _store_where(mask, ref, at, values) -> None:
-    """values at these places of ref, one vector of indices a dimension, where mask."""
+    """values at these places of ref, an array of indices a dimension, where mask."""
     # Interpreted, what is not to be stored is stored as it was, and must not be where something else is.
     first = jnp.where(mask, at[0], ref.shape[0])
     plgpu.store(ref.at[first, *at[1:]], values, mask=mask)
@@ -200,9 +200,12 @@ def _store_where(mask, ref, at, values) -> None:
 
 def _put(ref, at, mask, *columns) -> None:
     """Lines `at` of ref, where mask, with as many of the columns as it has."""
-    for number, column in zip(range(ref.shape[1]), columns):
+    shape = len(at), pl.next_power_of_2(ref.shape[1])
+    number, values = lax.broadcasted_iota(jnp.int32, shape, 1), jnp.zeros(shape, jnp.int32)
+    for i, column in zip(range(ref.shape[1]), columns):
         column = jnp.broadcast_to(jnp.asarray(column, jnp.int32), at.shape)
-        _store_where(mask, ref, (at, jnp.full_like(at, number)), column)
+        values = jnp.where(number == i, spread(column, shape), values)
+    _store_where(spread(mask, shape) & (number < ref.shape[1]), ref, (spread(at, shape), number), values)
 
 
 def _fill(ref, start, *columns) -> None:
