@@ -17,16 +17,20 @@ QUICK_TO_RUN = dict(xla_backend_optimization_level=1)  # and beside it the flags
 AS_USUAL = dict(xla_backend_optimization_level=3, xla_llvm_disable_expensive_passes=False)
 if jax.version.__version_info__ < (0, 11):  # later ones do not know all of these flags, and end the process
     QUICK_TO_COMPILE |= dict(xla_cpu_use_fusion_emitters=False, xla_cpu_parallel_codegen_split_count=1)
+    QUICK_TO_RUN |= dict(xla_cpu_prefer_vector_width=128)  # which is less to compile
     AS_USUAL |= dict(xla_cpu_use_fusion_emitters=True, xla_cpu_parallel_codegen_split_count=32)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory, worker_id):
-    """Engines of one shape compile once a test run, whichever of its workers needs them first."""
+    """Engines of one shape compile once a test run, whichever of its workers needs them first.
+
+    What compiles in moments is not kept: that would take longer.
+    """
     base = tmp_path_factory.getbasetemp()
     directory = (base if worker_id == "master" else base.parent) / "compiled"
     jax.config.update("jax_compilation_cache_dir", str(directory))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 @pytest.fixture(scope="session")

@@ -34,7 +34,7 @@ def inputs(rows, weights, features, depth, dtype):
 
 
 def expected_of(x, weight):
-    y = [np.asarray(x, np.float64) @ np.asarray(part, np.float64).T for part in weight]
+    y = [np.asarray(x, np.float64) @ part.T for part in np.asarray(weight, np.float64)]
     return y[0] if len(y) == 1 else y[0] / (1 + np.exp(-y[0])) * y[1]
 
 

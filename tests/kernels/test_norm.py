@@ -17,8 +17,8 @@ def inputs(tokens, features, dtype, parts=1):
     """Parts of 16-bit numbers are float32: what adds them up rounds once."""
     rng = np.random.default_rng(features)
     x, *delta = rng.standard_normal((1 + parts, tokens, features)) * 3
-    delta = jnp.asarray(delta, dtype if parts <= 1 else jnp.float32)
-    return jnp.asarray(x, dtype), delta, jnp.asarray(rng.uniform(0.5, 2, features), dtype)
+    delta = jnp.asarray(np.array(delta).astype(dtype if parts <= 1 else jnp.float32))
+    return jnp.asarray(x.astype(dtype)), delta, jnp.asarray(rng.uniform(0.5, 2, features).astype(dtype))
 
 
 def expected_of(x, delta, gain):

@@ -20,13 +20,13 @@ def inputs(weights, features, depth, dtype):
     rng = np.random.default_rng(depth)
     x, delta = rng.standard_normal((2, 1, depth)) * 2
     arrays = x, delta, rng.uniform(0.5, 2, depth), rng.standard_normal((weights, features, depth)) / 30
-    return [jnp.asarray(array, dtype) for array in arrays]
+    return [jnp.asarray(array.astype(dtype)) for array in arrays]
 
 
 def expected_of(x, delta, gain, weight):
     """In float64 from the norm as it is rounded."""
     total, normed = (np.asarray(part, np.float64) for part in add_norm(x, delta[None], gain, EPS))
-    y = [normed @ np.asarray(part, np.float64).T for part in weight]
+    y = [normed @ part.T for part in np.asarray(weight, np.float64)]
     return total, y[0] if len(y) == 1 else y[0] / (1 + np.exp(-y[0])) * y[1]
 
 
