@@ -351,7 +351,7 @@ def test_linear_layers_of_few_rows(rows, shape, dtype):
 @pytest.mark.parametrize("apart", [True, False])
 def test_a_compiled_step_has_no_branch_and_no_copy_of_the_cache(apart):
     *_, tables, lens = on_gpu(0, [300, 20], *SHAPES[0], rows=2)
-    qkv, *args, k_cache, v_cache = store_args(2, SHAPES[0], blocks=16)
+    qkv, *args, k_cache, v_cache = store_args(2, SHAPES[0], blocks=16)  # larger than what rows leave in parts
 
     def layers(qkv, caches):
         for i, cache in enumerate(caches):
