@@ -10,7 +10,8 @@ from nanovllm_jax.engine.data_groups import GroupPacker
 from nanovllm_jax.engine.model_runner import ModelRunner
 from nanovllm_jax.engine.packing import BatchPacker
 from nanovllm_jax.engine.schedule import Schedule
-from nanovllm_jax.engine.sequence import Scored
+from nanovllm_jax.engine.sequence import Scored, Sequence
+from nanovllm_jax.models.step import StepOutput
 
 
 @dataclass(slots=True)
@@ -20,7 +21,10 @@ class DispatchedStep:
     schedule: Schedule
     rows: tuple[Iterable[int], Iterable[int]]
     """Where in the output the schedule's decodes and prefills are."""
-    output: Any
+    output: StepOutput
+    """Without what nobody will read."""
+    wanting: dict[int, Sequence]
+    """The sequences that ask for log probabilities, by their rows in the output."""
     scored: list[tuple[Scored, int, list[int]]]
     """What its chunks give of that: the position of the first token, and the tokens."""
     scores: Any
@@ -35,13 +39,10 @@ class DispatchedStep:
         if self.scored:
             self._read_scores(runner)
         decode_rows, prefill_rows = self.rows
-        rows = [*zip(decode_rows, self.schedule.decodes)]
-        rows += [(row, chunk.seq) for row, chunk in zip(prefill_rows, self.schedule.prefills) if chunk.samples]
-        wanting = {row: seq for row, seq in rows if seq.params.logprobs is not None}
-        logprobs = runner.collect_logprobs(self.output, list(wanting)) if wanting else None
+        logprobs = runner.collect_logprobs(self.output, list(self.wanting)) if self.wanting else None
         activations = runner.collect_activations(self.output) if self.captured else {}
         for number, tokens in enumerate(runner.collect(self.output)):
-            for row, seq in wanting.items():
+            for row, seq in self.wanting.items():
                 if not seq.is_finished:
                     seq.logprobs.append(logprobs[number][row])
             for part in self.captured:
@@ -62,10 +63,23 @@ def dispatch(schedule: Schedule, packer: BatchPacker | GroupPacker, runner: Mode
     shape, buffer = packer.pack(schedule)
     output = runner.dispatch(shape, buffer)
     *rows, starts = packer.places(schedule, shape)
+    wanting = _wanting_logprobs(schedule, *rows)
     scored, wanted = scored_tokens(schedule, starts)
     scores = runner.prompt_logprobs(output, shape, buffer, wanted) if wanted else []
     captured = captured_rows(schedule, *rows, starts, shape.decode_rows) if runner.config.probe else []
-    return DispatchedStep(schedule, rows, output, scored, scores, captured)
+    # Memory that is free before the next step leaves that one's temporaries where they were last time: a CUDA graph is
+    # updated for any that has moved, which takes longer than all else of a dispatch.
+    output = output._replace(hidden=None, logprobs=output.logprobs if wanting else None)
+    return DispatchedStep(schedule, rows, output, wanting, scored, scores, captured)
+
+
+def _wanting_logprobs(
+    schedule: Schedule, decode_rows: Iterable[int], prefill_rows: Iterable[int]
+) -> dict[int, Sequence]:
+    """Those of the sequences that a step draws for, by their rows in its output."""
+    drawing = [*zip(decode_rows, schedule.decodes)]
+    drawing += [(row, chunk.seq) for row, chunk in zip(prefill_rows, schedule.prefills) if chunk.samples]
+    return {row: seq for row, seq in drawing if seq.params.logprobs is not None}
 
 
 def scored_tokens(
