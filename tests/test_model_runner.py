@@ -3,6 +3,7 @@
 import logging
 import math
 import re
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from nanovllm_jax.kernels import MAX_LOGPROBS
 from small_model import SMALL, assert_idle, small_llm, write_checkpoint
 
 from nanovllm_jax import SamplingParams
@@ -138,6 +140,31 @@ def test_eager_steps(tmp_path, monkeypatch, capsys, caplog):
     norms = re.findall(r"norm of x: ([\d.]+)", capsys.readouterr().out)
     assert len(norms) >= 2
     assert all(float(norm) > 0 for norm in norms)
+
+
+# --- what stays of a step on the device ---
+
+
+@pytest.mark.parametrize("logprobs", [None, 3])
+def test_what_nobody_will_read_of_a_step_is_given_up(llm, monkeypatch, logprobs):
+    """Before the next one is dispatched: else a GPU's temporaries move, and graphs are updated for that."""
+    at_dispatch, shapes, dispatch = [], [], llm.runner.dispatch
+
+    def noting(*args):
+        at_dispatch.append(Counter(array.shape for array in jax.live_arrays()))
+        shapes.append(args[0])
+        return dispatch(*args)
+
+    monkeypatch.setattr(llm.runner, "dispatch", noting)
+    params = replace(GREEDY, max_tokens=4, logprobs=logprobs)
+    prompts = [[1 + i, 2, 3] * 20 for i in range(3)]  # of which a step takes one
+    llm.generate(prompts, params, use_tqdm=False)
+    before, *later = at_dispatch
+    assert len(later) > 2
+    assert shapes[0].prefill_tokens
+    for shape, now in zip(shapes, later):
+        tokens = 1, shape.decode_rows + shape.prefill_rows
+        assert set(now - before) == ({tokens} if logprobs is None else {tokens, (*tokens, 2, 1 + MAX_LOGPROBS)})
 
 
 # --- what a caller has set around its calls ---
