@@ -28,7 +28,7 @@ class Mailbox:
         self._lock = lock
         self._output: RequestOutput | None = None
         self._error: Exception | None = None
-        self._news = asyncio.Event()  # set and waited for in the event loop alone
+        self._news: asyncio.Future | None = None  # made, set and waited for in the event loop alone
 
     def put(self, output: RequestOutput) -> None:
         """Join increments with those that nobody has taken; under the lock."""
@@ -44,7 +44,8 @@ class Mailbox:
 
     def wake(self) -> None:
         """In the event loop: let the caller look again."""
-        self._news.set()
+        if self._news is not None and not self._news.done():
+            self._news.set_result(None)
 
     async def take(self) -> RequestOutput:
         """Wait for an output, or for the end with an exception."""
@@ -54,8 +55,8 @@ class Mailbox:
                 break
             if error is not None:
                 raise error
-            self._news.clear()
-            await self._news.wait()
+            self._news = asyncio.get_running_loop().create_future()
+            await self._news
         with self._lock:
             output, self._output = self._output, None
         self.is_over = output.finished

@@ -93,7 +93,9 @@ class Detokenizer:
 
     def _num_held(self) -> int:
         """Length of the longest end of the text with which a stop string starts."""
-        return max((_overlap(self.text, string) for string in self._params.stop), default=0)
+        if not self._params.stop:
+            return 0
+        return max(_overlap(self.text, string) for string in self._params.stop)
 
 
 def _overlap(text: str, string: str) -> int:
