@@ -8,6 +8,7 @@ import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -215,8 +216,8 @@ class Tokenizer:
     """A good one, but for one call of `decode`."""
 
     def __init__(self, tokenizer, call, error):
-        self.decode, self.eos_token_id = nth(call, tokenizer.decode, error), tokenizer.eos_token_id
-        self.encode = tokenizer.encode
+        self.backend_tokenizer = SimpleNamespace(decode=nth(call, tokenizer.backend_tokenizer.decode, error))
+        self.encode, self.eos_token_id = tokenizer.encode, tokenizer.eos_token_id
 
 
 @pytest.mark.parametrize("error", [Panic("rust"), ValueError("no such token")])
