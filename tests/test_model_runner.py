@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from nanovllm_jax.kernels import MAX_LOGPROBS
 from small_model import SMALL, assert_idle, small_llm, write_checkpoint
 
 from nanovllm_jax import SamplingParams
@@ -21,6 +20,7 @@ from nanovllm_jax.engine_config import EngineConfig
 from nanovllm_jax.machine import GIB
 from nanovllm_jax.models.parameters import parameters_of
 from nanovllm_jax.models.qwen3 import MLP
+from nanovllm_jax.sampling_params import MAX_LOGPROBS
 
 GREEDY = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
 
@@ -157,7 +157,7 @@ def test_what_nobody_will_read_of_a_step_is_given_up(llm, monkeypatch, logprobs)
 
     monkeypatch.setattr(llm.runner, "dispatch", noting)
     params = replace(GREEDY, max_tokens=4, logprobs=logprobs)
-    prompts = [[1 + i, 2, 3] * 20 for i in range(3)]  # of which a step takes one
+    prompts = [[1 + i, 2, 3] * 20 for i in range(3)]  # of which a step takes one and a bit
     llm.generate(prompts, params, use_tqdm=False)
     assert len(steps) > 3
     assert steps[0][0].prefill_tokens
