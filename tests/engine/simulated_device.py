@@ -13,6 +13,7 @@ from nanovllm_jax.engine.schedule import Schedule
 from nanovllm_jax.engine.scheduler import Scheduler
 from nanovllm_jax.engine.sequence import Scored, Sequence, Status
 
+FINISHED = Status.FINISHED  # looked up millions of times
 VOCAB = 50
 SIZE = 4  # tokens of a block, where a test does not choose
 NAN = "nan"  # a cell that spreads as NaN does: to all that depends on it
@@ -59,6 +60,7 @@ class SimulatedDevice:
         rows += [(chunk.seq, chunk.seq.num_computed - chunk.num_tokens) for chunk in schedule.prefills]
         assert all(self.owners[seq.slot] is seq for seq, _ in rows), "a sequence in a slot that nobody announced"
         cells = [self._cells(seq, seq.num_computed - behind) for seq, _ in rows]
+        first, second = self.layers
         written = [cell for (_, start), row in zip(rows, cells) for cell in row[start:]]
         assert len(written) == len(set(written)), "two rows of one step write the same cell"
         if not schedule.prefills:  # each row is then stored by what attends for it, in any order
@@ -67,13 +69,13 @@ class SimulatedDevice:
         for (seq, start), row in zip(rows, cells):  # each layer stores a step with prompts before it attends
             for position in range(start, len(row)):
                 token = self._input_token(seq, position)
-                self.layers[0][row[position]] = NAN if self.is_faulty() else hash((position, token))
+                first[row[position]] = NAN if self.is_faulty() else hash((position, token))
         for (_, start), row in zip(rows, cells):
-            entries = tuple(self.layers[0][cell] for cell in row)
+            entries = tuple(map(first.__getitem__, row))
             for position in range(start, len(row)):
                 before = entries[: position + 1]
-                self.layers[1][row[position]] = NAN if NAN in before else hash(before)
-        contexts = [[self.layers[1][cell] for cell in row] for row in cells]
+                second[row[position]] = NAN if NAN in before else hash(before)
+        contexts = [list(map(second.__getitem__, row)) for row in cells]
         sampled = [-1 if NAN in context else next_token(context) for context in contexts]
         num_decodes = len(schedule.decodes)
         samples = [True] * num_decodes + [chunk.samples for chunk in schedule.prefills]
@@ -115,7 +117,7 @@ class Simulation:
 
     @property
     def live(self) -> list[Sequence]:
-        self._live = [seq for seq in self._live if not seq.is_finished]
+        self._live = [seq for seq in self._live if seq.status is not FINISHED]
         return self._live
 
     def add(self, prompt: list[int], max_tokens: int, stop_token_ids: frozenset[int] = frozenset()) -> Sequence:
@@ -256,7 +258,7 @@ class Simulation:
 
     @staticmethod
     def _check_end(seq: Sequence) -> None:
-        assert (seq.status is Status.FINISHED) == (seq.finish_reason is not None)
+        assert (seq.status is FINISHED) == (seq.finish_reason is not None)
         assert seq.num_cached_tokens < seq.num_prompt_tokens
 
     def check_schedule(self, schedule: Schedule) -> None:
