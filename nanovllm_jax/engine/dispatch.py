@@ -69,7 +69,11 @@ def dispatch(schedule: Schedule, packer: BatchPacker | GroupPacker, runner: Mode
     captured = captured_rows(schedule, *rows, starts, shape.decode_rows) if runner.config.probe else []
     # Memory that is free before the next step leaves that one's temporaries where they were last time: a CUDA graph is
     # updated for any that has moved, which takes longer than all else of a dispatch.
-    output = output._replace(hidden=None, logprobs=output.logprobs if wanting else None)
+    output = output._replace(
+        hidden=None,
+        logprobs=output.logprobs if wanting else None,
+        activations=output.activations if captured else {},
+    )
     return DispatchedStep(schedule, rows, output, wanting, scored, scores, captured)
 
 
