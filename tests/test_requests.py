@@ -7,13 +7,15 @@ import threading
 import weakref
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from small_model import assert_idle, small_llm, whole, write_checkpoint
 
 from nanovllm_jax import SamplingParams
-from nanovllm_jax.engine.logprobs import TokenLogprobs
+from nanovllm_jax.engine.logprobs import TokenTexts, in_numbers, readable
 from nanovllm_jax.engine.sequence import Status
 from nanovllm_jax.outputs import Logprob
+from nanovllm_jax.sampling_params import MAX_LOGPROBS
 
 PROMPT = [137]  # after which the random model's greedy text is free of broken characters
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
@@ -308,18 +310,27 @@ def test_a_bad_generation_config(tmp_path):
 # --- logprobs in outputs ---
 
 
+def entry(rank, logprob, top_ids, top_logprobs):
+    """What the device says of a token, with as many likely tokens as it always says."""
+    padding = [0] * (MAX_LOGPROBS - len(top_ids))
+    values = np.array([logprob, *top_logprobs, *padding], np.float32)
+    return np.stack(([rank, *top_ids, *padding], values.view(np.int32))).astype(np.int32)
+
+
 def test_logprobs_of_a_sequence_become_dicts(llm):
     """The sequence's lists are filled here by hand: what counts is how outputs show them."""
     params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True, logprobs=2, prompt_logprobs=0)
     request_id = llm.add_request([65, 66], params, stream=True)
     request = llm._requests[request_id]
     seq = request.completions[0].seq
-    request.scored.logprobs += [TokenLogprobs(66, -3.0, 9, [70, 71, 72], [-0.5, -1.5, -2.5])]
+    request.scored.logprobs += [entry(9, -3.0, [70, 71, 72], [-0.5, -1.5, -2.5])]
     seq.token_ids.append(67)
-    seq.logprobs.append(TokenLogprobs(67, -4.0, 11, [70, 71, 72], [-0.5, -1.5, -2.5]))
+    [numbers] = in_numbers(entry(11, -4.0, [70, 71, 72], [-0.5, -1.5, -2.5])[None], num_top=3)
+    seq.logprobs.append(readable(67, *numbers, 2, seq.token_texts))
     first = request.take_output()
     seq.token_ids.append(71)
-    seq.logprobs.append(TokenLogprobs(71, -1.5, 1, [70, 71], [-1.5, -1.5]))
+    [numbers] = in_numbers(entry(1, -1.5, [70, 71], [-1.5, -1.5])[None], num_top=2)
+    seq.logprobs.append(readable(71, *numbers, 2, seq.token_texts))
     second = request.take_output()
     text = {token: llm.tokenizer.decode([token]) for token in (66, 67, 70, 71)}
     assert first.prompt_logprobs == [None, {66: Logprob(-3.0, 9, text[66])}]
@@ -331,11 +342,22 @@ def test_logprobs_of_a_sequence_become_dicts(llm):
     # Two most likely tokens: the generated one keeps its rank, which does not go by its place among them.
     assert second.outputs[0].logprobs == [{71: Logprob(-1.5, 1, text[71]), 70: Logprob(-1.5, 1, text[70])}]
     assert [output.outputs[0].cumulative_logprob for output in (first, second)] == [-4.0, -5.5]
-    request.completions[0].tokenizer = None
-    request.completions[0].num_given = 0
-    assert {entry.decoded_token for entry in request.take_output().outputs[0].logprobs[0].values()} == {None}
     llm.abort_request(request_id)
     assert_idle(llm)
+
+
+def test_logprobs_without_texts(llm):
+    """Where a request wants none; others have those that the tokenizer gives, of special tokens too."""
+    params = replace(GREEDY, max_tokens=3, logprobs=2, prompt_logprobs=1)
+    with_texts, without = llm.generate([PROMPT * 2] * 2, [params, replace(params, detokenize=False)], use_tqdm=False)
+    of_both = [[*output.outputs[0].logprobs, *output.prompt_logprobs[1:]] for output in (with_texts, without)]
+    for texts, none in zip(*of_both, strict=True):
+        assert {token: replace(entry, decoded_token=None) for token, entry in texts.items()} == none
+        assert {token: entry.decoded_token for token, entry in texts.items()} == {
+            t: llm.tokenizer.decode([t]) for t in texts
+        }
+    texts, vocabulary = TokenTexts(llm.tokenizer), range(len(llm.tokenizer))
+    assert [texts[token] for token in vocabulary] == [llm.tokenizer.decode([token]) for token in vocabulary]
 
 
 def test_no_logprobs_unless_asked(llm, expected):

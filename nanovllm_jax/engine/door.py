@@ -3,8 +3,10 @@
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
+from nanovllm_jax.engine.logprobs import TokenTexts
 from nanovllm_jax.engine.metrics import now
 from nanovllm_jax.engine.prompts import Prompt, check_params, check_probing, check_token_ids, encode, read_prompt
 from nanovllm_jax.engine.requests import Request
@@ -28,6 +30,11 @@ class Door:
     default_params: SamplingParams
     """Of requests that bring none."""
     probe: Any | None
+
+    @cached_property
+    def token_texts(self) -> TokenTexts:
+        """For all requests that want text."""
+        return TokenTexts(self.tokenizer)
 
     def check_request(
         self,
@@ -57,8 +64,8 @@ class Door:
                 f"the prompt has {len(ids)} tokens; with one generated token it must fit in max_model_len="
                 f"{self.max_model_len}. Shorten it, or raise max_model_len"
             )
-        tokenizer = self.tokenizer if params.detokenize else None
-        request = Request(request_id, text, ids, params, tokenizer, metrics, stream)
+        decoders = (self.tokenizer, self.token_texts) if params.detokenize else (None, TokenTexts(None))
+        request = Request(request_id, text, ids, params, *decoders, metrics, stream)
         if params.prompt_logprobs is not None:
             request.scored = Scored(1, ids[1:].tolist(), params.prompt_logprobs)
         return request

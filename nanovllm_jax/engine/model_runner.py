@@ -21,7 +21,6 @@ from nanovllm_jax.checkpoints.load import ModelLoader
 from nanovllm_jax.config import DTYPES, ModelConfig
 from nanovllm_jax.engine.batch import BatchShape
 from nanovllm_jax.engine.buckets import cpu_buckets, gpu_buckets
-from nanovllm_jax.engine.logprobs import TokenLogprobs, token_entries
 from nanovllm_jax.engine.memory import (
     RESERVE,
     MemoryPlan,
@@ -151,18 +150,17 @@ class ModelRunner:
         """Wait for a dispatched step and read its tokens: for each of its steps, one a row."""
         return np.asarray(output.tokens).tolist()
 
-    def collect_logprobs(self, output: StepOutput, rows: list[int]) -> list[dict[int, TokenLogprobs]]:
-        """For each of its steps the log probabilities of these rows' tokens, by row."""
-        both = zip(np.asarray(output.tokens), np.asarray(output.logprobs))
-        return [dict(zip(rows, token_entries(tokens[rows].tolist(), numbers[rows]))) for tokens, numbers in both]
+    def collect_logprobs(self, output: StepOutput, rows: list[int]) -> np.ndarray:
+        """For each of its steps these rows' log probabilities: [steps, rows, 2, 1 + MAX_LOGPROBS] int32."""
+        return np.asarray(output.logprobs)[:, rows]
 
     def collect_activations(self, output: StepOutput) -> dict[str, np.ndarray]:
         """What the probe took out of a dispatched step, by place."""
         return jax.tree.map(np.asarray, output.activations)
 
-    def collect_prompt_logprobs(self, tokens: list[int], parts: list[jax.Array]) -> list[TokenLogprobs]:
-        """The log probabilities of `prompt_logprobs`, token by token."""
-        return token_entries(tokens, np.concatenate(list(map(np.asarray, parts)))[: len(tokens)])
+    def collect_prompt_logprobs(self, parts: list[jax.Array]) -> np.ndarray:
+        """The log probabilities of `prompt_logprobs`, token by token, and padding: [C, 2, 1 + MAX_LOGPROBS] int32."""
+        return np.concatenate(list(map(np.asarray, parts)))
 
     def check_agreement(self, asked: list, weights: Mapping[ParameterPath, Any] | None = None) -> None:
         """Raise RuntimeError where other processes were asked for something else, or given other weights."""

@@ -9,9 +9,9 @@ import numpy as np
 
 from nanovllm_jax.engine.activations import Activations
 from nanovllm_jax.engine.detokenizer import Detokenizer
-from nanovllm_jax.engine.logprobs import TokenLogprobs, readable_logprobs
+from nanovllm_jax.engine.logprobs import TokenTexts, in_numbers, readable
 from nanovllm_jax.engine.sequence import Scored, Sequence
-from nanovllm_jax.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from nanovllm_jax.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from nanovllm_jax.sampling_params import SamplingParams
 
 
@@ -22,7 +22,6 @@ class Completion:
         """`tokenizer`: None gives no text."""
         self.index = index
         self.seq = seq
-        self.tokenizer = tokenizer
         self.detokenizer = None if tokenizer is None else Detokenizer(tokenizer, seq.params)
         self.num_read = 0  # tokens that the text knows
         self.num_given = 0  # tokens that outputs have had
@@ -78,10 +77,9 @@ class Completion:
             activations=seq.activations.whole() if params.capture and seq.is_finished else None,
         )
         if params.logprobs is not None:
-            entries: list[TokenLogprobs] = seq.logprobs[self.num_given : self.num_given + len(tokens)]
-            self.cumulative_logprob += sum(entry.logprob for entry in entries)
+            output.logprobs = seq.logprobs[self.num_given : self.num_given + len(tokens)]
+            self.cumulative_logprob += sum(entry[token].logprob for token, entry in zip(tokens, output.logprobs))
             output.cumulative_logprob = self.cumulative_logprob
-            output.logprobs = readable_logprobs(entries, params.logprobs, self.tokenizer)
         self.num_given += len(tokens)
         self.has_told_end = seq.is_finished
         return output
@@ -98,6 +96,8 @@ class Request:
     params: SamplingParams
     tokenizer: Any | None
     """What gives the outputs their text; None with detokenize=False."""
+    token_texts: TokenTexts
+    """What gives theirs to log probabilities."""
     metrics: RequestMetrics
     stream: bool = False
     """Whether outputs tell what came since the one before, and not all of it at the end."""
@@ -122,6 +122,7 @@ class Request:
             min_len=min(length + params.min_tokens, max_len),
             max_len=max_len,
         )
+        seq.token_texts = self.token_texts
         if params.capture:
             seq.activations = Activations()
         if params.steering is not None:
@@ -166,7 +167,7 @@ class Request:
         """What has come since the last call: everything, where it is called once, at the end."""
         seq, num_top, prompt_logprobs = self.completions[0].seq, self.params.prompt_logprobs, None
         if num_top is not None and not any(c.num_given or c.has_told_end for c in self.completions):
-            prompt_logprobs = [None, *readable_logprobs(self.scored.logprobs, num_top, self.tokenizer)]
+            prompt_logprobs = [None, *self._scored_logprobs(num_top)]
         return RequestOutput(
             request_id=self.request_id,
             prompt=self.prompt,
@@ -177,3 +178,8 @@ class Request:
             num_cached_tokens=seq.num_cached_tokens,
             metrics=self.metrics,
         )
+
+    def _scored_logprobs(self, num_top: int) -> list[dict[int, Logprob]]:
+        tokens, entries = self.scored.token_ids, self.scored.logprobs
+        numbers = in_numbers(np.stack(entries), num_top) if entries else ()
+        return [readable(token, *entry, num_top, self.token_texts) for token, entry in zip(tokens, numbers)]

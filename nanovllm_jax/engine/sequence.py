@@ -26,7 +26,7 @@ class Scored:
     num_top: int
     """How many most likely tokens to name beside each."""
     logprobs: list = field(default_factory=list)
-    """engine.logprobs.TokenLogprobs, as far as they have been read."""
+    """The entries (engine/logprobs.py) that have been read."""
 
     @property
     def next(self) -> int:
@@ -79,7 +79,8 @@ class Sequence:
         self.num_pending = 0  # tokens sampled by dispatched steps and not read yet
         self.num_cached_tokens = 0  # prompt tokens found in the prefix cache at the first admission
         self.num_preemptions = 0
-        self.logprobs: list = []  # engine.logprobs.TokenLogprobs of each output token, where its request asks for them
+        self.logprobs: list[dict] = []  # of each output token, as outputs show them, where its request asks for them
+        self.token_texts: Any = None  # what gives these their texts
         self.scored: Scored | None = None  # what is wanted of the prompt's own tokens
         self.prefix_salt = b""  # sequences of another salt have other keys and values for the same tokens
         self.activations: Any = None  # engine.activations.Activations, where its request captures

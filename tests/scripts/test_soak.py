@@ -120,8 +120,8 @@ def logprobs_a_little_off(llm, patch):
 
     def wrong(output, rows):
         found = collect(output, rows)
-        off = 1e-4 * (len(rows) > 1)
-        return [{row: entry._replace(logprob=entry.logprob - off) for row, entry in step.items()} for step in found]
+        found[:, :, 1, 0].view(np.float32)[:] -= 1e-4 * (len(rows) > 1)
+        return found
 
     patch.setattr(llm.runner, "collect_logprobs", wrong)
 
