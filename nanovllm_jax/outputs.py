@@ -1,8 +1,10 @@
 """What a request returns, and what the engine says of itself."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 
 @dataclass(slots=True)
@@ -14,6 +16,66 @@ class Logprob:
     """1 for the most likely token."""
     decoded_token: str | None = None
     """The token's text; None without a tokenizer or with detokenize=False."""
+
+
+class Logprobs(Sequence[dict[int, Logprob] | None]):
+    """For each token a dict of Logprob by token id: its own first, then those of the most likely ones. None for a
+    prompt's first token, which nothing predicts.
+
+    It is read and compared as the list of them, and pickled and copied as one. Each dict is made when it is looked at:
+    to make all of them, several objects a token, would take the host longer than a GPU takes for the tokens.
+    """
+
+    __slots__ = ("_entries", "_texts", "_tokens")
+
+    def __init__(self, tokens: list[int], entries: np.ndarray, texts: Mapping[int, str | None]):
+        """`entries` [N, 2, 1 + most likely tokens] int32, of the last N of `tokens`: a token's rank and the most likely
+        ones, and the bits of their log probabilities as float32. `texts`: of tokens, alone."""
+        self._tokens, self._entries, self._texts = list(tokens), entries, texts
+
+    def __len__(self):
+        return len(self._tokens)
+
+    def __iter__(self):
+        first = len(self._tokens) - len(self._entries)
+        yield from [None] * first
+        yield from map(self._by_token, self._tokens[first:], *_numbers(self._entries))
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return list(self)[index]
+        place = range(len(self))[index] - len(self) + len(self._entries)
+        if place < 0:
+            return None
+        [ids], [values] = _numbers(self._entries[place : place + 1])
+        return self._by_token(self._tokens[index], ids, values)
+
+    def _by_token(self, token: int, ids: list[int], values: list[float]) -> dict[int, Logprob]:
+        by_token = {token: Logprob(values[0], ids[0], self._texts[token])}
+        for place in range(1, len(ids)):
+            top = ids[place]
+            if top != token:
+                by_token[top] = Logprob(values[place], place, self._texts[top])
+        return by_token
+
+    def __iadd__(self, later: "Logprobs"):
+        self._tokens += later._tokens
+        self._entries = np.concatenate((self._entries, later._entries))
+        return self
+
+    def __eq__(self, other):
+        return list(self) == list(other) if isinstance(other, (list, Logprobs)) else NotImplemented
+
+    def __reduce__(self):
+        return list, (list(self),)
+
+    def __repr__(self):
+        return repr(list(self))
+
+
+def _numbers(entries: np.ndarray) -> tuple[list[list[int]], list[list[float]]]:
+    """The two rows of each entry."""
+    return entries[:, 0].tolist(), entries[:, 1].view(np.float32).tolist()
 
 
 @dataclass(slots=True)
@@ -29,8 +91,9 @@ class CompletionOutput:
     """Every generated token, the one that ended the text included."""
     cumulative_logprob: float | None = None
     """Sum of the logprobs of all tokens up to here; None where they were not asked for."""
-    logprobs: list[dict[int, Logprob]] | None = None
-    """For each token, the logprobs by token id: its own first, then those of the most likely ones."""
+    logprobs: Sequence[dict[int, Logprob]] | None = None
+    """Logprobs: for each token a dict by token id, its own first, then the most likely ones. None where they were not
+    asked for."""
     finish_reason: str | None = None
     """stop (an end-of-sequence token, a stop token or a stop string), length (max_tokens or max_model_len), or error
     (the model's logits were NaN or infinite)."""
@@ -85,7 +148,7 @@ class RequestOutput:
     """The prompt's text, where it was given as text."""
     prompt_token_ids: list[int]
     """A stream's outputs share one list: copy it to add to it."""
-    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    prompt_logprobs: Sequence[dict[int, Logprob] | None] | None = None
     """For each prompt token, as CompletionOutput.logprobs, and None for the first. With a stream's first output."""
     outputs: list[CompletionOutput] = field(default_factory=list)
     finished: bool = True

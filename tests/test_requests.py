@@ -1,8 +1,10 @@
 """What ends a text, a loop of one's own with aborts in every state, defaults of the model, and logprobs in outputs."""
 
+import copy
 import gc
 import itertools
 import json
+import pickle
 import threading
 import weakref
 from dataclasses import replace
@@ -12,9 +14,9 @@ import pytest
 from small_model import assert_idle, small_llm, whole, write_checkpoint
 
 from nanovllm_jax import SamplingParams
-from nanovllm_jax.engine.logprobs import TokenTexts, in_numbers, readable
+from nanovllm_jax.engine.logprobs import TokenTexts, own_logprobs, together
 from nanovllm_jax.engine.sequence import Status
-from nanovllm_jax.outputs import Logprob
+from nanovllm_jax.outputs import Logprob, Logprobs
 from nanovllm_jax.sampling_params import MAX_LOGPROBS
 
 PROMPT = [137]  # after which the random model's greedy text is free of broken characters
@@ -325,12 +327,10 @@ def test_logprobs_of_a_sequence_become_dicts(llm):
     seq = request.completions[0].seq
     request.scored.logprobs += [entry(9, -3.0, [70, 71, 72], [-0.5, -1.5, -2.5])]
     seq.token_ids.append(67)
-    [numbers] = in_numbers(entry(11, -4.0, [70, 71, 72], [-0.5, -1.5, -2.5])[None], num_top=3)
-    seq.logprobs.append(readable(67, *numbers, 2, seq.token_texts))
+    seq.logprobs.append(entry(11, -4.0, [70, 71, 72], [-0.5, -1.5, -2.5]))
     first = request.take_output()
     seq.token_ids.append(71)
-    [numbers] = in_numbers(entry(1, -1.5, [70, 71], [-1.5, -1.5])[None], num_top=2)
-    seq.logprobs.append(readable(71, *numbers, 2, seq.token_texts))
+    seq.logprobs.append(entry(1, -1.5, [70, 71], [-1.5, -1.5]))
     second = request.take_output()
     text = {token: llm.tokenizer.decode([token]) for token in (66, 67, 70, 71)}
     assert first.prompt_logprobs == [None, {66: Logprob(-3.0, 9, text[66])}]
@@ -344,6 +344,33 @@ def test_logprobs_of_a_sequence_become_dicts(llm):
     assert [output.outputs[0].cumulative_logprob for output in (first, second)] == [-4.0, -5.5]
     llm.abort_request(request_id)
     assert_idle(llm)
+
+
+def test_logprobs_are_a_list():
+    """In all that is done with one, but that they are made when they are looked at."""
+    texts = {token: f"<{token}>" for token in range(100)}
+    entries = together([entry(7, -3.0, [70, 71], [-0.5, -1.5]), entry(1, -0.5, [70, 71], [-0.5, -1.5])], num_top=1)
+    tokens = [66, 70]
+    logprobs, prompt = Logprobs(tokens, entries, texts), Logprobs([65, *tokens], entries, texts)
+    tokens.append(99)
+    expected = [
+        {66: Logprob(-3.0, 7, "<66>"), 70: Logprob(-0.5, 1, "<70>")},
+        {70: Logprob(-0.5, 1, "<70>")},
+    ]
+    for made, like in ((logprobs, expected), (prompt, [None, *expected])):
+        assert made == like == list(made) == made[:] == pickle.loads(pickle.dumps(made)) == copy.deepcopy(made)
+        assert made == Logprobs(made._tokens, entries, texts)
+        assert (len(made), made[-1], made[1:], made[::-1], repr(made)) == (
+            len(like), like[-1], like[1:], like[::-1], repr(like),
+        )  # fmt: skip
+        assert made != like[1:]
+        assert made != 3
+        with pytest.raises(IndexError):
+            made[len(like)]
+    assert own_logprobs(entries) == [-3.0, -0.5]
+    logprobs += Logprobs([9], together([entry(2, -8.0, [3], [-0.25])], num_top=1), texts)
+    assert logprobs == [*expected, {9: Logprob(-8.0, 2, "<9>"), 3: Logprob(-0.25, 1, "<3>")}]
+    assert Logprobs([], together([], 4), texts) == []
 
 
 def test_logprobs_without_texts(llm):

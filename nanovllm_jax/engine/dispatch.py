@@ -5,11 +5,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-import numpy as np
-
 from nanovllm_jax.engine.activations import CapturedRows, captured_rows
 from nanovllm_jax.engine.data_groups import GroupPacker
-from nanovllm_jax.engine.logprobs import in_numbers, readable
 from nanovllm_jax.engine.model_runner import ModelRunner
 from nanovllm_jax.engine.packing import BatchPacker
 from nanovllm_jax.engine.schedule import Schedule
@@ -45,19 +42,13 @@ class DispatchedStep:
         logprobs = runner.collect_logprobs(self.output, list(self.wanting)) if self.wanting else None
         activations = runner.collect_activations(self.output) if self.captured else {}
         for number, tokens in enumerate(runner.collect(self.output)):
-            if self.wanting:
-                self._take_logprobs(tokens, logprobs[number])
+            for seq, entry in zip(self.wanting.values(), logprobs[number] if self.wanting else ()):
+                if not seq.is_finished:
+                    seq.logprobs.append(entry)
             for part in self.captured:
                 if not part.seq.is_finished:
                     part.activations.take(part, number, activations)
             yield [tokens[row] for row in decode_rows], [tokens[row] for row in prefill_rows]
-
-    def _take_logprobs(self, tokens: list[int], entries: np.ndarray) -> None:
-        """While the device runs the next step, not when a text has ended: then it might wait for the host."""
-        most = max(seq.params.logprobs for seq in self.wanting.values())
-        for (row, seq), entry in zip(self.wanting.items(), in_numbers(entries, most)):
-            if not seq.is_finished and tokens[row] >= 0:
-                seq.logprobs.append(readable(tokens[row], *entry, seq.params.logprobs, seq.token_texts))
 
     def _read_scores(self, runner: ModelRunner) -> None:
         entries = iter(runner.collect_prompt_logprobs(self.scores))

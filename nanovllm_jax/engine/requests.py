@@ -9,19 +9,20 @@ import numpy as np
 
 from nanovllm_jax.engine.activations import Activations
 from nanovllm_jax.engine.detokenizer import Detokenizer
-from nanovllm_jax.engine.logprobs import TokenTexts, in_numbers, readable
+from nanovllm_jax.engine.logprobs import TokenTexts, own_logprobs, together
 from nanovllm_jax.engine.sequence import Scored, Sequence
-from nanovllm_jax.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from nanovllm_jax.outputs import CompletionOutput, Logprobs, RequestMetrics, RequestOutput
 from nanovllm_jax.sampling_params import SamplingParams
 
 
 class Completion:
     """One of a request's n texts: a sequence, and how much of it was read and given out."""
 
-    def __init__(self, index: int, seq: Sequence, tokenizer: Any | None):
+    def __init__(self, index: int, seq: Sequence, tokenizer: Any | None, token_texts: TokenTexts):
         """`tokenizer`: None gives no text."""
         self.index = index
         self.seq = seq
+        self.token_texts = token_texts
         self.detokenizer = None if tokenizer is None else Detokenizer(tokenizer, seq.params)
         self.num_read = 0  # tokens that the text knows
         self.num_given = 0  # tokens that outputs have had
@@ -77,9 +78,10 @@ class Completion:
             activations=seq.activations.whole() if params.capture and seq.is_finished else None,
         )
         if params.logprobs is not None:
-            output.logprobs = seq.logprobs[self.num_given : self.num_given + len(tokens)]
-            self.cumulative_logprob += sum(entry[token].logprob for token, entry in zip(tokens, output.logprobs))
+            entries = together(seq.logprobs[self.num_given : self.num_given + len(tokens)], params.logprobs)
+            self.cumulative_logprob += sum(own_logprobs(entries))
             output.cumulative_logprob = self.cumulative_logprob
+            output.logprobs = Logprobs(tokens, entries, self.token_texts)
         self.num_given += len(tokens)
         self.has_told_end = seq.is_finished
         return output
@@ -122,7 +124,6 @@ class Request:
             min_len=min(length + params.min_tokens, max_len),
             max_len=max_len,
         )
-        seq.token_texts = self.token_texts
         if params.capture:
             seq.activations = Activations()
         if params.steering is not None:
@@ -133,7 +134,7 @@ class Request:
         """The next of the n texts comes from this sequence."""
         if not self.completions:
             seq.scored = self.scored
-        self.completions.append(Completion(len(self.completions), seq, self.tokenizer))
+        self.completions.append(Completion(len(self.completions), seq, self.tokenizer, self.token_texts))
         self.num_unfinished += 1
 
     def read_prompt_again(self) -> None:
@@ -167,7 +168,8 @@ class Request:
         """What has come since the last call: everything, where it is called once, at the end."""
         seq, num_top, prompt_logprobs = self.completions[0].seq, self.params.prompt_logprobs, None
         if num_top is not None and not any(c.num_given or c.has_told_end for c in self.completions):
-            prompt_logprobs = [None, *self._scored_logprobs(num_top)]
+            entries = together(self.scored.logprobs, num_top)
+            prompt_logprobs = Logprobs(self.prompt_token_ids, entries, self.token_texts)
         return RequestOutput(
             request_id=self.request_id,
             prompt=self.prompt,
@@ -178,8 +180,3 @@ class Request:
             num_cached_tokens=seq.num_cached_tokens,
             metrics=self.metrics,
         )
-
-    def _scored_logprobs(self, num_top: int) -> list[dict[int, Logprob]]:
-        tokens, entries = self.scored.token_ids, self.scored.logprobs
-        numbers = in_numbers(np.stack(entries), num_top) if entries else ()
-        return [readable(token, *entry, num_top, self.token_texts) for token, entry in zip(tokens, numbers)]

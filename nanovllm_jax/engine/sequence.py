@@ -79,8 +79,7 @@ class Sequence:
         self.num_pending = 0  # tokens sampled by dispatched steps and not read yet
         self.num_cached_tokens = 0  # prompt tokens found in the prefix cache at the first admission
         self.num_preemptions = 0
-        self.logprobs: list[dict] = []  # of each output token, as outputs show them, where its request asks for them
-        self.token_texts: Any = None  # what gives these their texts
+        self.logprobs: list = []  # the entry (engine/logprobs.py) of each output token, where its request asks for them
         self.scored: Scored | None = None  # what is wanted of the prompt's own tokens
         self.prefix_salt = b""  # sequences of another salt have other keys and values for the same tokens
         self.activations: Any = None  # engine.activations.Activations, where its request captures
