@@ -14,7 +14,7 @@ import pytest
 from small_model import assert_idle, small_llm, whole, write_checkpoint
 
 from nanovllm_jax import SamplingParams
-from nanovllm_jax.engine.logprobs import TokenTexts, own_logprobs, together
+from nanovllm_jax.engine.logprobs import TokenTexts, entries_of, own_logprobs, together
 from nanovllm_jax.engine.sequence import Status
 from nanovllm_jax.outputs import Logprob, Logprobs
 from nanovllm_jax.sampling_params import MAX_LOGPROBS
@@ -316,7 +316,8 @@ def entry(rank, logprob, top_ids, top_logprobs):
     """What the device says of a token, with as many likely tokens as it always says."""
     padding = [0] * (MAX_LOGPROBS - len(top_ids))
     values = np.array([logprob, *top_logprobs, *padding], np.float32)
-    return np.stack(([rank, *top_ids, *padding], values.view(np.int32))).astype(np.int32)
+    [whole] = entries_of(np.array([[[rank, *top_ids, *padding], values.view(np.int32)]], np.int32))
+    return whole
 
 
 def test_logprobs_of_a_sequence_become_dicts(llm):

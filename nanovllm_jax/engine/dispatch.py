@@ -7,6 +7,7 @@ from typing import Any
 
 from nanovllm_jax.engine.activations import CapturedRows, captured_rows
 from nanovllm_jax.engine.data_groups import GroupPacker
+from nanovllm_jax.engine.logprobs import entries_of
 from nanovllm_jax.engine.model_runner import ModelRunner
 from nanovllm_jax.engine.packing import BatchPacker
 from nanovllm_jax.engine.schedule import Schedule
@@ -42,7 +43,7 @@ class DispatchedStep:
         logprobs = runner.collect_logprobs(self.output, list(self.wanting)) if self.wanting else None
         activations = runner.collect_activations(self.output) if self.captured else {}
         for number, tokens in enumerate(runner.collect(self.output)):
-            for seq, entry in zip(self.wanting.values(), logprobs[number] if self.wanting else ()):
+            for seq, entry in zip(self.wanting.values(), entries_of(logprobs[number]) if self.wanting else ()):
                 if not seq.is_finished:
                     seq.logprobs.append(entry)
             for part in self.captured:
@@ -51,7 +52,7 @@ class DispatchedStep:
             yield [tokens[row] for row in decode_rows], [tokens[row] for row in prefill_rows]
 
     def _read_scores(self, runner: ModelRunner) -> None:
-        entries = iter(runner.collect_prompt_logprobs(self.scores))
+        entries = iter(entries_of(runner.collect_prompt_logprobs(self.scores)))
         for scored, start, part in self.scored:
             own = list(islice(entries, len(part)))
             scored.logprobs += own[scored.next - start :]  # some came twice, if it was preempted meanwhile

@@ -1,11 +1,14 @@
 """Log probabilities on their way from the device to outputs.
 
-An entry is what kernels.token_logprobs says of one token: [2, 1 + MAX_LOGPROBS] int32. outputs.Logprobs shows entries.
+An entry is what kernels.token_logprobs says of one token, [2, 1 + MAX_LOGPROBS] int32, as bytes: they are quick to cut
+out of what came and to join, and keep nothing else of it alive. outputs.Logprobs shows them.
 """
 
 from typing import Any
 
 import numpy as np
+
+from nanovllm_jax.sampling_params import MAX_LOGPROBS
 
 
 class TokenTexts(dict[int, str | None]):
@@ -23,11 +26,16 @@ class TokenTexts(dict[int, str | None]):
         return text
 
 
-def together(entries: list[np.ndarray], num_top: int) -> np.ndarray:
-    """Entries as one array [N, 2, 1 + num_top]: a copy, without what nobody asked for."""
-    if not entries:
-        return np.empty((0, 2, 1 + num_top), np.int32)
-    return np.concatenate(entries).reshape(len(entries), 2, -1)[:, :, : 1 + num_top].copy()
+def entries_of(numbers: np.ndarray) -> list[bytes]:
+    """Each token's entry; numbers [N, 2, 1 + MAX_LOGPROBS] int32."""
+    whole, size = numbers.tobytes(), numbers[0].nbytes
+    return [whole[start : start + size] for start in range(0, len(whole), size)]
+
+
+def together(entries: list[bytes], num_top: int) -> np.ndarray:
+    """Entries as one array [N, 2, 1 + num_top] int32, without what nobody asked for."""
+    numbers = np.frombuffer(b"".join(entries), np.int32)
+    return numbers.reshape(-1, 2, 1 + MAX_LOGPROBS)[:, :, : 1 + num_top].copy()
 
 
 def own_logprobs(entries: np.ndarray) -> list[float]:

@@ -25,7 +25,7 @@ class Scored:
     token_ids: list[int]
     num_top: int
     """How many most likely tokens to name beside each."""
-    logprobs: list = field(default_factory=list)
+    logprobs: list[bytes] = field(default_factory=list)
     """The entries (engine/logprobs.py) that have been read."""
 
     @property
@@ -79,7 +79,7 @@ class Sequence:
         self.num_pending = 0  # tokens sampled by dispatched steps and not read yet
         self.num_cached_tokens = 0  # prompt tokens found in the prefix cache at the first admission
         self.num_preemptions = 0
-        self.logprobs: list = []  # the entry (engine/logprobs.py) of each output token, where its request asks for them
+        self.logprobs: list[bytes] = []  # each output token's entry (engine/logprobs.py), where its request asks for it
         self.scored: Scored | None = None  # what is wanted of the prompt's own tokens
         self.prefix_salt = b""  # sequences of another salt have other keys and values for the same tokens
         self.activations: Any = None  # engine.activations.Activations, where its request captures
