@@ -1,9 +1,9 @@
 """LLM: what users touch."""
 
-import math
 import time
 import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from numbers import Integral
 from pathlib import Path
@@ -218,38 +218,39 @@ class LLM(LLMEngine):
         self._alone, requests, outputs = alone, alone.requests, {}
         make_bar = use_tqdm if callable(use_tqdm) else tqdm
         use_tqdm = bool(use_tqdm) and self.runner.is_first_process
-        bar = make_bar(total=len(requests), desc=description, dynamic_ncols=True, disable=not use_tqdm)
+        options = dict(total=len(requests), desc=description, dynamic_ncols=True, disable=not use_tqdm)
         rates = _Rates(self.metrics)
         try:
             request_ids = self._start_all(requests)
-            while self._requests or self._ready:
-                for output in self._call_itself(self.step):
-                    outputs[output.request_id] = output
-                    bar.update(1)
-                if use_tqdm and (recent := rates.recent()):
-                    bar.set_postfix(recent)
-            bar.set_postfix(rates.overall())
+            with closing(make_bar(**options)) as bar:
+                while self._requests or self._ready:
+                    for output in self._call_itself(self.step):
+                        outputs[output.request_id] = output
+                        bar.update(1)
+                    if use_tqdm and (recent := rates.recent()):
+                        bar.set_postfix(recent)
+                bar.set_postfix(rates.overall())
         finally:
             self._abort(requests)  # what an exception or Ctrl-C has left
             alone.requests = []
-            bar.close()
         for request_id in request_ids:
             if request_id not in outputs:  # by a signal's handler
                 raise RuntimeError(f"request {request_id!r} was aborted while it ran")
         return [outputs[request_id] for request_id in request_ids]
 
     def _start_all(self, requests: list[Request]) -> list[str]:
-        """Start requests; the first step as soon as it is full, so that the device does not wait for all of them."""
-        request_ids, num_tokens = [], 0
+        """Start requests and begin the first step, as soon as it is full: the device does not wait for all of them."""
+        request_ids, num_tokens, has_begun = [], 0, not requests
         ask_at = self.runner.max_num_batched_tokens * self.runner.config.data_parallel_size
         for request in requests:
             request_ids.append(self._call_itself(self.start_request, request))
             num_tokens += len(request.token_ids)
-            if num_tokens >= ask_at:
+            if num_tokens >= ask_at and not has_begun:
                 ask_at *= 2  # the answer takes a look at all that wait
-                if self.scheduler.fills_a_step():
+                if has_begun := self.scheduler.fills_a_step():
                     self._call_itself(self.step)  # which only begins it: no other request is there to have outputs
-                    ask_at = math.inf
+        if not has_begun:
+            self._call_itself(self.step)
         return request_ids
 
 

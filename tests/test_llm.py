@@ -268,7 +268,7 @@ def test_progress_bar_while_it_runs(llm, capsys, monkeypatch):
     """The rates change on the way, not only in the end."""
     clock = iter(range(10**6))
     monkeypatch.setattr("nanovllm_jax.llm.time.perf_counter", lambda: next(clock))
-    llm.generate([PROMPT], GREEDY)
+    llm.generate([PROMPT, [1] * 100], GREEDY)
     assert len(set(re.findall(r"Prefill=\d+tok/s, Decode=\d+tok/s", capsys.readouterr().err))) > 2
 
 
