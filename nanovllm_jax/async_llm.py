@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 from nanovllm_jax.checkpoints.load import TINY_MODEL
 from nanovllm_jax.engine.llm_engine import LLMEngine
-from nanovllm_jax.engine.logprobs import own_logprobs, together
 from nanovllm_jax.engine.metrics import now
 from nanovllm_jax.engine.prompts import Prompt
 from nanovllm_jax.engine.requests import Request
@@ -127,7 +126,7 @@ class AsyncLLM:
         """
         async with self._started(partial(self._engine.door.check_score, prompt, completion)) as (request, mailbox):
             await mailbox.take()
-        return own_logprobs(together(request.scored.logprobs, num_top=0))
+        return request.scores()
 
     async def update_weights(
         self, weights: Any, in_flight: Literal["finish", "recompute"] | None = None, donate: bool = False

@@ -15,7 +15,6 @@ from nanovllm_jax.chat import Message, chat_prompt
 from nanovllm_jax.checkpoints.load import TINY_MODEL
 from nanovllm_jax.engine.door import named_each
 from nanovllm_jax.engine.llm_engine import LLMEngine
-from nanovllm_jax.engine.logprobs import own_logprobs, together
 from nanovllm_jax.engine.metrics import EngineMetrics
 from nanovllm_jax.engine.one_thread import by_one_thread, is_in_the_middle_of
 from nanovllm_jax.engine.prompts import Prompt
@@ -109,7 +108,7 @@ class LLM(LLMEngine):
             raise ValueError(f"score() needs as many completions as prompts, not {len(completions)} for {len(prompts)}")
         requests = named_each("prompt", self.door.check_score, prompts, completions)
         self._run(Alone("score() runs", requests), "Scoring", use_tqdm)
-        return [own_logprobs(together(request.scored.logprobs, num_top=0)) for request in requests]
+        return [request.scores() for request in requests]
 
     def stream(
         self,

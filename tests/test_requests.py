@@ -343,6 +343,9 @@ def test_logprobs_of_a_sequence_become_dicts(llm):
     # Two most likely tokens: the generated one keeps its rank, which does not go by its place among them.
     assert second.outputs[0].logprobs == [{71: Logprob(-1.5, 1, text[71]), 70: Logprob(-1.5, 1, text[70])}]
     assert [output.outputs[0].cumulative_logprob for output in (first, second)] == [-4.0, -5.5]
+    request.completions[0].token_texts = TokenTexts(None)
+    request.completions[0].num_given = 0
+    assert {entry.decoded_token for entry in request.take_output().outputs[0].logprobs[0].values()} == {None}
     llm.abort_request(request_id)
     assert_idle(llm)
 

@@ -33,7 +33,7 @@ class Door:
 
     @cached_property
     def token_texts(self) -> TokenTexts:
-        """For all requests that want text."""
+        """Those of all requests that want text."""
         return TokenTexts(self.tokenizer)
 
     def check_request(
@@ -64,8 +64,8 @@ class Door:
                 f"the prompt has {len(ids)} tokens; with one generated token it must fit in max_model_len="
                 f"{self.max_model_len}. Shorten it, or raise max_model_len"
             )
-        decoders = (self.tokenizer, self.token_texts) if params.detokenize else (None, TokenTexts(None))
-        request = Request(request_id, text, ids, params, *decoders, metrics, stream)
+        token_texts = self.token_texts if params.detokenize else TokenTexts(None)
+        request = Request(request_id, text, ids, params, token_texts, metrics, stream)
         if params.prompt_logprobs is not None:
             request.scored = Scored(1, ids[1:].tolist(), params.prompt_logprobs)
         return request

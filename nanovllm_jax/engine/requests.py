@@ -3,7 +3,6 @@
 from array import array
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
@@ -18,8 +17,9 @@ from nanovllm_jax.sampling_params import SamplingParams
 class Completion:
     """One of a request's n texts: a sequence, and how much of it was read and given out."""
 
-    def __init__(self, index: int, seq: Sequence, tokenizer: Any | None, token_texts: TokenTexts):
-        """`tokenizer`: None gives no text."""
+    def __init__(self, index: int, seq: Sequence, token_texts: TokenTexts):
+        """`token_texts`: without a tokenizer, it gives no text."""
+        tokenizer = token_texts.tokenizer
         self.index = index
         self.seq = seq
         self.token_texts = token_texts
@@ -96,10 +96,8 @@ class Request:
     token_ids: array
     """What is to be computed: the prompt, and of a completion that is scored all but the last."""
     params: SamplingParams
-    tokenizer: Any | None
-    """What gives the outputs their text; None with detokenize=False."""
     token_texts: TokenTexts
-    """What gives theirs to log probabilities."""
+    """What gives the outputs their text; without a tokenizer where detokenize=False."""
     metrics: RequestMetrics
     stream: bool = False
     """Whether outputs tell what came since the one before, and not all of it at the end."""
@@ -134,7 +132,7 @@ class Request:
         """The next of the n texts comes from this sequence."""
         if not self.completions:
             seq.scored = self.scored
-        self.completions.append(Completion(len(self.completions), seq, self.tokenizer, self.token_texts))
+        self.completions.append(Completion(len(self.completions), seq, self.token_texts))
         self.num_unfinished += 1
 
     def read_prompt_again(self) -> None:
@@ -148,6 +146,10 @@ class Request:
         for seq in (completion.seq for completion in self.completions):
             if seq.activations and not seq.num_pending and not seq.num_completion_tokens:
                 seq.activations = Activations()
+
+    def scores(self) -> list[float]:
+        """The log probability of each token that `scored` wants."""
+        return own_logprobs(together(self.scored.logprobs, num_top=0))
 
     @cached_property
     def prompt_token_ids(self) -> list[int]:
