@@ -11,6 +11,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from small_model import assert_idle, small_llm, whole, write_checkpoint
@@ -145,10 +146,13 @@ def test_out_of_memory_in_ones_own_loop(llm, expected, monkeypatch):
     assert whole(done[1:]) == expected[:1]
 
 
-def test_memory_that_cannot_be_had_back(llm, expected, monkeypatch):
+@pytest.mark.parametrize(
+    ("place", "name"), [(jnp, "zeros"), (jax, "block_until_ready")], ids=["at_once", "when_waited"]
+)
+def test_memory_that_cannot_be_had_back(llm, expected, monkeypatch, place, name):
     """The engine says so at each call, and works again as soon as there is memory."""
     with monkeypatch.context() as patch:
-        patch.setattr(llm.runner, "_allocate", always(OUT_OF_MEMORY))
+        patch.setattr(place, name, always(OUT_OF_MEMORY))
         with monkeypatch.context() as inner:
             refuse_to_run(llm, inner, 2)
             with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
@@ -161,7 +165,7 @@ def test_memory_that_cannot_be_had_back(llm, expected, monkeypatch):
 
 
 def always(error):
-    def failing(*args):
+    def failing(*args, **options):
         raise error
 
     return failing

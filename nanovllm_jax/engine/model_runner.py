@@ -237,9 +237,11 @@ class ModelRunner:
     def _allocate(self) -> None:
         """Make the caches and the device's state, all zeros, and the memory that devices exchange sums by."""
         self.peers = connect_peers(self.steps.peers) if self.steps.peers else None
-        self.caches, self.state = jax.tree.map(
+        arrays = jax.tree.map(
             lambda array: jnp.zeros(array.shape, array.dtype, device=array.sharding), self.steps.layout()
         )
+        # A GPU without the memory for one says so when that is waited for: here, and not by some step that reads it.
+        self.caches, self.state = jax.block_until_ready(arrays)
 
     # ------------------------------------------------------------ programs
 
