@@ -240,7 +240,7 @@ class ModelRunner:
         arrays = jax.tree.map(
             lambda array: jnp.zeros(array.shape, array.dtype, device=array.sharding), self.steps.layout()
         )
-        # A GPU without the memory for one says so when that is waited for: here, and not by some step that reads it.
+        # That there is no memory for one may be told when it is waited for: here, and not by some step that reads it.
         self.caches, self.state = jax.block_until_ready(arrays)
 
     # ------------------------------------------------------------ programs
