@@ -91,7 +91,7 @@ def _differentiable(cuda: Callable, oracle: Callable, **static: Any) -> Callable
     return function
 
 
-@functools.partial(kernel, static_argnames=("eps", "fixed"))
+@functools.partial(kernel, static_argnames=("eps", "fixed"), taken=("kv_cache",))
 def norm_rope_store(
     qkv: jax.Array,
     q_gain: jax.Array,
@@ -99,22 +99,23 @@ def norm_rope_store(
     cos: jax.Array,
     sin: jax.Array,
     slot_mapping: jax.Array,
-    k_cache: jax.Array,
-    v_cache: jax.Array,
+    kv_cache: jax.Array,
+    layer: jax.Array | int,
     *,
     eps: float,
     fixed: bool = False,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array]:
     """Normalise and rotate queries and keys, and write keys and values into the paged cache.
 
     qkv [T, K, G + 2, H]: for each kv head its G query heads, its key and its value. q_gain, k_gain [H]: the RMS norms'
     weights. cos, sin [T, H / 2] float32. slot_mapping [T] int32: block * block_size + offset in the block where a
-    token's key and value go, no two in one place, or -1 for a padded row, which writes nothing. k_cache, v_cache
-    [num_blocks, K, block_size, H], of qkv's dtype; donated caches are updated in place.
-    Returns (q [T, K * G, H], k_cache, v_cache).
+    token's key and value go, no two in one place, or -1 for a padded row, which writes nothing. kv_cache [2, L,
+    num_blocks, K, block_size, H], of qkv's dtype: L layers' keys, then their values; a donated one is updated in place.
+    layer, int32: which of them.
+    Returns (q [T, K * G, H], kv_cache).
     """
     return either(
-        *(qkv, q_gain, k_gain, cos, sin, slot_mapping, k_cache, v_cache),
+        *(qkv, q_gain, k_gain, cos, sin, slot_mapping, kv_cache, jnp.int32(layer)),
         cuda=functools.partial(store.norm_rope_store, eps=eps, fixed=fixed),
         default=functools.partial(reference.norm_rope_store, eps=eps, fixed=fixed),
     )
@@ -123,8 +124,8 @@ def norm_rope_store(
 @functools.partial(kernel, static_argnames="scale")
 def paged_decode_attention(
     q: jax.Array,
-    k_cache: jax.Array,
-    v_cache: jax.Array,
+    kv_cache: jax.Array,
+    layer: jax.Array | int,
     block_tables: jax.Array,
     context_lens: jax.Array,
     *,
@@ -133,23 +134,19 @@ def paged_decode_attention(
     """Attention of one new token per sequence over that sequence's cached tokens, itself among them.
 
     q [B or more, N, H], of which the first B rows are the sequences', query head n belonging to kv head n // (N / K);
-    k_cache, v_cache [num_blocks, K, block_size, H]; block_tables [B, W] int32, of which entries past a sequence's
-    context may be anything; context_lens [B] int32 in tokens, 0 for a padded row. scale multiplies the scores. What
-    sequences next to one another share, as their tables begin alike, a GPU may read once for several of them.
+    kv_cache and layer as in `norm_rope_store`; block_tables [B, W] int32, of which entries past a sequence's context
+    may be anything; context_lens [B] int32 in tokens, 0 for a padded row. scale multiplies the scores. What sequences
+    next to one another share, as their tables begin alike, a GPU may read once for several of them.
     Returns an array like q: zeros for padded rows, and rows past B undefined (`paged_prefill_attention` fills them).
     """
     return either(
-        q,
-        k_cache,
-        v_cache,
-        block_tables,
-        context_lens,
+        *(q, kv_cache, jnp.int32(layer), block_tables, context_lens),
         cuda=functools.partial(decode.paged_decode_attention, scale=scale),
         default=functools.partial(reference.paged_decode_attention, scale=scale),
     )
 
 
-@functools.partial(kernel, static_argnames=("scale", "eps"))
+@functools.partial(kernel, static_argnames=("scale", "eps"), taken=("kv_cache",))
 def store_and_decode(
     qkv: jax.Array,
     q_gain: jax.Array,
@@ -157,21 +154,21 @@ def store_and_decode(
     cos: jax.Array,
     sin: jax.Array,
     slot_mapping: jax.Array,
-    k_cache: jax.Array,
-    v_cache: jax.Array,
+    kv_cache: jax.Array,
+    layer: jax.Array | int,
     block_tables: jax.Array,
     context_lens: jax.Array,
     *,
     scale: float,
     eps: float,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array]:
     """`norm_rope_store` of one new token per sequence inside of its `paged_decode_attention`.
 
     Arguments as in the two, with T = B. A token's slot is where its sequence's table has its last place.
-    Returns (out [B, K * G, H], k_cache, v_cache).
+    Returns (out [B, K * G, H], kv_cache).
     """
     return either(
-        *(qkv, q_gain, k_gain, cos, sin, slot_mapping, k_cache, v_cache, block_tables, context_lens),
+        *(qkv, q_gain, k_gain, cos, sin, slot_mapping, kv_cache, jnp.int32(layer), block_tables, context_lens),
         cuda=functools.partial(decode.store_and_decode, scale=scale, eps=eps),
         default=functools.partial(reference.store_and_decode, scale=scale, eps=eps),
     )
@@ -180,8 +177,8 @@ def store_and_decode(
 @functools.partial(kernel, static_argnames=("scale", "fixed"))
 def paged_prefill_attention(
     q: jax.Array,
-    k_cache: jax.Array,
-    v_cache: jax.Array,
+    kv_cache: jax.Array,
+    layer: jax.Array | int,
     block_tables: jax.Array,
     query_starts: jax.Array,
     context_lens: jax.Array,
@@ -195,24 +192,24 @@ def paged_prefill_attention(
     q [T, N, H], the sequences' new tokens one after another: those of sequence p are rows query_starts[p] to
     query_starts[p + 1], and they are the last of its context_lens[p] cached tokens. So a first prefill, a chunk and a
     prefix hit are one case. query_starts [P + 1] int32 does not fall (a padded sequence is empty), context_lens [P]
-    int32, block_tables [P, W] int32; caches and scale as in paged_decode_attention.
+    int32, block_tables [P, W] int32; kv_cache, layer and scale as in paged_decode_attention.
     Returns [T, N, H] in q's dtype, zeros in the rows past query_starts[P]. Rows before query_starts[0], where it is not
     0, are those of `out` (like q, written in place where XLA may): what paged_decode_attention made of them.
     """
     return either(
-        *(q, k_cache, v_cache, block_tables, query_starts, context_lens, out),
+        *(q, kv_cache, jnp.int32(layer), block_tables, query_starts, context_lens, out),
         cuda=functools.partial(_prefill, scale=scale, fixed=fixed),
         default=functools.partial(reference.paged_prefill_attention, scale=scale),
     )
 
 
-def _prefill(q, k_cache, *args, scale: float, fixed: bool) -> jax.Array:
+def _prefill(q, kv_cache, *args, scale: float, fixed: bool) -> jax.Array:
     if not fixed and common.is_hopper():
         from . import hopper_prefill  # late, here and below: Mosaic takes 0.3 s to import, and only a Hopper needs it
 
-        if hopper_prefill.fits(q, k_cache):
-            return hopper_prefill.paged_prefill_attention(q, k_cache, *args, scale=scale)
-    return prefill.paged_prefill_attention(q, k_cache, *args, scale=scale, fixed=fixed)
+        if hopper_prefill.fits(q, kv_cache):
+            return hopper_prefill.paged_prefill_attention(q, kv_cache, *args, scale=scale)
+    return prefill.paged_prefill_attention(q, kv_cache, *args, scale=scale, fixed=fixed)
 
 
 @functools.partial(kernel, static_argnames="dtype")

@@ -12,7 +12,7 @@ import types
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -114,14 +114,19 @@ def either(*args: jax.Array, cuda: Callable, default: Callable) -> Any:
     return cuda(*args) if _platform.value == "gpu" else default(*args)
 
 
-def kernel(function: Callable, *, static_argnames: str | tuple[str, ...] = ()) -> Callable:
-    """jax.jit that holds under jax.disable_jit too: a bare pallas_call would be compiled anew at every call."""
-    compiled = jax.jit(function, static_argnames=static_argnames)
+def kernel(function: Callable, *, taken: tuple[str, ...] = (), **options: str | tuple[str, ...]) -> Callable:
+    """jax.jit that holds under jax.disable_jit too: a bare pallas_call would be compiled anew at every call.
+
+    taken: arguments that are donated then, as no program around the call can say so.
+    """
+    compiled = jax.jit(function, **options)
+    op_by_op = jax.jit(function, donate_argnames=taken, **options) if taken else compiled
 
     @functools.wraps(function)
-    def call(*args, **options):
+    def call(*args, **arguments):
+        chosen = op_by_op if jax.config.jax_disable_jit else compiled
         with jax.disable_jit(False):
-            return compiled(*args, **options)
+            return chosen(*args, **arguments)
 
     return call
 
@@ -138,29 +143,76 @@ def log2(x: int) -> int:
     return x.bit_length() - 1
 
 
-def cache_tile(table_ref, sequence, start, limit, *, block_size: int, block_k: int):
-    """Where tokens start to start + block_k of a sequence lie: (blocks, offsets in them), as indices of the cache.
+class Paging(NamedTuple):
+    """How a cache [2, L, num_blocks, K, block_size, H] is cut. Kernels take it as rows: the H numbers of a token."""
 
-    start is a multiple of block_k. A tile inside one block is a slice, else every token has its own index. Tokens from
-    limit on may have no block, so their table entry is not read.
+    layers: int
+    num_blocks: int
+    kv_heads: int
+    block_size: int
+
+    @classmethod
+    def of(cls, kv_cache: jax.Array) -> "Paging":
+        """A cache's."""
+        return cls(*kv_cache.shape[1:-1])
+
+    @property
+    def values(self) -> int:
+        """How many rows after its key a token's value is."""
+        return self.layers * self.num_blocks * self.kv_heads * self.block_size
+
+    def row(self, layer, block, head, offset):
+        """Where the key of a block's token is, by its offset in the block. All may be integers or arrays."""
+        return ((layer * self.num_blocks + block) * self.kv_heads + head) * self.block_size + offset
+
+    def row_of_slot(self, layer, slot, head):
+        """The same of a slot: block * block_size + offset."""
+        return self.row(layer, slot >> log2(self.block_size), head, slot & (self.block_size - 1))
+
+    def tile(self, layer, table_ref, sequence, head, start, limit, *, block_k: int):
+        """Where the keys of tokens start to start + block_k of a sequence are: the first's row, or an array of rows.
+
+        start is a multiple of block_k. A tile inside one block lies together, else every token has its own row. Tokens
+        from limit on may have no block, so their table entry is not read.
+        """
+        if block_k <= self.block_size:
+            block = table_ref[sequence, start >> log2(self.block_size)]
+            return self.row(layer, block, head, start & (self.block_size - 1))
+        position = start + jnp.arange(block_k, dtype=jnp.int32)
+        entry = table_ref.at[jnp.full_like(position, sequence), position >> log2(self.block_size)]
+        blocks = plgpu.load(entry, mask=position < limit, other=0)
+        return self.row(layer, blocks, head, position & (self.block_size - 1))
+
+
+def as_rows(kv_cache: jax.Array) -> jax.Array:
+    """A cache [2, L, num_blocks, K, block_size, H] as what kernels take, `Paging`'s rows: the same memory."""
+    return kv_cache.reshape(-1, kv_cache.shape[-1])
+
+
+def as_tiles(kv_cache: jax.Array, block_k: int) -> jax.Array:
+    """The same as [tiles, rows, H], of block_k rows or of a block's, for `load_tile`.
+
+    Where a tile begins is then one number, added to what is known when a kernel is compiled: on rows Triton works out
+    each thread's addresses one by one, with registers that programs of decode attention do not have to spare.
     """
-    block, offset = start >> log2(block_size), start & (block_size - 1)
-    if block_k <= block_size:
-        return table_ref[sequence, block], pl.ds(pl.multiple_of(offset, block_k), block_k)
-    position = start + jnp.arange(block_k, dtype=jnp.int32)
-    entry = table_ref.at[jnp.full_like(position, sequence), position >> log2(block_size)]
-    return plgpu.load(entry, mask=position < limit, other=0), position & (block_size - 1)
+    return kv_cache.reshape(-1, min(block_k, kv_cache.shape[-2]), kv_cache.shape[-1])
 
 
-def load_tile(cache_ref, blocks, head, offsets, mask=None) -> jax.Array:
-    """[block_k, H] keys or values of a kv head at cache_tile's (blocks, offsets), zeros where not mask [block_k]."""
-    head_dim = cache_ref.shape[-1]
-    if isinstance(offsets, pl.Slice):
-        ref = cache_ref.at[blocks, head, offsets, :]
+def tile_and_row(cache_ref, row):
+    """Where Paging's rows are in a cache that is `as_tiles`: (tiles, rows in them)."""
+    rows = cache_ref.shape[1]
+    return row >> log2(rows), row & (rows - 1)
+
+
+def load_tile(cache_ref, rows, block_k: int, mask=None) -> jax.Array:
+    """[block_k, H] keys or values in these rows, as Paging.tile has them, zeros where not mask [block_k]."""
+    tile, row = tile_and_row(cache_ref, rows)
+    if rows.ndim == 0:
+        ref = cache_ref.at[tile, :, :]
     else:
-        shape = (offsets.size, head_dim)
+        shape = (block_k, cache_ref.shape[-1])
         columns = lax.broadcasted_iota(jnp.int32, shape, 1)
-        ref = cache_ref.at[spread(blocks, shape), jnp.full(shape, head, jnp.int32), spread(offsets, shape), columns]
+        ref = cache_ref.at[spread(tile, shape), spread(row, shape), columns]
     return plgpu.load(ref) if mask is None else plgpu.load(ref, mask=mask[:, None], other=0.0)
 
 

@@ -23,7 +23,8 @@ from jax.experimental.pallas import triton as plgpu
 from .common import (
     LOG2E,
     NEG_INF,
-    cache_tile,
+    Paging,
+    as_tiles,
     dot,
     load_tile,
     log2,
@@ -34,6 +35,7 @@ from .common import (
     softmax_start,
     softmax_step,
     spread,
+    tile_and_row,
 )
 from .work import PART, SHARED, UNUSED, WHOLE, list_work
 
@@ -65,13 +67,12 @@ def default_tiles(batch: int, kv_heads: int, head_dim: int, dtype: jnp.dtype) ->
     return Tiles(block_k, extra, num_warps=2, num_stages=5 if programs < 2 * LARGE_BATCH else 3)
 
 
-def _decode_kernel(ref, *, rows: int, most: int, scale: float, eps: float, block_k: int, on_gpu: bool):
+def _decode_kernel(ref, *, rows: int, most: int, scale: float, eps: float, paging: Paging, block_k: int, on_gpu: bool):
     """most: how many sequences may read together; 1: none do, and items have four columns."""
-    k_ref, v_ref, table_ref, item_ref = (ref[name] for name in ("k_cache", "v_cache", "tables", "items"))
+    cache_ref, table_ref, item_ref = (ref[name] for name in ("kv_cache", "tables", "items"))
     o_ref, part_ref, lse_ref = (ref[name] for name in ("out", "part", "lse"))
     head, item = pl.program_id(0), pl.program_id(1)
-    _, kv_heads, block_size, head_dim = k_ref.shape
-    group = o_ref.shape[1] // kv_heads
+    group, head_dim, layer = o_ref.shape[1] // paging.kv_heads, o_ref.shape[2], ref["layer"][0]
     b, first, last, kind = (item_ref[item, i] for i in range(4))
     members, place = (item_ref[item, i] for i in (4, 5)) if most > 1 else (1, item)
     row = jnp.arange(rows, dtype=jnp.int32)  # the G query heads of this kv head, padded to what tensor cores take
@@ -80,10 +81,10 @@ def _decode_kernel(ref, *, rows: int, most: int, scale: float, eps: float, block
         def step(i, state):
             start = i * block_k
             valid = start + jnp.arange(block_k, dtype=jnp.int32) < context
-            blocks, offsets = cache_tile(table_ref, b, start, context, block_size=block_size, block_k=block_k)
-            scores = dot(q, load_tile(k_ref, blocks, head, offsets, valid), trans_b=True)
+            keys = paging.tile(layer, table_ref, b, head, start, context, block_k=block_k)
+            scores = dot(q, load_tile(cache_ref, keys, block_k, valid), trans_b=True)
             scores = jnp.where(valid[None, :], scores, NEG_INF)
-            v = load_tile(v_ref, blocks, head, offsets, valid)
+            v = load_tile(cache_ref, keys + paging.values, block_k, valid)
             return softmax_step(state, scores, v, scale=scale, fused_exp2=on_gpu)
 
         return lax.fori_loop(first, last, step, softmax_start(rows, head_dim))
@@ -96,9 +97,9 @@ def _decode_kernel(ref, *, rows: int, most: int, scale: float, eps: float, block
     def _():
         live, own, context = row < group, pl.ds(head * group, rows), ref["context_lens"][b]
         owns = last * block_k >= context
-        q = _queries(ref, b, head, rows, eps=eps)
+        q = _queries(ref, b, head, rows, group, eps=eps)
         if "q" not in ref:
-            _store_token(ref, b, head, q, owns)
+            _store_token(ref, b, head, q, owns, paging, layer)
             if on_gpu:  # a program's threads are to see what others of them have stored
                 plgpu.debug_barrier()
         state = attend(q, context)
@@ -120,7 +121,7 @@ def _decode_kernel(ref, *, rows: int, most: int, scale: float, eps: float, block
             number, member, shape = row >> log2(most), row & (most - 1), (rows, head_dim)
 
             def with_one_more(i, q):
-                one = _queries(ref, b + i, head, rows // most, eps=eps)
+                one = _queries(ref, b + i, head, rows // most, group, eps=eps)
                 each = jnp.broadcast_to(one[:, None], (len(one), most, head_dim)).reshape(shape)
                 return jnp.where(spread(member == i, shape), each, q)
 
@@ -133,11 +134,11 @@ def _decode_kernel(ref, *, rows: int, most: int, scale: float, eps: float, block
             plgpu.store(lse_ref.at[at, heads], log_sum(state), mask=live)
 
 
-def _queries(ref, b, head, rows: int, *, eps: float) -> jax.Array:
+def _queries(ref, b, head, rows: int, group: int, *, eps: float) -> jax.Array:
     """[rows, H]: sequence b's queries of a kv head, then 0. A new token's are normalised and rotated, and its key too,
     which comes after them.
     """
-    group, row = ref["out"].shape[1] // ref["k_cache"].shape[1], jnp.arange(rows, dtype=jnp.int32)
+    row = jnp.arange(rows, dtype=jnp.int32)
     if "q" in ref:
         return plgpu.load(ref["q"].at[b, pl.ds(head * group, rows), :], mask=(row < group)[:, None], other=0)
     qkv_ref = ref["qkv"]
@@ -158,18 +159,18 @@ def _queries(ref, b, head, rows: int, *, eps: float) -> jax.Array:
     return jnp.where(column < half, first, second).astype(qkv_ref.dtype)
 
 
-def _store_token(ref, b, head, rotated, owns) -> None:
+def _store_token(ref, b, head, rotated, owns, paging: Paging, layer) -> None:
     """Store sequence b's new key, the row after the queries, and value: by the one that owns the context's end."""
-    qkv_ref, k_ref, v_ref = ref["qkv"], ref["k_cache"], ref["v_cache"]
-    key, block_size, slot = qkv_ref.shape[2] - 2, k_ref.shape[2], ref["slots"][b]
+    qkv_ref, cache_ref, slot = ref["qkv"], ref["kv_cache"], ref["slots"][b]
+    key = qkv_ref.shape[2] - 2
 
     @pl.when(owns & (slot >= 0))
     def _():
-        block, offset = slot >> log2(block_size), slot & (block_size - 1)
+        row = paging.row_of_slot(layer, slot, head)
         line = lax.broadcasted_iota(jnp.int32, rotated.shape, 0)
         new_key = jnp.where(line == key, rotated.astype(jnp.float32), 0).sum(axis=0)
-        k_ref[block, head, offset, :] = new_key.astype(k_ref.dtype)
-        v_ref[block, head, offset, :] = qkv_ref[b, head, key + 1, :]
+        cache_ref[*tile_and_row(cache_ref, row), :] = new_key.astype(cache_ref.dtype)
+        cache_ref[*tile_and_row(cache_ref, row + paging.values), :] = qkv_ref[b, head, key + 1, :]
 
 
 def _combine_kernel(part_ref, lse_ref, cut_ref, _, o_ref, *, programs: int, **sizes: int):
@@ -233,8 +234,8 @@ def _combine(part_ref, lse_ref, cut_ref, o_ref, head, cut, *, apart: int, batch:
 
 def paged_decode_attention(
     q: jax.Array,
-    k_cache: jax.Array,
-    v_cache: jax.Array,
+    kv_cache: jax.Array,
+    layer: jax.Array,
     block_tables: jax.Array,
     context_lens: jax.Array,
     *,
@@ -243,8 +244,8 @@ def paged_decode_attention(
     interpret: bool = False,
 ) -> jax.Array:
     """nanovllm_jax.kernels.paged_decode_attention as two kernels, and one that all layers share."""
-    args = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "tables": block_tables, "context_lens": context_lens}
-    return _decode(args, q.shape, scale=scale, tiles=tiles, interpret=interpret)["out"]
+    cached = kv_cache, layer, block_tables, context_lens
+    return _decode({"q": q}, *cached, q.shape, scale=scale, tiles=tiles, interpret=interpret)[0]
 
 
 def store_and_decode(
@@ -254,8 +255,8 @@ def store_and_decode(
     cos: jax.Array,
     sin: jax.Array,
     slot_mapping: jax.Array,
-    k_cache: jax.Array,
-    v_cache: jax.Array,
+    kv_cache: jax.Array,
+    layer: jax.Array,
     block_tables: jax.Array,
     context_lens: jax.Array,
     *,
@@ -263,44 +264,46 @@ def store_and_decode(
     eps: float,
     tiles: Tiles | None = None,
     interpret: bool = False,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array]:
     """nanovllm_jax.kernels.store_and_decode as paged_decode_attention's kernels, which take the tokens in too."""
     batch, kv_heads, parts, head_dim = qkv.shape
-    args = {"qkv": qkv, "q_gain": q_gain, "k_gain": k_gain, "cos": cos, "sin": sin, "slots": slot_mapping}
-    args |= {"k_cache": k_cache, "v_cache": v_cache, "tables": block_tables, "context_lens": context_lens}
-    shape = batch, kv_heads * (parts - 2), head_dim
-    results = _decode(args, shape, scale=scale, eps=eps, tiles=tiles, interpret=interpret)
-    return results["out"], results["k_cache"], results["v_cache"]
+    new = {"qkv": qkv, "q_gain": q_gain, "k_gain": k_gain, "cos": cos, "sin": sin, "slots": slot_mapping}
+    cached, shape = (kv_cache, layer, block_tables, context_lens), (batch, kv_heads * (parts - 2), head_dim)
+    return _decode(new, *cached, shape, scale=scale, eps=eps, tiles=tiles, interpret=interpret)
 
 
-def _decode(args: dict[str, jax.Array], shape: tuple[int, int, int], *, scale, eps=0.0, tiles, interpret):
-    """By name the output, of `shape` [B or more, N, H], and the caches that were written.
+def _decode(
+    new: dict[str, jax.Array], kv_cache, layer, tables, context_lens, shape, *, scale, eps=0.0, tiles, interpret
+) -> tuple[jax.Array, jax.Array]:
+    """The output, of `shape` [B or more, N, H], and the cache, which is written unless `new` is queries alone.
 
-    args: those of one of the two functions above, by the names that the kernel knows them by.
+    new: the arguments that the two functions above do not share, by the names that the kernel knows them by.
     """
-    k_cache, context_lens, (_, heads, head_dim) = args["k_cache"], args["context_lens"], shape
-    batch, kv_heads, dtype, fused = len(context_lens), k_cache.shape[1], k_cache.dtype, "qkv" in args
-    tiles = tiles or default_tiles(batch, kv_heads, head_dim, dtype)
-    group = heads // kv_heads
+    batch, dtype, (_, heads, head_dim), paging = len(context_lens), kv_cache.dtype, shape, Paging.of(kv_cache)
+    tiles = tiles or default_tiles(batch, paging.kv_heads, head_dim, dtype)
+    group, fused = heads // paging.kv_heads, "qkv" in new
     rows = max(16, pl.next_power_of_2(group + fused))
     together = rows // pl.next_power_of_2(group) if batch > 1 and tiles.extra > 1 else 1
-    sizes = {"block_size": k_cache.shape[2], "block_k": tiles.block_k, "extra": tiles.extra, "most": together}
-    (items, cut), num_parts = list_work(args["tables"], context_lens, **sizes, interpret=interpret)
+    sizes = {"block_size": paging.block_size, "block_k": tiles.block_k, "extra": tiles.extra, "most": together}
+    (items, cut), num_parts = list_work(tables, context_lens, **sizes, interpret=interpret)
+    cached = {"kv_cache": as_tiles(kv_cache, tiles.block_k), "layer": layer[None]}
+    batched = {"tables": tables, "context_lens": context_lens, "items": items}
     part = jax.ShapeDtypeStruct((num_parts, heads, head_dim), jnp.float32)
     outs = {"out": jax.ShapeDtypeStruct(shape, dtype), "part": part}
     outs |= {"lse": jax.ShapeDtypeStruct(part.shape[:-1], jnp.float32)}
     if fused:
-        outs |= dict.fromkeys(("k_cache", "v_cache"), jax.ShapeDtypeStruct(k_cache.shape, dtype))
+        outs["kv_cache"] = jax.ShapeDtypeStruct(cached["kv_cache"].shape, dtype)
     results = named_pallas_call(
         _decode_kernel,
-        args | {"items": items},
+        new | cached | batched,
         outs,
-        grid=(kv_heads, len(items)),  # programs start in this order, the first index fastest
+        grid=(paging.kv_heads, len(items)),  # programs start in this order, the first index fastest
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         interpret=interpret,
         rows=rows,
         most=together,
+        paging=paging,
         block_k=tiles.block_k,
         scale=scale,
         eps=eps,
@@ -321,4 +324,4 @@ def _decode(args: dict[str, jax.Array], shape: tuple[int, int, int], *, scale, e
         most=most,
         at_once=min(most, max(COMBINED, most // pl.next_power_of_2(batch))),  # a context's at a mean, or more
     )
-    return results | {"out": out}
+    return out, (cached | results)["kv_cache"].reshape(kv_cache.shape)

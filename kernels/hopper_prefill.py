@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .common import LOG2E, NEG_INF, SMS, prefill_tiles
+from .common import LOG2E, NEG_INF, SMS, Paging, as_rows, prefill_tiles
 from .hopper import COMPUTE, ROWS, SWIZZLED, hopper_call, in_roles, program, slot_of, warpgroup
 
 MANY = 1024  # query tokens: with fewer it is no faster, and lowering takes a program half a second longer
@@ -23,9 +23,9 @@ BLOCK_K = 128  # keys that are loaded at a time
 STAGES = 2  # and how many of these loads there is room for
 
 
-def fits(q: jax.Array, k_cache: jax.Array) -> bool:
+def fits(q: jax.Array, kv_cache: jax.Array) -> bool:
     """Whether the kernel is for q [T, N, H]: many tokens of 16 bits and 128 numbers, blocks of whole tiles."""
-    return q.shape[0] >= MANY and q.dtype.itemsize == 2 and q.shape[-1] == 128 and k_cache.shape[2] % BLOCK_K == 0
+    return q.shape[0] >= MANY and q.dtype.itemsize == 2 and q.shape[-1] == 128 and kv_cache.shape[4] % BLOCK_K == 0
 
 
 class Barriers(NamedTuple):
@@ -119,9 +119,11 @@ def for_each_item(tile_ref, used_ref, heads: int, take) -> jax.Array:
     return lax.fori_loop(0, turns, turn, (jnp.int32(0), look(jnp.int32(0))))[0]
 
 
-def load_items(q_ref, k_ref, v_ref, table_ref, for_each, memory: Memory, barriers: Barriers) -> None:
+def load_items(
+    q_ref, cache_ref, layer_ref, table_ref, for_each, memory: Memory, barriers: Barriers, paging: Paging
+) -> None:
     """The loading warpgroup: queries, keys and values into shared memory as soon as there is room."""
-    block_size, group = k_ref.shape[2], q_ref.shape[1] // k_ref.shape[1]
+    block_size, group, layer = paging.block_size, q_ref.shape[1] // paging.kv_heads, layer_ref[0]
 
     def take(n, item):
         for w in range(COMPUTE):
@@ -132,12 +134,13 @@ def load_items(q_ref, k_ref, v_ref, table_ref, for_each, memory: Memory, barrier
         def step(i, n):
             slot, start = slot_of(n, STAGES), i * BLOCK_K
             block = table_ref[item.sequence, lax.div(start, jnp.int32(block_size))]
-            offset = pl.multiple_of(lax.rem(start, jnp.int32(block_size)), BLOCK_K)
-            at = block, lax.div(item.head, jnp.int32(group)), pl.ds(offset, BLOCK_K)
+            head, offset = lax.div(item.head, jnp.int32(group)), lax.rem(start, jnp.int32(block_size))
+            row = paging.row(layer, block, head, offset)
+            keys, values = (pl.ds(pl.multiple_of(at, BLOCK_K), BLOCK_K) for at in (row, row + paging.values))
             plgpu.barrier_wait(barriers.k_free.at[slot])
-            plgpu.copy_gmem_to_smem(k_ref.at[at], memory.k.at[slot], barriers.k_full.at[slot])
+            plgpu.copy_gmem_to_smem(cache_ref.at[keys], memory.k.at[slot], barriers.k_full.at[slot])
             plgpu.barrier_wait(barriers.v_free.at[slot])
-            plgpu.copy_gmem_to_smem(v_ref.at[at], memory.v.at[slot], barriers.v_full.at[slot])
+            plgpu.copy_gmem_to_smem(cache_ref.at[values], memory.v.at[slot], barriers.v_full.at[slot])
             return n + 1
 
         return lax.fori_loop(0, item.steps, step, n)
@@ -350,8 +353,8 @@ def _sorted_tiles(query_starts: jax.Array, context_lens: jax.Array, tokens: int)
 
 def paged_prefill_attention(
     q: jax.Array,
-    k_cache: jax.Array,
-    v_cache: jax.Array,
+    kv_cache: jax.Array,
+    layer: jax.Array,
     block_tables: jax.Array,
     query_starts: jax.Array,
     context_lens: jax.Array,
@@ -361,12 +364,14 @@ def paged_prefill_attention(
     interpret: object = None,
 ) -> jax.Array:
     """nanovllm_jax.kernels.paged_prefill_attention for what `fits`, and jnp operations that every layer shares."""
-    tokens, heads, head_dim = q.shape
+    (tokens, heads, head_dim), paging = q.shape, Paging.of(kv_cache)
     # A slice of the batch's numbers would come where it lies, and these kernels want arrays that begin at 256 bytes.
     block_tables = jnp.maximum(block_tables, 0)
-    args = q, k_cache, v_cache, block_tables, *_sorted_tiles(query_starts, context_lens, tokens)
+    tiles = _sorted_tiles(query_starts, context_lens, tokens)
+    args = q, as_rows(kv_cache), layer[None], block_tables, *tiles
 
-    def hopper_prefill(q_ref, k_ref, v_ref, table_ref, tile_ref, used_ref, o_ref):
+    def hopper_prefill(*refs):
+        *load_refs, tile_ref, used_ref, o_ref = refs
         for_each = functools.partial(for_each_item, tile_ref, used_ref, heads)
 
         def run(memory, barriers):
@@ -374,7 +379,7 @@ def paged_prefill_attention(
                 options = dict(scale=scale, dtype=q.dtype, interpret=interpret is not None)
                 Attention(memory, barriers, **options).run(for_each, o_ref)
 
-            in_roles(lambda: load_items(q_ref, k_ref, v_ref, table_ref, for_each, memory, barriers), attend)
+            in_roles(lambda: load_items(*load_refs, for_each, memory, barriers, paging), attend)
 
         pl.run_scoped(run, Memory.types(head_dim, q.dtype), Barriers.types(), collective_axes="wg")
 

@@ -17,7 +17,8 @@ from jax.experimental.pallas import triton as plgpu
 from .common import (
     NEG_INF,
     SMS,
-    cache_tile,
+    Paging,
+    as_tiles,
     dot,
     load_tile,
     pallas_call,
@@ -48,10 +49,10 @@ def default_tiles(tokens: int, heads: int, group: int, head_dim: int, dtype: jnp
     return Tiles(rows=max(128, at_least), block_k=128 if head_dim <= 128 else 32, num_warps=8, num_stages=3)
 
 
-def _prefill_kernel(*refs, block_size: int, block_k: int, rows: int, scale: float, fused_exp2: bool, mask_all: bool):
-    q_ref, k_ref, v_ref, table_ref, tile_ref, *_, o_ref = refs
+def _prefill_kernel(*refs, paging: Paging, block_k: int, rows: int, scale: float, fused_exp2: bool, mask_all: bool):
+    q_ref, cache_ref, layer_ref, table_ref, tile_ref, *_, o_ref = refs
     tiles, heads, head_dim = tile_ref.shape[0], q_ref.shape[1], q_ref.shape[2]
-    group = heads // k_ref.shape[1]
+    group = heads // paging.kv_heads
     tile = tiles - 1 - pl.program_id(0)  # a sequence's last tiles see most keys: they start first
     head = pl.program_id(1)
     sequence, row0, count, position = (tile_ref[tile, i] for i in range(4))
@@ -67,17 +68,18 @@ def _prefill_kernel(*refs, block_size: int, block_k: int, rows: int, scale: floa
         q = plgpu.load(q_ref.at[at], mask=live[:, None], other=0)
         end = jnp.maximum(position + count, 0)  # keys from here on are beyond every query of the tile
 
+        layer, load = layer_ref[0], functools.partial(load_tile, cache_ref)
         take_in = functools.partial(softmax_step, scale=scale, fused_exp2=fused_exp2)
 
         def step(i, state, diagonal):
             start = i * block_k
-            blocks, offsets = cache_tile(table_ref, sequence, start, end, block_size=block_size, block_k=block_k)
-            scores = dot(q, load_tile(k_ref, blocks, head, offsets), trans_b=True)
+            keys = paging.tile(layer, table_ref, sequence, head, start, end, block_k=block_k)
+            scores = dot(q, load(keys, block_k), trans_b=True)
             key = start + jnp.arange(block_k, dtype=jnp.int32)
             if not diagonal:
-                return take_in(state, scores, load_tile(v_ref, blocks, head, offsets))
+                return take_in(state, scores, load(keys + paging.values, block_k))
             scores = jnp.where(key[None, :] <= (position + token)[:, None], scores, NEG_INF)
-            return take_in(state, scores, load_tile(v_ref, blocks, head, offsets, key < end))
+            return take_in(state, scores, load(keys + paging.values, block_k, key < end))
 
         # Tiles of keys that the first query sees whole need no mask.
         whole = jnp.int32(0) if mask_all else lax.div(jnp.maximum(position + 1, 0), jnp.int32(block_k))
@@ -89,8 +91,8 @@ def _prefill_kernel(*refs, block_size: int, block_k: int, rows: int, scale: floa
 
 def paged_prefill_attention(
     q: jax.Array,
-    k_cache: jax.Array,
-    v_cache: jax.Array,
+    kv_cache: jax.Array,
+    layer: jax.Array,
     block_tables: jax.Array,
     query_starts: jax.Array,
     context_lens: jax.Array,
@@ -103,21 +105,21 @@ def paged_prefill_attention(
 ) -> jax.Array:
     """nanovllm_jax.kernels.paged_prefill_attention as one kernel, and jnp operations that every layer shares."""
     tokens, heads, head_dim = q.shape
-    kv_heads, block_size = k_cache.shape[1:3]
-    group = heads // kv_heads
+    paging = Paging.of(kv_cache)
+    group = heads // paging.kv_heads
     tiles = tiles or default_tiles(1 if fixed else tokens, heads, group, head_dim, q.dtype)
     tile_table = jnp.stack(prefill_tiles(query_starts, context_lens, tokens, tiles.rows // group), axis=1)
-    args = q, k_cache, v_cache, block_tables, tile_table
+    args = q, as_tiles(kv_cache, tiles.block_k), layer[None], block_tables, tile_table
     [out] = pallas_call(
         _prefill_kernel,
         *(args if out is None else (*args, out)),
-        grid=(tile_table.shape[0], kv_heads),
+        grid=(tile_table.shape[0], paging.kv_heads),
         out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype)],
         aliases={} if out is None else {len(args): 0},
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         interpret=interpret,
-        block_size=block_size,
+        paging=paging,
         block_k=tiles.block_k,
         rows=tiles.rows,
         scale=scale,

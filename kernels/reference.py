@@ -17,7 +17,7 @@ KEYS_PER_TILE = 32  # attention goes through its keys in tiles of so many, and t
 QUERIES_PER_TILE = 64  # prefill goes through its tokens in tiles, so that its memory stays small
 
 
-def norm_rope_store(qkv, q_gain, k_gain, cos, sin, slot_mapping, k_cache, v_cache, *, eps, fixed=False):
+def norm_rope_store(qkv, q_gain, k_gain, cos, sin, slot_mapping, kv_cache, layer, *, eps, fixed=False):
     """See nanovllm_jax.kernels.norm_rope_store."""
 
     def norm_rope(qkv, cos, sin):
@@ -28,8 +28,11 @@ def norm_rope_store(qkv, q_gain, k_gain, cos, sin, slot_mapping, k_cache, v_cach
         return heads[:, :, :-1].reshape(len(qkv), -1, qkv.shape[-1]), heads[:, :, -1]
 
     q, k = _in_tiles(norm_rope, qkv, cos, sin) if fixed else norm_rope(qkv, cos, sin)
-    v = qkv[:, :, -1]
-    return q, *(_store(*pair, slot_mapping) for pair in ((k, k_cache), (v, v_cache)))
+    _, _, num_blocks, _, block_size, _ = kv_cache.shape
+    block = jnp.where(slot_mapping < 0, num_blocks, slot_mapping // block_size)  # past the end: the write is dropped
+    for part, new in enumerate((k, qkv[:, :, -1])):
+        kv_cache = kv_cache.at[part, layer, block, :, slot_mapping % block_size].set(new, mode="drop")
+    return q, kv_cache
 
 
 def add_norm(x, delta, gain, *, eps, fixed=False):
@@ -131,28 +134,22 @@ def rope(x, cos, sin):
     return _rounded(rotated, x.dtype).astype(x.dtype)
 
 
-def _store(new, cache, slot_mapping):
-    num_blocks, _, block_size, _ = cache.shape
-    block = jnp.where(slot_mapping < 0, num_blocks, slot_mapping // block_size)  # past the end: the write is dropped
-    return cache.at[block, :, slot_mapping % block_size].set(new, mode="drop")
-
-
-def paged_decode_attention(q, k_cache, v_cache, block_tables, context_lens, *, scale):
+def paged_decode_attention(q, kv_cache, layer, block_tables, context_lens, *, scale):
     """See nanovllm_jax.kernels.paged_decode_attention."""
     batch, positions = len(context_lens), context_lens[:, None] - 1  # -1 for a padded row, which then sees no key
-    out = _attend(q[:batch, None], k_cache, v_cache, block_tables, positions, scale)[:, 0]
+    out = _attend(q[:batch, None], kv_cache, layer, block_tables, positions, scale)[:, 0]
     return out if len(q) == batch else jnp.zeros_like(q).at[:batch].set(out)
 
 
 def store_and_decode(
-    qkv, q_gain, k_gain, cos, sin, slot_mapping, k_cache, v_cache, block_tables, context_lens, *, scale, eps
+    qkv, q_gain, k_gain, cos, sin, slot_mapping, kv_cache, layer, block_tables, context_lens, *, scale, eps
 ):
     """See nanovllm_jax.kernels.store_and_decode."""
-    q, *caches = norm_rope_store(qkv, q_gain, k_gain, cos, sin, slot_mapping, k_cache, v_cache, eps=eps)
-    return paged_decode_attention(q, *caches, block_tables, context_lens, scale=scale), *caches
+    q, kv_cache = norm_rope_store(qkv, q_gain, k_gain, cos, sin, slot_mapping, kv_cache, layer, eps=eps)
+    return paged_decode_attention(q, kv_cache, layer, block_tables, context_lens, scale=scale), kv_cache
 
 
-def paged_prefill_attention(q, k_cache, v_cache, block_tables, query_starts, context_lens, out=None, *, scale):
+def paged_prefill_attention(q, kv_cache, layer, block_tables, query_starts, context_lens, out=None, *, scale):
     """See nanovllm_jax.kernels.paged_prefill_attention."""
     tiles = prefill_tiles(query_starts, context_lens, len(q), QUERIES_PER_TILE)
     in_tile = jnp.arange(QUERIES_PER_TILE)
@@ -163,18 +160,18 @@ def paged_prefill_attention(q, k_cache, v_cache, block_tables, query_starts, con
         positions = jnp.where(in_tile < count, position + in_tile, -1)
         table = block_tables.at[sequence].get(mode="clip")
         tile_q = q.at[rows].get(mode="fill", fill_value=0)
-        tile_out = _attend(tile_q[None], k_cache, v_cache, table[None], positions[None], scale)[0]
+        tile_out = _attend(tile_q[None], kv_cache, layer, table[None], positions[None], scale)[0]
         return out.at[rows].set(tile_out, mode="drop"), None
 
     return lax.scan(attend_tile, jnp.zeros_like(q) if out is None else out, tiles)[0]
 
 
-def _attend(q, k_cache, v_cache, block_tables, positions, scale):
+def _attend(q, kv_cache, layer, block_tables, positions, scale):
     """Attention of query [b, t] (q [B, T, N, H]) over keys 0 to positions[b, t] of sequence b, tile after tile of them.
 
     Time goes with the longest context in the call, not with the table's width or the pool. Returns [B, T, N, H].
     """
-    num_blocks, kv_heads, block_size, head_dim = k_cache.shape
+    _, _, num_blocks, kv_heads, block_size, head_dim = kv_cache.shape
     rows, queries, heads, _ = q.shape
     group = heads // kv_heads
     by_head = q.astype(jnp.float32).reshape(rows, queries, kv_heads, group, head_dim).swapaxes(1, 2)
@@ -185,16 +182,17 @@ def _attend(q, k_cache, v_cache, block_tables, positions, scale):
     def take_in_tile(i, state):
         acc, m, l = state
         w, offset = i * keys // block_size, i * keys % block_size
-        block = jnp.clip(lax.dynamic_index_in_dim(block_tables, w, axis=1, keepdims=False), 0, num_blocks - 1)
+        entry = lax.dynamic_index_in_dim(block_tables, w, axis=1, keepdims=False)
+        block = jnp.clip(entry, 0, num_blocks - 1)
 
-        def tile_of(cache):
-            part = partial(lax.dynamic_slice, cache, slice_sizes=(1, kv_heads, keys, head_dim))
-            return jax.vmap(lambda b: part((b, 0, offset, 0))[0].astype(jnp.float32))(block)  # [B, K, S, H]
+        def tile_of(part):
+            cut = partial(lax.dynamic_slice, kv_cache, slice_sizes=(1, 1, 1, kv_heads, keys, head_dim))
+            return jax.vmap(lambda b: cut((part, layer, b, 0, offset, 0))[0, 0, 0].astype(jnp.float32))(block)
 
         key_position = i * keys + jnp.arange(keys)
         seen = key_position[None, None, None] <= last  # [B, 1, T * G, S]
         used = seen.any(axis=2)[..., None]  # [B, 1, S, 1]
-        k, v = tile_of(k_cache), jnp.where(used, tile_of(v_cache), 0)  # 0 * NaN of an unused slot would be NaN
+        k, v = tile_of(0), jnp.where(used, tile_of(1), 0)  # [B, K, S, H]; 0 * NaN of an unused slot would be NaN
         scores = jnp.where(seen, jnp.einsum("bkqh,bksh->bkqs", q32, k, precision="highest"), NEG_INF)
         m_new = jnp.maximum(m, scores.max(axis=-1))
         p = jnp.where(seen, jnp.exp(scores - m_new[..., None]), 0)

@@ -12,7 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from .common import log2, norm_rope, pallas_call
+from .common import Paging, as_rows, norm_rope, pallas_call
 
 
 class Tiles(NamedTuple):
@@ -29,8 +29,8 @@ def default_tiles(tokens: int) -> Tiles:
     return Tiles(tokens=4 if tokens <= 1024 else 8, num_warps=4)
 
 
-def _norm_rope_store_kernel(*refs, tile: int, rows: int, eps: float, block_size: int):
-    qkv_ref, q_gain_ref, k_gain_ref, cos_ref, sin_ref, slot_ref, _, _, q_ref, k_cache_ref, v_cache_ref = refs
+def _norm_rope_store_kernel(*refs, tile: int, rows: int, eps: float, paging: Paging):
+    qkv_ref, q_gain_ref, k_gain_ref, cos_ref, sin_ref, slot_ref, _, layer_ref, q_ref, cache_ref = refs
     tokens, _, parts, head_dim = qkv_ref.shape
     group, dtype, half = parts - 2, q_ref.dtype, head_dim // 2
     head = pl.program_id(1)
@@ -52,11 +52,10 @@ def _norm_rope_store_kernel(*refs, tile: int, rows: int, eps: float, block_size:
     v = [qkv_ref[own, head, group + 1, at] for at in halves]
     shape = (tile, half)
     slot, column = jnp.broadcast_to(slot_ref[own][:, None], shape), lax.broadcasted_iota(jnp.int32, shape, 1)
-    block, offset = slot >> log2(block_size), slot & (block_size - 1)
-    for cache_ref, new in ((k_cache_ref, k), (v_cache_ref, v)):
+    key = paging.row_of_slot(layer_ref[0], slot, head)
+    for row, new in ((key, k), (key + paging.values, v)):
         for part, start in zip(new, (0, half)):
-            target = cache_ref.at[block, jnp.full_like(block, head), offset, column + start]
-            plgpu.store(target, part.astype(dtype), mask=slot >= 0)
+            plgpu.store(cache_ref.at[row, column + start], part.astype(dtype), mask=slot >= 0)
 
 
 def norm_rope_store(
@@ -66,30 +65,31 @@ def norm_rope_store(
     cos: jax.Array,
     sin: jax.Array,
     slot_mapping: jax.Array,
-    k_cache: jax.Array,
-    v_cache: jax.Array,
+    kv_cache: jax.Array,
+    layer: jax.Array,
     *,
     eps: float,
     fixed: bool = False,
     tiles: Tiles | None = None,
     interpret: bool = False,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """nanovllm_jax.kernels.norm_rope_store as one kernel, with the caches aliased to its results."""
+) -> tuple[jax.Array, jax.Array]:
+    """nanovllm_jax.kernels.norm_rope_store as one kernel, with the cache aliased to its result."""
     tokens, kv_heads, parts, head_dim = qkv.shape
     group = parts - 2
     tiles = tiles or default_tiles(1 if fixed else tokens)
     q = jax.ShapeDtypeStruct((tokens, kv_heads * group, head_dim), qkv.dtype)
-    q, k_cache, v_cache = pallas_call(
+    rows = as_rows(kv_cache)
+    q, written = pallas_call(
         _norm_rope_store_kernel,
-        *(qkv, q_gain, k_gain, cos, sin, slot_mapping, k_cache, v_cache),
+        *(qkv, q_gain, k_gain, cos, sin, slot_mapping, rows, layer[None]),
         grid=(pl.cdiv(tokens, tiles.tokens), kv_heads),
-        out_shape=[q, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k_cache, v_cache))],
-        aliases={6: 1, 7: 2},
+        out_shape=[q, jax.ShapeDtypeStruct(rows.shape, rows.dtype)],
+        aliases={6: 1},
         num_warps=tiles.num_warps,
         interpret=interpret,
         tile=tiles.tokens,
         rows=pl.next_power_of_2(group),
         eps=eps,
-        block_size=k_cache.shape[2],
+        paging=Paging.of(kv_cache),
     )
-    return q, k_cache, v_cache
+    return q, written.reshape(kv_cache.shape)

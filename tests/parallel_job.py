@@ -72,7 +72,7 @@ def run(directory, cache, data, model):
         report["updated"] = tokens_of_other_weights(llm, Path(directory))
     report["hits"] = llm.scheduler.num_prefix_hit_tokens
     report["preemptions"] = llm.scheduler.num_preemptions
-    report["shares"] = {"matrices": set(), "norms": set(), "cache": {share_of(llm.runner.caches[0].k)}}
+    report["shares"] = {"matrices": set(), "norms": set(), "cache": {share_of(llm.runner.cache)}}
     for leaf in llm.runner.weights.leaves:
         report["shares"]["matrices" if leaf.ndim > 1 else "norms"].add(share_of(leaf))
     report["shares"] = {kind: list(shares) for kind, shares in report["shares"].items()}

@@ -180,9 +180,9 @@ def test_a_kernel_that_raises(llm, expected):
         raise ArithmeticError("a kernel went wrong")
 
     def broken(*args):
-        output, caches, state = kept[shape_of[id(broken)]](*args)
+        output, cache, state = kept[shape_of[id(broken)]](*args)
         tokens = jax.jit(lambda x: jax.pure_callback(kernel, jax.ShapeDtypeStruct(x.shape, x.dtype), x))(output.tokens)
-        return output._replace(tokens=tokens), caches, state
+        return output._replace(tokens=tokens), cache, state
 
     shape_of = {id(broken): max(kept, key=lambda s: s.prefill_tokens)}
     assert shape in kept
@@ -420,7 +420,7 @@ def test_a_second_ctrl_c_anywhere(llm, expected, monkeypatch, name):
             update = second
 
         with monkeypatch.context() as patch:
-            if name == "dispatch":  # the program has run, and its caches were donated to it
+            if name == "dispatch":  # the program has run, and its cache was donated to it
                 programs = {shape: of_two(program, second) for shape, program in llm.runner.programs.items()}
                 patch.setattr(llm.runner, "programs", programs)
             try:

@@ -32,7 +32,7 @@ def directory(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def llm(directory):
-    """Whose caches, and rows, have other sizes than weights."""
+    """Whose cache, and rows, have other sizes than weights."""
     return small_llm(directory, num_kvcache_blocks=13)
 
 
@@ -92,15 +92,15 @@ def test_compiles_are_seen():
 def test_the_cache_is_updated_in_place(directory):
     """Donated: every byte of the cache that goes in comes out at the same place, and no step has room for a copy."""
     llm = small_llm(directory, num_kvcache_blocks=4000)
-    cache = sum(pages.nbytes for pages in jax.tree.leaves(llm.runner.caches))
+    cache = sum(pages.nbytes for pages in jax.tree.leaves(llm.runner.cache))
     assert cache == 4000 * 16 * SMALL.kv_bytes_per_token(4) > 30e6
     for shape, program in llm.runner.programs.items():
         memory = program.memory_analysis()
         assert memory.alias_size_in_bytes >= cache, shape
         assert memory.temp_size_in_bytes < cache / 10, shape
-    before = [pages.unsafe_buffer_pointer() for pages in jax.tree.leaves(llm.runner.caches)]
+    before = [pages.unsafe_buffer_pointer() for pages in jax.tree.leaves(llm.runner.cache)]
     llm.generate([[1] * 100, [2]], GREEDY, use_tqdm=False)
-    assert [pages.unsafe_buffer_pointer() for pages in jax.tree.leaves(llm.runner.caches)] == before
+    assert [pages.unsafe_buffer_pointer() for pages in jax.tree.leaves(llm.runner.cache)] == before
 
 
 def test_weights_are_read_where_they_are(llm):
@@ -152,7 +152,7 @@ def test_what_nobody_will_read_of_a_step_is_given_up(llm, monkeypatch, logprobs)
 
     def noting(shape, buffer):
         arrays = {array.shape for array in jax.live_arrays() if not any(array is other for other in others)}
-        steps.append((shape, {size for size in arrays if size[:1] == (1,)}))  # of one step; caches and state have more
+        steps.append((shape, {size for size in arrays if size[:1] == (1,)}))  # of one step; cache and state have more
         return dispatch(shape, buffer)
 
     monkeypatch.setattr(llm.runner, "dispatch", noting)
@@ -212,7 +212,7 @@ def test_dtype_option(one_layer, dtype):
     llm = small_llm(one_layer, dtype=dtype, max_num_seqs=1)
     wanted = jnp.dtype({"half": "float16"}.get(dtype, dtype))
     assert {leaf.dtype for leaf in llm.runner.weights.leaves} == {wanted}
-    assert {pages.dtype for pages in jax.tree.leaves(llm.runner.caches)} == {wanted}
+    assert {pages.dtype for pages in jax.tree.leaves(llm.runner.cache)} == {wanted}
     (output,) = llm.generate([1, 2, 3], GREEDY, use_tqdm=False)
     assert len(output["token_ids"]) == 2
 
@@ -241,8 +241,8 @@ def test_dummy_weights_need_only_a_config(tmp_path):
 # --- how large the pool is ---
 
 
-def plan(budget, weights=1.0, workspace=0.5, block=1e-3):
-    return MemoryPlan(int(budget * GIB), int(weights * GIB), int(workspace * GIB), int(block * GIB))
+def plan(budget, weights=1.0, workspace=0.5, block=1e-3, rows=1024):
+    return MemoryPlan(int(budget * GIB), int(weights * GIB), int(workspace * GIB), int(block * GIB), rows)
 
 
 def test_blocks_fill_what_is_left_of_the_budget():
@@ -252,6 +252,12 @@ def test_blocks_fill_what_is_left_of_the_budget():
     assert 1.5 * GIB + blocks * plan(80.0).block <= 80 * GIB
     assert decide_num_blocks(plan(80.0001), EngineConfig(), wanted=1) == blocks
     assert decide_num_blocks(plan(2.0), EngineConfig(), wanted=1) == 500
+
+
+def test_keys_that_kernels_can_number():
+    """Heads of few numbers in much memory: rows of the whole cache are counted in 32 bits."""
+    few = plan(200.0, rows=2**15)
+    assert decide_num_blocks(few, EngineConfig(), wanted=1) == 65_500 < 2**16 < (200 - 1.5) * GIB // few.block
 
 
 def test_the_pool_by_hand():

@@ -10,7 +10,7 @@ from nanovllm_jax import LLM, SamplingParams
 from nanovllm_jax.checkpoints.load import load_model
 from nanovllm_jax.config import ModelConfig
 from nanovllm_jax.engine.scheduler import Scheduler
-from nanovllm_jax.layers.attention import KVCache, PagedAttention, causal_attention
+from nanovllm_jax.layers.attention import PagedAttention, causal_attention
 from nanovllm_jax.models import qwen3
 from nanovllm_jax.parallel.sharding import make_mesh
 
@@ -66,13 +66,14 @@ def test_logits_of_the_paged_forward(case, model, chunk, added_rows, monkeypatch
     tokens = random_prompts(7, seed=1)[-1]
     tokens = tokens[: len(tokens) // chunk * chunk or None]  # whole chunks: another length is another program
     c = model.config
-    pages = jnp.full((12, c.num_key_value_heads, BLOCK, c.head_dim), jnp.nan)  # unwritten slots must never show
-    caches, table, logits = [KVCache(pages, pages)] * c.num_hidden_layers, np.array([[7, 2, 9, 4, 11, 0]]), []
+    shape = 2, c.num_hidden_layers, 12, c.num_key_value_heads, BLOCK, c.head_dim
+    cache = jnp.full(shape, jnp.nan)  # unwritten slots must never show
+    table, logits = np.array([[7, 2, 9, 4, 11, 0]]), []
 
-    @jax.jit  # the weights in it: as arguments, on a mesh, they would have the caches that come out compile it again
+    @jax.jit  # the weights in it: as arguments, on a mesh, they would have the cache that comes out compile it again
     def forward(*args):
-        hidden, caches = model(*args)
-        return model.logits(hidden), caches
+        hidden, cache = model(*args)
+        return model.logits(hidden), cache
 
     for start in range(0, len(tokens), chunk):
         part = np.array(tokens[start : start + chunk])
@@ -85,7 +86,7 @@ def test_logits_of_the_paged_forward(case, model, chunk, added_rows, monkeypatch
             prefill_context_lens=np.array([start + len(part)]),
             query_starts=np.array([0, len(part)]),
         )
-        of_part, caches = forward(part, positions, caches, attend)
+        of_part, cache = forward(part, positions, cache, attend)
         logits.append(of_part)
     np.testing.assert_allclose(np.concatenate(logits), reference_logits(reference, tokens), atol=1e-4, rtol=1e-4)
 

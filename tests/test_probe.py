@@ -251,25 +251,26 @@ def test_programs_with_a_probe_are_not_kept_on_disk(llm, monkeypatch):
     assert llm.runner._program_store().directory is not None
 
 
-def plain_model(model, tokens, positions, caches, attend, run_layer, peers):
-    residual, delta, _, _, new_caches = plain_layers(model, model.layers, tokens, positions, caches, attend)
-    return model.norm.add(residual, delta)[1], new_caches
+def plain_model(model, tokens, positions, cache, attend, run_layer, peers):
+    residual, delta, _, _, cache = plain_layers(model, model.layers, tokens, positions, cache, attend)
+    return model.norm.add(residual, delta)[1], cache
 
 
-def plain_of_rows(model, rows, tokens, positions, caches, attend, attend_of_rows, peers):
-    *stream, new_caches = plain_layers(model, model.layers[:-1], tokens, positions, caches[:-1], attend)
-    before, residual, delta, cache = qwen3._run_rows(model.layers[-1], rows, *stream, caches[-1], attend_of_rows)
-    return model.norm.add(residual, delta)[1], before, [*new_caches, cache]
+def plain_of_rows(model, rows, tokens, positions, cache, attend, attend_of_rows, peers):
+    *others, last = model.layers
+    *stream, cache = plain_layers(model, others, tokens, positions, cache, attend)
+    attend_of_last = attend_of_rows.of_layer(len(others))
+    before, residual, delta, cache = qwen3._run_rows(last, rows, *stream, cache, attend_of_last)
+    return model.norm.add(residual, delta)[1], before, cache
 
 
-def plain_layers(model, layers, tokens, positions, caches, attend):
+def plain_layers(model, layers, tokens, positions, cache, attend):
     residual, delta = model.embed_tokens(tokens), Parts(model.layers[0].mlp.down_proj.no_parts(tokens.shape))
     cos, sin = rope_angles(positions, model.config.rope, model.config.head_dim)
-    new_caches = []
-    for layer, cache in zip(layers, caches):
-        residual, delta, cache = qwen3._run_layer(layer, residual, delta, cos, sin, cache, attend)
-        new_caches.append(cache)
-    return residual, delta, cos, sin, new_caches
+    for number, layer in enumerate(layers):
+        own = attend.of_layer(number)
+        residual, delta, cache = qwen3._run_layer(layer, residual, delta, cos, sin, cache, own)
+    return residual, delta, cos, sin, cache
 
 
 def plain_layer(layer, residual, delta, cos, sin, cache, attend):

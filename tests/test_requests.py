@@ -51,7 +51,7 @@ def test_an_engine_that_is_dropped_is_gone(directory, options):
         outputs = llm.generate([PROMPT, PROMPT], replace(GREEDY, max_tokens=3, logprobs=1), use_tqdm=False)
         llm.score([PROMPT], [outputs[0]["token_ids"]], use_tqdm=False)
         llm.update_weights(llm.model)
-        parts = [weakref.ref(part) for part in (llm, llm.runner, llm.runner.caches[0].k, llm.scheduler)]
+        parts = [weakref.ref(part) for part in (llm, llm.runner, llm.runner.cache, llm.scheduler)]
         del llm
         assert [part() for part in parts] == [None] * 4
     finally:

@@ -13,7 +13,7 @@ RESERVE = GIB // 2  # cuBLAS workspaces, the arrays of a step in flight, what de
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What the memory given to the engine is used for, on one device."""
+    """What the memory given to the engine is used for, on one device, in bytes."""
 
     budget: int | None
     """What weights, workspace and cache may take together; None on a CPU, where nothing is counted."""
@@ -22,13 +22,15 @@ class MemoryPlan:
     workspace: int
     """The largest temporary memory of a program, and the reserve."""
     block: int
-    """One block of the cache."""
+    """One block of the cache, of all layers."""
+    rows: int
+    """And how many keys and values of a head it holds: kernels number them by 31 bits."""
 
     @property
     def blocks(self) -> int:
         """Blocks that fit, rounded down to 3 digits so that the compiled programs stay the same from run to run."""
         free = self.budget - self.weights - self.workspace
-        blocks = max(0, free // self.block)
+        blocks = max(0, min(free // self.block, 2**31 // self.rows))
         step = 10 ** max(0, len(str(blocks)) - 3)
         return blocks // step * step
 

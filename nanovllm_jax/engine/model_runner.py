@@ -49,12 +49,13 @@ from nanovllm_jax.parallel.sizes import split_config
 
 logger = logging.getLogger(__name__)
 
-# The host takes about 1.5 ms to dispatch a step, in which a GPU reads so many bytes. One that reads less (of weights,
-# keys and values) would make it wait: so several steps go in one program.
+# The host takes up to 1.5 ms for a step, in which a GPU reads so many bytes. One that reads less (of weights, keys and
+# values) would make it wait: so several steps go in one program.
 DISPATCH_BYTES = 6 * GIB
 GPU_STEPS = 2  # more make what streams come in larger pieces,
 GPU_STEPS_ALONE = 3  # and fewer leave a single row, whose steps are the shortest, waiting for the host
-RUN_AHEAD_ROWS = 128
+GPU_ROWS = 16  # steps of more take the GPU as long as the host, and whoever arrives waits for a program's end
+ASKED_ROWS = 128  # where the user says how many steps
 SPARED_FROM = 1024  # prefill tokens: with fewer, sparing their last layer gains less than compiling that layer twice
 PROMPT_CHUNK = 256  # positions whose logits are made at a time where a prompt's log probabilities are asked for
 
@@ -85,16 +86,19 @@ class ModelRunner:
             self.check_agreement([_shared(config), model_config, loader.sample()])
         self.weights = ServedWeights(loader)
         self.bytes_in_use = self._bytes_in_use()
-        workspace = estimate_workspace(*self._largest_step())
+        # In what is left XLA tries matmuls out while it compiles.
+        workspace = max(estimate(*self._largest_step()) for estimate in (estimate_workspace, largest_matmul))
         self._size_cache(workspace)
+        self._allocate_first()
         with ThreadPoolExecutor(1) as thread:  # while programs compile
             loading = thread.submit(self.weights.load, directory, loader)
             compiled_workspace = largest(self._compile())
             if self.on_gpu and compiled_workspace > workspace:
+                self.reset()
                 self._size_cache(compiled_workspace)
+                self._allocate_first()
                 self._compile()
             loading.result()
-        self._allocate()
 
     def _resolve_dtype(self) -> np.dtype:
         if self.config.dtype != "auto":
@@ -107,8 +111,8 @@ class ModelRunner:
     def dispatch(self, shape: BatchShape, buffer: np.ndarray) -> StepOutput:
         """Start one step; returns its output without waiting for the device."""
         buffer = self._on_devices(buffer)
-        arguments = self.weights.leaves, self.caches, self.state, buffer, self.peers
-        output, self.caches, self.state = self.programs[shape](*arguments)
+        arguments = self.weights.leaves, self.cache, self.state, buffer, self.peers
+        output, self.cache, self.state = self.programs[shape](*arguments)
         if output.tokens.sharding.memory_kind != HOST:
             output.tokens.copy_to_host_async()
         return output
@@ -137,8 +141,8 @@ class ModelRunner:
         """
         parts, hidden, size = [], output.hidden, min(PROMPT_CHUNK, output.hidden.shape[1])
         if shape.spared:
-            arguments = self.weights.leaves, self.caches[-1], hidden, self._on_devices(buffer)
-            hidden, self.caches[-1] = self.scores.hidden(shape)(*arguments)
+            arguments = self.weights.leaves, self.cache, hidden, self._on_devices(buffer)
+            hidden, self.cache = self.scores.hidden(shape)(*arguments)
         for start in range(0, len(wanted), size):
             part = np.array(wanted[start : start + size], np.int32)
             columns = np.full((3, size), [[0], [0], [-1]], np.int32)
@@ -173,12 +177,12 @@ class ModelRunner:
 
     def reset(self) -> None:
         """Drop the device's state, until `restore`: a step that failed, or was interrupted, may have taken it along."""
-        self.caches = self.state = self.peers = None
+        self.cache = self.state = self.peers = None
 
     @own_settings()
     def restore(self) -> None:
         """Make the device's state anew after `reset`. Raises RuntimeError while the device has no memory for it."""
-        if self.caches is None or self.state is None:
+        if self.cache is None or self.state is None:
             try:
                 self._allocate()
             except Exception as error:
@@ -198,16 +202,15 @@ class ModelRunner:
         return self.model_config, self.dtype.itemsize, tokens, rows, self.num_shards
 
     def _size_cache(self, workspace: int) -> None:
-        """Decide the pool's size and, with it, max_model_len."""
+        """Decide the pool's size and, with it, max_model_len and the programs."""
         config, model = self.config, self.model_config
         block = model.kv_bytes_per_token(self.dtype.itemsize) * config.block_size // self.num_shards
-        # Un-jitted steps copy a layer's cache when they store, for nothing is donated.
-        copies = 1 + 4 / model.num_hidden_layers if config.enforce_eager else 1
         plan = MemoryPlan(
             budget=-largest(-memory_stats(self.device)["bytes_limit"]) if self.on_gpu else None,
             weights=largest(self.bytes_in_use) + self.weights.device_bytes,
             workspace=workspace + self._state_bytes() + RESERVE,
-            block=int(block * copies),
+            block=block,
+            rows=2 * model.num_hidden_layers * model.kv_heads // self.num_shards * config.block_size,
         )
         blocks_each = -(-(config.max_model_len or model.max_context) // config.block_size)
         self.num_blocks = decide_num_blocks(plan, config, wanted=self.max_num_seqs * blocks_each)
@@ -223,6 +226,7 @@ class ModelRunner:
             self.num_blocks * config.block_size,
             self.max_model_len,
         )
+        self._plan_programs()
 
     def _bytes_in_use(self) -> int:
         """What others hold of a GPU: another LLM of this process."""
@@ -234,14 +238,25 @@ class ModelRunner:
         steering = 4 * self.config.probe.steering_size if self.config.probe else 0
         return (self.max_num_seqs + 1) * (self.model_config.vocab_size * 8 // self.num_shards + steering)
 
+    def _allocate_first(self) -> None:
+        """`_allocate` at the start, before the weights: they are small, and fit in what one large array leaves."""
+        try:
+            self._allocate()
+        except jax.errors.JaxRuntimeError as error:
+            raise RuntimeError(
+                f"the device has no memory in one piece for a KV cache of {self.num_blocks} blocks: lower "
+                "gpu_memory_utilization or num_kvcache_blocks, make the LLM before other arrays, and leave "
+                "XLA_PYTHON_CLIENT_PREALLOCATE unset"
+            ) from error
+
     def _allocate(self) -> None:
-        """Make the caches and the device's state, all zeros, and the memory that devices exchange sums by."""
+        """Make the cache and the device's state, all zeros, and the memory that devices exchange sums by."""
         self.peers = connect_peers(self.steps.peers) if self.steps.peers else None
         arrays = jax.tree.map(
             lambda array: jnp.zeros(array.shape, array.dtype, device=array.sharding), self.steps.layout()
         )
         # That there is no memory for one may be told when it is waited for: here, and not by some step that reads it.
-        self.caches, self.state = jax.block_until_ready(arrays)
+        self.cache, self.state = jax.block_until_ready(arrays)
 
     # ------------------------------------------------------------ programs
 
@@ -261,9 +276,9 @@ class ModelRunner:
     def _run_ahead(self) -> RunAhead:
         """When one program decodes several steps: as the user says, or where a GPU would wait for the host."""
         if self.config.num_scheduler_steps:
-            return RunAhead(self.config.num_scheduler_steps, rows=RUN_AHEAD_ROWS)
+            return RunAhead(self.config.num_scheduler_steps, rows=ASKED_ROWS)
         tokens = self._tokens_in_a_dispatch()
-        return RunAhead(GPU_STEPS, GPU_STEPS_ALONE, RUN_AHEAD_ROWS, tokens) if self.on_gpu and tokens else ONE_STEP
+        return RunAhead(GPU_STEPS, GPU_STEPS_ALONE, GPU_ROWS, tokens) if self.on_gpu and tokens else ONE_STEP
 
     def _tokens_in_a_dispatch(self) -> int:
         """How much context a GPU reads, with the weights, while the host dispatches a step; 0: a large model."""
@@ -272,7 +287,6 @@ class ModelRunner:
 
     def _compile(self) -> int:
         """Load or compile every batch shape; returns the largest temporary memory in bytes."""
-        self._plan_programs()
         shapes = self.buckets.all_shapes()
         if self.num_shards > 1:
             by_kernels = self.steps.peers and self.on_gpu
@@ -324,9 +338,9 @@ class ModelRunner:
         return jax.jit(per_device(write_tables, self.mesh, in_specs, state), donate_argnums=0)
 
 
-def _eager_step(step: Callable, leaves, caches, state, buffer, peers):
+def _eager_step(step: Callable, leaves, cache, state, buffer, peers):
     with jax.disable_jit(), own_settings():
-        return step(leaves, caches, state, jnp.asarray(buffer), peers)
+        return step(leaves, cache, state, jnp.asarray(buffer), peers)
 
 
 def _check_for_gpu(config: ModelConfig) -> None:

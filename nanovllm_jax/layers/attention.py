@@ -2,26 +2,20 @@
 
 An `attend` is called as attend(qkv, q_norm, k_norm, cos, sin, cache) -> (output [..., N, H], cache). It gets the raw
 projection qkv [..., K, G + 2, H] (each kv head's queries, key and value together), since normalising, rotating and
-storing them is one kernel when serving. N query heads, K kv heads, G = N / K, H head_dim, B decode rows, T prefill
-tokens, P prefill sequences, W table width.
+storing them is one kernel when serving. One with a cache, of all layers, is asked for each layer's own:
+attend.of_layer(number). N query heads, K kv heads, G = N / K, H head_dim, L layers, B decode rows, T prefill tokens, P
+prefill sequences, W table width.
 """
 
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from nanovllm_jax.kernels import norm_rope_store, paged_decode_attention, paged_prefill_attention, store_and_decode
 from nanovllm_jax.kernels.reference import rope
 from nanovllm_jax.layers.norm import RMSNorm
-
-
-class KVCache(NamedTuple):
-    """One layer's paged keys and values, each [num_blocks, K, block_size, H]."""
-
-    k: jax.Array
-    v: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -43,36 +37,42 @@ class PagedAttention:
     """[P + 1] int32: sequence p's new tokens are query_starts[p] to query_starts[p + 1] of the T."""
     newest: jax.Array | None = None
     """[B + P] int32: each sequence's last token, if the output is to be of these alone."""
+    layer: jax.Array | int = 0
+    """int32: the layer's number. Blocks and slots are the same for all."""
     deterministic: bool = field(default=False, metadata={"static": True})
     """A token's output is then the same to the last bit in whatever batch and chunk: all go through one kernel."""
 
-    def __call__(self, qkv, q_norm: RMSNorm, k_norm: RMSNorm, cos, sin, cache: KVCache) -> tuple[jax.Array, KVCache]:
+    def of_layer(self, number: int) -> "PagedAttention":
+        """What layer `number` (from 0) attends with."""
+        return replace(self, layer=np.int32(number))
+
+    def __call__(
+        self, qkv, q_norm: RMSNorm, k_norm: RMSNorm, cos, sin, cache: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         """qkv [B + T, K, G + 2, H] -> output [B + T, N, H] and the cache with the new keys and values stored.
 
-        If it is of the newest, [B + P, N, H].
+        cache [2, L, num_blocks, K, block_size, H]: keys, and values. If the output is of the newest, [B + P, N, H].
         """
         gains, angles = (q_norm.weight[...], k_norm.weight[...]), (cos[:, 0], sin[:, 0])
         new, decodes = (qkv, *gains, *angles, self.slot_mapping), (self.decode_tables, self.decode_context_lens)
         rows, scale, eps = self.decode_tables.shape[0], qkv.shape[-1] ** -0.5, q_norm.eps
         if len(qkv) == rows and not self.deterministic:
-            out, *cache = store_and_decode(*new, *cache, *decodes, scale=scale, eps=eps)
-            return out, KVCache(*cache)
-        q, *cache = norm_rope_store(*new, *cache, eps=eps, fixed=self.deterministic)
+            return store_and_decode(*new, cache, self.layer, *decodes, scale=scale, eps=eps)
+        q, cache = norm_rope_store(*new, cache, self.layer, eps=eps, fixed=self.deterministic)
+        cached = cache, self.layer
         tables = jnp.concatenate((self.decode_tables, self.prefill_tables))
         starts = jnp.concatenate((jnp.arange(rows), self.query_starts + rows))
         lens = jnp.concatenate((self.decode_context_lens, self.prefill_context_lens))
         if self.newest is not None:
             q, starts = q[self.newest], jnp.arange(len(lens) + 1)
         if self.deterministic:  # a decode row is a chunk of one token
-            out = paged_prefill_attention(q, *cache, tables, starts, lens, scale=scale, fixed=True)
-            return out, KVCache(*cache)
+            return paged_prefill_attention(q, *cached, tables, starts, lens, scale=scale, fixed=True), cache
         if self.newest is not None:
-            return paged_decode_attention(q, *cache, tables, lens, scale=scale), KVCache(*cache)
-        out = paged_decode_attention(q, *cache, *decodes, scale=scale) if rows else None
+            return paged_decode_attention(q, *cached, tables, lens, scale=scale), cache
+        out = paged_decode_attention(q, *cached, *decodes, scale=scale) if rows else None
         prefills = self.prefill_tables, self.query_starts + rows, self.prefill_context_lens
         # The two share q and out: cutting and joining would copy them.
-        out = paged_prefill_attention(q, *cache, *prefills, out, scale=scale)
-        return out, KVCache(*cache)
+        return paged_prefill_attention(q, *cached, *prefills, out, scale=scale), cache
 
 
 @jax.tree_util.register_dataclass

@@ -5,8 +5,8 @@ D hidden, F mlp, V vocab; on a device of several, its parts of N, K, F and V. Wh
 Modules carry logical axis names only; `parallel.sharding` maps them to a mesh.
 """
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -158,46 +158,47 @@ class Qwen3ForCausalLM(nnx.Module):
         self,
         tokens: jax.Array,
         positions: jax.Array,
-        caches: Sequence | None,
+        cache: Any,
         attend: Attend,
         run_layer: Callable = run_layer,
         peers: Peers | None = None,
     ):
-        """tokens, positions [T] int32 -> hidden states [T, D] after the last norm, and the layers' caches.
+        """tokens, positions [T] int32 -> hidden states [T, D] after the last norm, and the cache of all layers.
 
-        `caches` holds one cache a layer, or is None where `attend` needs none (`causal_attention`). `run_layer` is for
-        those who want to do more at each layer: look inside, or forget activations and compute them again. `peers`: how
-        a device of several finds the others, for the norms to add up what each of them has, where T is small.
+        `cache` is None where `attend` needs none (`causal_attention`). `run_layer` is for those who want to do more at
+        each layer: look inside, or forget activations and compute them again. `peers`: how a device of several finds
+        the others, for the norms to add up what each of them has, where T is small.
         """
         stream = self._start(tokens, positions, peers)
-        caches = caches or [None] * len(self.layers)
-        stream, caches = self._through(self.layers, stream, caches, attend, run_layer)
-        return self._end(stream.residual, stream.delta), caches
+        stream, cache = self._through(self.layers, stream, cache, attend, run_layer)
+        return self._end(stream.residual, stream.delta), cache
 
     def of_rows(
         self,
         rows: jax.Array,
         tokens: jax.Array,
         positions: jax.Array,
-        caches: Sequence,
+        cache: Any,
         attend: Attend,
         attend_of_rows: Attend,
         peers: Peers | None = None,
     ):
         """As a call, but hidden states [R, D] of `rows` [R] alone: all that is left out is in the last layer.
 
-        `attend_of_rows`: for that one. Returns (hidden, the residual stream [T, D] before the last layer, caches).
+        `attend_of_rows`: for that one. Returns (hidden, the residual stream [T, D] before the last layer, the cache).
         """
+        *others, last = self.layers
         stream = self._start(tokens, positions, peers)
-        stream, new_caches = self._through(self.layers[:-1], stream, caches[:-1], attend, run_layer)
-        before, *rest, cache = _run_rows(self.layers[-1], rows, *stream, caches[-1], attend_of_rows)
-        return self._end(*rest), before, [*new_caches, cache]
+        stream, cache = self._through(others, stream, cache, attend, run_layer)
+        before, *rest, cache = _run_rows(last, rows, *stream, cache, attend_of_rows.of_layer(len(others)))
+        return self._end(*rest), before, cache
 
     def from_last_layer(self, residual: jax.Array, positions: jax.Array, cache, attend: Attend):
-        """The residual stream [T, D] before the last layer -> hidden states [T, D] after the last norm, its cache."""
-        layer = self.layers[-1]
-        nothing = Parts(layer.mlp.down_proj.no_parts(residual.shape[:-1]))
-        *rest, cache = _run_layer(layer, *self._stream(residual, nothing, positions), cache, attend)
+        """The residual stream [T, D] before the last layer -> hidden states [T, D] after the last norm, the cache."""
+        *others, last = self.layers
+        nothing = Parts(last.mlp.down_proj.no_parts(residual.shape[:-1]))
+        stream = self._stream(residual, nothing, positions)
+        *rest, cache = _run_layer(last, *stream, cache, attend.of_layer(len(others)))
         return self._end(*rest), cache
 
     def _start(self, tokens: jax.Array, positions: jax.Array, peers: Peers | None) -> Stream:
@@ -216,14 +217,13 @@ class Qwen3ForCausalLM(nnx.Module):
         return Stream(*self.layers[0].added(residual, delta), *angles)
 
     @staticmethod
-    def _through(layers, stream: Stream, caches: Sequence, attend: Attend, run_layer: Callable) -> tuple[Stream, list]:
+    def _through(layers, stream: Stream, cache, attend: Attend, run_layer: Callable) -> tuple[Stream, Any]:
         """Through the first of the model's layers, or all of them."""
-        new_caches = []
-        for number, (layer, cache) in enumerate(zip(layers, caches, strict=True)):
-            residual, delta, cache = run_layer(number, layer, *stream, cache, attend)
+        for number, layer in enumerate(layers):
+            own = attend if cache is None else attend.of_layer(number)
+            residual, delta, cache = run_layer(number, layer, *stream, cache, own)
             stream = stream._replace(residual=residual, delta=delta)
-            new_caches.append(cache)
-        return stream, new_caches
+        return stream, cache
 
     def _end(self, residual: jax.Array, delta: Parts) -> jax.Array:
         """The last norm."""

@@ -26,9 +26,8 @@ class ScorePrograms:
     def hidden(self, shape: BatchShape) -> Callable:
         """models/step.py's `prompt_hidden` of a batch shape: (leaves, cache, stream, buffer) -> (hidden, cache)."""
         if shape not in self.compiled:
-            cache = specs_of(self.steps.layout()[0][-1])
-            static = dict(shape=shape, block_size=self.steps.settings.config.block_size)
-            function, in_specs = partial(prompt_hidden, **static), (cache, HIDDEN, Spec(DATA_AXIS))
+            cache = specs_of(self.steps.layout()[0])
+            function, in_specs = partial(prompt_hidden, shape=shape), (cache, HIDDEN, Spec(DATA_AXIS))
             self.compiled[shape] = self._jit(function, in_specs, (HIDDEN, cache), shape.prefill_tokens, donate=1)
         return self.compiled[shape]
 

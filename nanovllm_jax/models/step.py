@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from nanovllm_jax.engine.batch import BatchShape, BatchView
 from nanovllm_jax.kernels import Peers, token_logprobs
 from nanovllm_jax.kernels.common import search
-from nanovllm_jax.layers.attention import KVCache, PagedAttention
+from nanovllm_jax.layers.attention import PagedAttention
 from nanovllm_jax.models.draw import DeviceState, draw
 from nanovllm_jax.models.qwen3 import Qwen3ForCausalLM, run_layer
 from nanovllm_jax.models.watch import Watch
@@ -39,18 +39,17 @@ class StepOutput(NamedTuple):
 
 def engine_step(
     model: Qwen3ForCausalLM,
-    caches: list[KVCache],
+    cache: jax.Array,
     state: DeviceState,
     buffer: jax.Array,
     peers: Peers | None = None,
     *,
     shape: BatchShape,
-    block_size: int,
     probe: Probe | None = None,
-) -> tuple[StepOutput, list[KVCache], DeviceState]:
+) -> tuple[StepOutput, jax.Array, DeviceState]:
     """Compute one batch and sample, once or several times over.
 
-    buffer: the batch, packed by engine.batch. The caches and the state come back updated; compiled, they are donated.
+    buffer: the batch, packed by engine.batch. The cache and the state come back updated; compiled, they are donated.
     peers: as of Qwen3ForCausalLM. probe: for shapes that are not `spared`, as it needs all of each layer.
     """
     batch = shape.views(buffer)
@@ -62,33 +61,32 @@ def engine_step(
             lens = jnp.where(lens > 0, lens + number, 0)
             tokens = jnp.where(number == 0, tokens, -1)
         one = batch._replace(context_lens=lens, decode_tokens=tokens)
-        return _one_step(model, *carry, one, peers, block_size, probe, shape.spared)
+        return _one_step(model, *carry, one, peers, probe, shape.spared)
 
     if shape.num_steps == 1:
-        (caches, state), output = step((caches, state), 0)
-        return jax.tree.map(lambda array: array[None], output), caches, state
-    (caches, state), output = jax.lax.scan(step, (caches, state), jnp.arange(shape.num_steps))
-    return output, caches, state
+        (cache, state), output = step((cache, state), 0)
+        return jax.tree.map(lambda array: array[None], output), cache, state
+    (cache, state), output = jax.lax.scan(step, (cache, state), jnp.arange(shape.num_steps))
+    return output, cache, state
 
 
 def prompt_hidden(
     model: Qwen3ForCausalLM,
-    cache: KVCache,
+    cache: jax.Array,
     stream: jax.Array,
     buffer: jax.Array,
     *,
     shape: BatchShape,
-    block_size: int,
-) -> tuple[jax.Array, KVCache]:
+) -> tuple[jax.Array, jax.Array]:
     """The prefill tokens' hidden states [1, T, D], of a step of a `spared` shape: the last layer for all of them.
 
-    cache: the last layer's, after that step and before any other, and so it comes back; compiled, it is donated.
-    stream: the step's output `hidden`; buffer: the step's batch.
+    cache: as it is after that step and before any other, and so it comes back; compiled, it is donated. stream: the
+    step's output `hidden`; buffer: the step's batch.
     """
     batch, rows = shape.views(buffer), shape.decode_rows
     prefills = batch._replace(tables=batch.tables[rows:], context_lens=batch.context_lens[rows:])
     positions, table_rows = _token_positions(prefills, 0)
-    attend = _attention(prefills, 0, positions, table_rows, block_size, model.deterministic)
+    attend = _attention(model, cache, prefills, 0, positions, table_rows)
     attend = replace(attend, slot_mapping=jnp.full_like(attend.slot_mapping, -1))  # all is stored already
     hidden, cache = model.from_last_layer(stream[0], jnp.maximum(positions, 0), cache, attend)
     return hidden[None], cache
@@ -115,20 +113,20 @@ def prompt_logprobs(
     return from_group(mine, vocabulary.by_rows(of_rows, [logits], asks, tokens))
 
 
-def _one_step(model, caches, state: DeviceState, batch: BatchView, peers, block_size: int, probe, spared: bool):
-    """Compute the batch's tokens and sample: ((caches, state), output)."""
+def _one_step(model, cache: jax.Array, state: DeviceState, batch: BatchView, peers, probe, spared: bool):
+    """Compute the batch's tokens and sample: ((cache, state), output)."""
     rows, slots = batch.decode_tokens.shape[0], batch.slots
     decode_tokens = jnp.where(batch.decode_tokens >= 0, batch.decode_tokens, state.last_tokens[slots[:rows]])
     tokens = jnp.concatenate((decode_tokens, batch.prefill_tokens))  # (B + T)
     positions, table_rows = _token_positions(batch, rows)
-    attend = _attention(batch, rows, positions, table_rows, block_size, model.deterministic)
+    attend = _attention(model, cache, batch, rows, positions, table_rows)
     watch = probe and Watch(probe, model, state.steering[slots[table_rows]])
     newest = jnp.concatenate((jnp.arange(rows), jnp.maximum(batch.query_starts[1:] - 1, 0) + rows))  # (R)
-    arguments = tokens, jnp.maximum(positions, 0), caches, attend
+    arguments = tokens, jnp.maximum(positions, 0), cache, attend
     if spared:
-        hidden, stream, caches = model.of_rows(newest, *arguments, replace(attend, newest=newest), peers)
+        hidden, stream, cache = model.of_rows(newest, *arguments, replace(attend, newest=newest), peers)
     else:
-        stream, caches = model(*arguments, watch.run_layer if watch else run_layer, peers)  # (B + T, D)
+        stream, cache = model(*arguments, watch.run_layer if watch else run_layer, peers)  # (B + T, D)
         hidden = stream[newest] if batch.prefill_tokens.size else stream
     with jax.named_scope("head"):
         logits = model.logits(hidden)  # (R, V)
@@ -138,19 +136,19 @@ def _one_step(model, caches, state: DeviceState, batch: BatchView, peers, block_
         settings = batch.sampling, slots, batch.context_lens
         new_tokens, logprobs, state = draw(logits, *settings, state, fixed=model.deterministic)
     prompts = stream[rows:] if batch.prefill_tokens.size else None
-    return (caches, state), StepOutput(new_tokens, logprobs, prompts, watch.captured if watch else {})
+    return (cache, state), StepOutput(new_tokens, logprobs, prompts, watch.captured if watch else {})
 
 
-def _attention(batch: BatchView, rows: int, positions, table_rows, block_size: int, deterministic: bool):
+def _attention(model: Qwen3ForCausalLM, cache: jax.Array, batch: BatchView, rows: int, positions, table_rows):
     """What the step's tokens attend with."""
     return PagedAttention(
-        slot_mapping=_slot_mapping(batch.tables, positions, table_rows, block_size),
+        slot_mapping=_slot_mapping(batch.tables, positions, table_rows, block_size=cache.shape[4]),
         decode_tables=batch.tables[:rows],
         decode_context_lens=batch.context_lens[:rows],
         prefill_tables=batch.tables[rows:],
         prefill_context_lens=batch.context_lens[rows:],
         query_starts=batch.query_starts,
-        deterministic=deterministic,
+        deterministic=model.deterministic,
     )
 
 

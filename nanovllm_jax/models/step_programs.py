@@ -17,7 +17,6 @@ from nanovllm_jax.engine.batch import BatchShape
 from nanovllm_jax.engine_config import EngineConfig
 from nanovllm_jax.kernels import Peers
 from nanovllm_jax.kernels.exchange import capacity
-from nanovllm_jax.layers.attention import KVCache
 from nanovllm_jax.models.draw import DeviceState
 from nanovllm_jax.models.parameters import abstract_model
 from nanovllm_jax.models.step import StepOutput, engine_step
@@ -43,7 +42,7 @@ class ProgramSettings(NamedTuple):
 
 
 class StepPrograms:
-    """The step of each batch shape, as functions of (weights as a flat list, caches, state, buffer, peers)."""
+    """The step of each batch shape, as functions of (weights as a flat list, cache, state, buffer, peers)."""
 
     def __init__(self, settings: ProgramSettings, mesh: Mesh, weights: list[jax.ShapeDtypeStruct], treedef: Any):
         """`weights`, `treedef`: a model's shapes and shardings on `mesh`, flat, and how they make the model."""
@@ -62,21 +61,23 @@ class StepPrograms:
         model, _ = abstract_model(settings.model_config, settings.dtype, mesh, config.deterministic)
         return cls(settings, mesh, *jax.tree.flatten(model))
 
-    def layout(self) -> tuple[list[KVCache], DeviceState]:
-        """Shapes and shardings of the caches and of the device's state."""
+    def layout(self) -> tuple[jax.ShapeDtypeStruct, DeviceState]:
+        """Shapes and shardings of the cache and of the device's state."""
         s, c, probe = self.settings, self.settings.model_config, self.settings.config.probe
         groups = self.mesh.shape[DATA_AXIS]
         slots = groups * (s.max_num_seqs + 1)
         split = NamedSharding(self.mesh, Spec(DATA_AXIS, MODEL_AXIS))
-        shape = (groups * s.num_blocks, c.kv_heads, s.config.block_size, c.head_dim)
-        pages = jax.ShapeDtypeStruct(shape, s.dtype, sharding=split)
+        # One array for all layers: the host pays for each that comes back from a step, in place though it is.
+        shape = 2, c.num_hidden_layers, groups * s.num_blocks, c.kv_heads, s.config.block_size, c.head_dim
+        pages = NamedSharding(self.mesh, Spec(None, None, DATA_AXIS, MODEL_AXIS))
+        cache = jax.ShapeDtypeStruct(shape, s.dtype, sharding=pages)
         state = DeviceState(
             last_tokens=jax.ShapeDtypeStruct((slots,), jnp.int32, sharding=self.by_group),
             token_counts=jax.ShapeDtypeStruct((slots, c.vocab_size), jnp.int32, sharding=split),
             logit_bias=jax.ShapeDtypeStruct((slots, c.vocab_size), jnp.float32, sharding=split),
             steering=probe and jax.ShapeDtypeStruct((slots, probe.steering_size), jnp.float32, sharding=self.by_group),
         )
-        return [KVCache(pages, pages)] * c.num_hidden_layers, state
+        return cache, state
 
     @cached_property
     def peers(self) -> Peers | None:
@@ -115,11 +116,11 @@ class StepPrograms:
         """XLA's flags for a shape's step."""
         return compiler_options(self.mesh, shape.decode_rows + shape.prefill_tokens)
 
-    def _step(self, shape: BatchShape, leaves, caches, state, buffer, peers):
+    def _step(self, shape: BatchShape, leaves, cache, state, buffer, peers):
         # A module is a pytree; passed flat, it costs no Python at a call.
         model = jax.tree.unflatten(self.treedef, leaves)
-        static = dict(shape=shape, block_size=self.settings.config.block_size, probe=self.settings.config.probe)
+        static = dict(shape=shape, probe=self.settings.config.probe)
         peers = peers if self.exchanges(shape) else None
-        output, caches, state = engine_step(model, caches, state, buffer, peers, **static)
+        output, cache, state = engine_step(model, cache, state, buffer, peers, **static)
         tokens, logprobs = map(gather_groups, (output.tokens, output.logprobs))
-        return output._replace(tokens=tokens, logprobs=logprobs), caches, state
+        return output._replace(tokens=tokens, logprobs=logprobs), cache, state

@@ -71,6 +71,9 @@ def compiler_options(mesh: Mesh, rows: int) -> dict[str, bool | str]:
     options: dict[str, bool | str] = {}
     if mesh.devices.flat[0].platform != "gpu":
         return options
+    # XLA counts the cache once more for each kernel that writes in it, takes memory for short, and has every layer
+    # compute anew what all could share.
+    options["xla_disable_hlo_passes"] = "rematerialization"
     if rows > 16:  # for fewer rows XLA's own kernels are faster
         options |= {"xla_gpu_enable_triton_gemm": False, "xla_gpu_enable_cublaslt": True}
         options["xla_gpu_autotune_level"] = 2  # cuBLAS's kernels are timed, on numbers, and not compared

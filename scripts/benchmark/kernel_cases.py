@@ -31,6 +31,7 @@ STORE = [1, 64, 256, 16384]
 NORM = [1, 256, 16384]
 ROW = [(1, 4096), (2, 3072)]  # (weights, features of each): q/k/v, gate and up
 VOCABULARY = 151936
+LAYER = np.int32(0)  # of the cache's one
 FEW = [(rows, *layer) for rows in (8, 64) for layer in [*ROW, (1, 1024), (1, VOCABULARY)]]  # rows; and o, and the head
 SWIGLU = [(1024, 3072), (16384, 3072)]  # rows, features
 TABLE_TOKENS = 4096  # a block table's width: at least so many tokens, as an engine's goes by its longest context
@@ -75,8 +76,9 @@ class Shape(NamedTuple):
 
 
 def make_pool(shape: Shape, tokens: int):
-    size = (tokens // shape.block_size, shape.kv_heads, shape.block_size, shape.head_dim)
-    return tuple(jax.random.normal(jax.random.key(i), size, shape.dtype) for i in range(2))
+    """Random keys and values of one layer: what kernels know as kv_cache."""
+    size = 2, 1, tokens // shape.block_size, shape.kv_heads, shape.block_size, shape.head_dim
+    return jax.random.normal(jax.random.key(0), size, shape.dtype)
 
 
 def sets_for(set_bytes: float) -> int:
@@ -87,7 +89,7 @@ def sets_for(set_bytes: float) -> int:
 def random_tables(rng, shape: Shape, pool, contexts):
     used = [-(-context // shape.block_size) for context in contexts]
     tables = np.zeros((len(contexts), max(TABLE_TOKENS // shape.block_size, *used)), np.int32)
-    blocks = itertools.cycle(rng.permutation(len(pool[0])))
+    blocks = itertools.cycle(rng.permutation(pool.shape[2]))
     for table, count in zip(tables, used, strict=True):
         table[:count] = list(itertools.islice(blocks, count))
     return jnp.asarray(tables), jnp.array(contexts, jnp.int32)
@@ -103,7 +105,7 @@ def decode_case(rng, shape: Shape, pool, batch, low, high) -> Case:
     sets = []
     for _ in range(sets_for(moved)):
         q = shape.random(rng, batch, shape.heads, shape.head_dim)
-        sets.append((q, *pool, *random_tables(rng, shape, pool, contexts)))
+        sets.append((q, pool, LAYER, *random_tables(rng, shape, pool, contexts)))
     name = f"{batch} x {low}" + (f"-{high}" if high > low else "")
     functions = kernel_and_oracle(decode, "paged_decode_attention", scale=shape.head_dim**-0.5)
     default = decode.default_tiles(batch, shape.kv_heads, shape.head_dim, shape.dtype)
@@ -115,7 +117,7 @@ def new_case(rng, shape: Shape, pool, batch, context) -> Case:
     """A decode case that takes the new tokens in."""
 
     def pool_last(store_and_decode, tables, lens, *args, **tiles):
-        return store_and_decode(*args, tables, lens, **tiles)
+        return store_and_decode(*args, LAYER, tables, lens, **tiles)
 
     attends = decode_case(rng, shape, pool, batch, context, context)
     stores = store_case(rng, shape, pool, batch)
@@ -126,7 +128,7 @@ def new_case(rng, shape: Shape, pool, batch, context) -> Case:
     options = dict(scale=shape.head_dim**-0.5, eps=1e-6)
     functions = [functools.partial(pool_last, f) for f in kernel_and_oracle(decode, "store_and_decode", **options)]
     moved = attends.bytes + stores.bytes
-    return Case("new", f"{batch} x {context}", *functions, sets, attends.default, moved, attends.flops, state=pool)
+    return Case("new", f"{batch} x {context}", *functions, sets, attends.default, moved, attends.flops, state=(pool,))
 
 
 def shared_case(rng, shape: Shape, pool, batch, prefixes, length, own) -> Case:
@@ -149,7 +151,7 @@ def prefill_case(rng, shape: Shape, pool, sequences, new, context) -> Case:
     for _ in range(4):
         tables, lens = random_tables(rng, shape, pool, [context] * sequences)
         q = shape.random(rng, sequences * new, shape.heads, shape.head_dim)
-        sets.append((q, *pool, tables, starts, lens))
+        sets.append((q, pool, LAYER, tables, starts, lens))
     name = f"{sequences} x {new}" + (f" of {context}" if context > new else "")
     functions = kernel_and_oracle(prefill, "paged_prefill_attention", scale=shape.head_dim**-0.5)
     default = prefill.default_tiles(sequences * new, shape.heads, shape.group, shape.head_dim, shape.dtype)
@@ -161,7 +163,7 @@ def prefill_case(rng, shape: Shape, pool, sequences, new, context) -> Case:
 
 
 def store_case(rng, shape: Shape, pool, tokens) -> Case:
-    slots, half = len(pool[0]) * shape.block_size, shape.head_dim // 2
+    slots, half = pool.shape[2] * shape.block_size, shape.head_dim // 2
     moved = 2.0 * tokens * shape.token_bytes * (shape.group + 2) / 2  # queries, keys and values come in and go out
     sets = []
     for _ in range(sets_for(moved)):
@@ -169,8 +171,8 @@ def store_case(rng, shape: Shape, pool, tokens) -> Case:
         gains = [shape.random(rng, shape.head_dim) for _ in range(2)]
         angles = [shape.random(rng, tokens, half).astype(jnp.float32) for _ in range(2)]
         sets.append((qkv, *gains, *angles, jnp.asarray(rng.permutation(slots)[:tokens], jnp.int32)))
-    functions = kernel_and_oracle(store, "norm_rope_store", eps=1e-6)
-    return Case("store", f"{tokens}", *functions, sets, store.default_tiles(tokens), moved, state=pool)
+    functions = kernel_and_oracle(store, "norm_rope_store", layer=LAYER, eps=1e-6)
+    return Case("store", f"{tokens}", *functions, sets, store.default_tiles(tokens), moved, state=(pool,))
 
 
 def norm_case(rng, shape: Shape, pool, tokens) -> Case:

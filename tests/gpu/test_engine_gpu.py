@@ -2,6 +2,7 @@
 
 import gc
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,8 @@ import numpy as np
 import pytest
 
 from nanovllm_jax import LLM, SamplingParams
-from nanovllm_jax.layers.attention import KVCache, PagedAttention
+from nanovllm_jax.layers.attention import PagedAttention
+from nanovllm_jax.models.step_programs import StepPrograms
 
 pytestmark = pytest.mark.gpu
 
@@ -42,6 +44,9 @@ def small_engine(directory, **options):
     return LLM(directory, **(sizes | options))
 
 
+MANY_BLOCKS = 320  # of 0.6B more than 4 GiB of keys, which kernels address by 64 bits
+
+
 @pytest.fixture(scope="module", params=SIZES)
 def checkpoint(request, tmp_path_factory):
     directory = tmp_path_factory.mktemp(request.param)
@@ -58,13 +63,13 @@ def paged_logits(llm, tokens):
     """Logits of every position, through the kernels: a first chunk, then the rest against the cache."""
     model = llm.model
     c = model.config
-    pages = jnp.full((10, c.num_key_value_heads, 256, c.head_dim), jnp.nan, llm.runner.dtype)
-    caches, table, parts = [KVCache(pages, pages)] * c.num_hidden_layers, jnp.array([[7, 2, 9, 4]]), []
+    shape = 2, c.num_hidden_layers, 10, c.num_key_value_heads, 256, c.head_dim
+    cache, table, parts = jnp.full(shape, jnp.nan, llm.runner.dtype), jnp.array([[7, 2, 9, 4]]), []
 
     @jax.jit
-    def forward(model, part, positions, caches, attend):
-        hidden, caches = model(part, positions, caches, attend)
-        return model.logits(hidden), caches
+    def forward(model, part, positions, cache, attend):
+        hidden, cache = model(part, positions, cache, attend)
+        return model.logits(hidden), cache
 
     for start, stop in ((0, 300), (300, len(tokens))):
         positions = jnp.arange(start, stop)
@@ -76,7 +81,7 @@ def paged_logits(llm, tokens):
             prefill_context_lens=jnp.array([stop]),
             query_starts=jnp.array([0, stop - start]),
         )
-        logits, caches = forward(model, jnp.array(tokens[start:stop]), positions, caches, attend)
+        logits, cache = forward(model, jnp.array(tokens[start:stop]), positions, cache, attend)
         parts.append(np.asarray(logits))
     return np.concatenate(parts)
 
@@ -126,13 +131,28 @@ def test_a_second_start_compiles_nothing(tmp_path):
     assert first.stdout == second.stdout
 
 
+def test_a_large_cache_has_the_same_programs(tmp_path):
+    """XLA takes it for memory that each kernel which writes in it needs anew: it must not spare any for that."""
+    config = COMMON | SIZES["0.6B"] | dict(num_hidden_layers=4, model_type="qwen3", architectures=["Qwen3ForCausalLM"])
+    (tmp_path / "config.json").write_text(json.dumps(config | dict(dtype="bfloat16")))
+    runner, fusions = small_engine(tmp_path, load_format="dummy").runner, []
+    shape = runner.buckets.shape_for(4, 0, 0)
+    for cache_bytes in (2**29, 2**37):
+        num_blocks = cache_bytes // (256 * runner.model_config.kv_bytes_per_token(2))
+        steps = StepPrograms.of(runner.steps.settings._replace(num_blocks=num_blocks))
+        program = steps.lower(shape).compile(steps.compiler_options(shape))
+        fusions.append(len(re.findall(r" fusion\(", program.as_text())))
+    assert fusions[0] == fusions[1] > 4, fusions
+
+
 @pytest.mark.parametrize(("size", "layers"), [("0.6B", 28), ("8B", 4)])
 def test_a_large_prefill_agrees_with_small_ones(tmp_path, size, layers):
     """Prompts that fill one step of 16,384 tokens, which has kernels and sums of its own, and the same one by one."""
     config = COMMON | SIZES[size] | dict(num_hidden_layers=layers)
     config |= dict(model_type="qwen3", architectures=["Qwen3ForCausalLM"], dtype="bfloat16")
     (tmp_path / "config.json").write_text(json.dumps(config))
-    llm = small_engine(tmp_path, load_format="dummy", max_num_seqs=32, max_num_batched_tokens=16384)
+    sizes = dict(max_num_seqs=32, max_num_batched_tokens=16384, num_kvcache_blocks=MANY_BLOCKS)
+    llm = small_engine(tmp_path, load_format="dummy", **sizes)
     prompts = prompts_of_lengths(1, 17, 256, 300, 512, 700, 1023, 1024, 1500, 2000, *[1000] * 9)
     params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, logprobs=20)
 
@@ -172,7 +192,7 @@ def test_full_load(tmp_path):
 
 def test_transformers_agrees(checkpoint, tmp_path):
     """Greedy tokens wherever float32's gap exceeds bfloat16 noise, and the KL divergence of whole distributions."""
-    llm = small_engine(checkpoint)
+    llm = small_engine(checkpoint, **(dict(num_kvcache_blocks=MANY_BLOCKS) if "0.6B" in checkpoint.name else {}))
     prompts = prompts_of_lengths(1, 17, 256, 300, 512, 700)
     outputs = [out["token_ids"] for out in llm.generate(prompts, GREEDY, use_tqdm=False)]
     ours = paged_logits(llm, prompts[-1])

@@ -5,14 +5,28 @@ from typing import NamedTuple
 
 import numpy as np
 
+LAYERS, LAYER = 3, 1  # of the cache, and the one that is looked at
+
 
 class Paged(NamedTuple):
-    """A cache [num_blocks, K, block_size, H] whose unused slots hold NaN, tables whose unused entries are garbage."""
+    """A cache whose unused slots hold NaN, and so do other layers, and tables whose unused entries are garbage."""
 
-    k_cache: np.ndarray
-    v_cache: np.ndarray
+    kv_cache: np.ndarray
+    layer: np.int32
     block_tables: np.ndarray
     context_lens: np.ndarray
+
+    @property
+    def own(self) -> np.ndarray:
+        """The layer's keys and values, a view: [2, num_blocks, K, block_size, H]."""
+        return self.kv_cache[:, self.layer]
+
+
+def in_layers(own: np.ndarray, fill: float = np.nan) -> tuple[np.ndarray, np.int32]:
+    """A cache with these keys and values [2, num_blocks, K, block_size, H] in one layer, and its number."""
+    kv_cache = np.full((2, LAYERS, *own.shape[1:]), fill, own.dtype)
+    kv_cache[:, LAYER] = own
+    return kv_cache, np.int32(LAYER)
 
 
 def block_tables(rng, contexts, block_size, width, spare_blocks=2) -> tuple[np.ndarray, int]:
@@ -33,19 +47,18 @@ def paged(rng, contexts, *, kv_heads, head_dim, block_size, width, spare_blocks=
         caches[:, own] = rng.standard_normal(caches[:, own].shape, np.float32)
         if context % block_size:
             caches[:, own[-1], :, context % block_size :] = np.nan
-    return Paged(*caches, tables, np.array(contexts, np.int32))
+    return Paged(*in_layers(caches), tables, np.array(contexts, np.int32))
 
 
 def with_shared_blocks(case: Paged, prefixes) -> Paged:
     """The case with tables that begin alike: prefixes (first row, rows, blocks). Blocks that fall out become NaN."""
     tables = case.block_tables.copy()
     for first, rows, blocks in prefixes:
-        assert (blocks * case.k_cache.shape[2] < case.context_lens[first : first + rows]).all()
+        assert (blocks * case.own.shape[3] < case.context_lens[first : first + rows]).all()
         tables[first : first + rows, :blocks] = tables[first, :blocks]
-    used = -(-case.context_lens // case.k_cache.shape[2])
+    used = -(-case.context_lens // case.own.shape[3])
     before, after = ({b for table, n in zip(t, used) for b in table[:n]} for t in (case.block_tables, tables))
-    for cache in case.k_cache, case.v_cache:
-        cache[[*(before - after)]] = np.nan
+    case.own[:, [*(before - after)]] = np.nan
     return case._replace(block_tables=tables)
 
 
@@ -62,10 +75,10 @@ class NewTokens(NamedTuple):
 
 def new_tokens(rng, case: Paged, group: int) -> NewTokens:
     """New tokens that are their contexts' last ones; in `case` their slots become NaN, and so does what is padding."""
-    (_, kv_heads, block_size, head_dim), batch = case.k_cache.shape, len(case.context_lens)
+    (_, _, kv_heads, block_size, head_dim), batch = case.own.shape, len(case.context_lens)
     live, last = case.context_lens > 0, np.maximum(case.context_lens - 1, 0)
     block, offset = case.block_tables[np.arange(batch), last // block_size], last % block_size
-    for cache in (case.k_cache, case.v_cache):
+    for cache in case.own:
         cache[block[live], :, offset[live]] = np.nan
     qkv = rng.standard_normal((batch, kv_heads, group + 2, head_dim))
     qkv[~live] = np.nan
@@ -80,12 +93,12 @@ def naive_attention(q, case: Paged, sequence: int, scale: float, positions=None)
 
     q [n, N, H] -> [n, N, H].
     """
-    kv_heads, block_size = case.k_cache.shape[1:3]
+    kv_heads, block_size = case.own.shape[2:4]
     context, (count, heads, _) = int(case.context_lens[sequence]), q.shape
     positions = np.arange(context - count, context) if positions is None else positions
     key = np.arange(context)
     block, offset = case.block_tables[sequence, key // block_size], key % block_size
-    k, v = (cache[block, :, offset].astype(np.float64) for cache in (case.k_cache, case.v_cache))
+    k, v = (cache[block, :, offset].astype(np.float64) for cache in case.own)
     out = np.zeros(q.shape)
     for n in range(heads):
         own = n // (heads // kv_heads)

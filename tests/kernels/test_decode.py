@@ -78,17 +78,18 @@ def test_new_tokens_are_stored_and_attended_to(shape, extra):
     for a, b in zip(got, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-6)
     assert not np.isnan(got[0]).any()
-    assert np.isnan(cache.k_cache).sum() - np.isnan(got[1]).sum() == sum(n > 0 for n in contexts) * shape[0] * shape[2]
+    stored = 2 * sum(n > 0 for n in contexts) * shape[0] * shape[2]
+    assert np.isnan(cache.kv_cache).sum() - np.isnan(got[1]).sum() == stored
 
 
 def test_new_tokens_are_what_the_two_functions_make_of_them():
     _, cache, scale = case(CONTEXTS, *SHAPES[1][:4])
     new = new_tokens(np.random.default_rng(2), cache, group=SHAPES[1][1])
-    q, *caches = norm_rope_store(*map(jnp.asarray, new), *cache[:2], eps=1e-6)
-    out = paged_decode_attention(q, *caches, *cache[2:], scale=scale)
-    written = cache._replace(k_cache=np.asarray(caches[0]), v_cache=np.asarray(caches[1]))
+    q, kv_cache = norm_rope_store(*map(jnp.asarray, new), *cache[:2], eps=1e-6)
+    out = paged_decode_attention(q, kv_cache, *cache[1:], scale=scale)
+    written = cache._replace(kv_cache=np.asarray(kv_cache))
     np.testing.assert_allclose(out, decode_expected(np.asarray(q), written, scale), atol=2e-6)
-    for a, b in zip(store_and_decode(*new, *cache, scale=scale, eps=1e-6), (out, *caches), strict=True):
+    for a, b in zip(store_and_decode(*new, *cache, scale=scale, eps=1e-6), (out, kv_cache), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
@@ -115,9 +116,9 @@ def test_two_batch_sizes_in_one_process():
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_is_computed_in_float32(dtype):
     q, cache, scale = case(CONTEXTS, 2, 2, 16, 16)
-    q, k_cache, v_cache = (jnp.asarray(x, dtype) for x in (q, cache.k_cache, cache.v_cache))
-    out = paged_decode_attention(q, k_cache, v_cache, *map(jnp.asarray, cache[2:]), scale=scale)
-    rounded = cache._replace(k_cache=np.asarray(k_cache, np.float32), v_cache=np.asarray(v_cache, np.float32))
+    q, kv_cache = (jnp.asarray(x, dtype) for x in (q, cache.kv_cache))
+    out = paged_decode_attention(q, kv_cache, *map(jnp.asarray, cache[1:]), scale=scale)
+    rounded = cache._replace(kv_cache=np.asarray(kv_cache, np.float32))
     expected = decode_expected(np.asarray(q, np.float32), rounded, scale)
     assert out.dtype == dtype
     np.testing.assert_array_equal(out, jnp.asarray(expected, dtype))

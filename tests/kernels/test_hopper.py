@@ -45,9 +45,10 @@ def prefill(contexts, queries, kv_heads, group, block_size, dtype, decodes=0, pa
     q = rng.standard_normal((starts[-1] + padding, kv_heads * group, 128)).astype(np.float32)
     q[starts[-1] :] = np.nan
     expected = prefill_expected(q, held, starts, 0.1)
-    q, *caches = (jnp.asarray(x, dtype) for x in (np.concatenate((q[:decodes], q)), *held[:2]))
+    q, kv_cache = (jnp.asarray(x, dtype) for x in (np.concatenate((q[:decodes], q)), held.kv_cache))
     out = (jnp.full_like(q, 3),) if decodes else ()
-    args = q, *caches, jnp.asarray(held.block_tables), starts + decodes, jnp.asarray(held.context_lens), *out
+    layer, tables, lens = map(jnp.asarray, held[1:])
+    args = q, kv_cache, layer, tables, starts + decodes, lens, *out
     call = functools.partial(hopper_prefill.paged_prefill_attention, scale=0.1, interpret=InterpretGPUParams())
     got = jax.jit(call)(*args)
     return np.asarray(got, np.float32), expected
@@ -236,7 +237,8 @@ def test_which_prefill_is_lowered(monkeypatch):
 @WRITES_IN_PLACE
 def test_prefill_beside_decodes_is_written_in_place():
     _, (q, *rest) = prefill_case(1088, 3, 2, cache())
-    text = lowered_for_cuda(functools.partial(hopper_prefill.paged_prefill_attention, scale=0.1), q, *rest, q)
+    args = q, *rest, q
+    text = lowered_for_cuda(functools.partial(hopper_prefill.paged_prefill_attention, scale=0.1), *args)
     assert "output_tuple_indices = [], operand_index = 6" in text
 
 

@@ -15,7 +15,7 @@ from nanovllm_jax.kernels import (
     paged_prefill_attention,
     prefill,
 )
-from paged_cases import Paged, block_tables, decode_expected, naive_attention, prefill_expected
+from paged_cases import Paged, block_tables, decode_expected, in_layers, naive_attention, prefill_expected
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}  # of a token's largest output
 SCALE = 1 / 8  # a power of two rounds nothing
@@ -85,14 +85,14 @@ def stress(make, contexts, counts, shape, *, padding=0, poison=np.nan):
             for target, values in zip(caches, keys_and_values, strict=True):
                 target[table[block], :, offset] = values
         row += count
-    q, k_cache, v_cache = (x.astype(jnp.dtype(dtype)).astype(np.float32) for x in (q, *caches))
-    return q, Paged(k_cache, v_cache, tables, np.array(contexts, np.int32))
+    q, caches = (x.astype(jnp.dtype(dtype)).astype(np.float32) for x in (q, caches))
+    return q, Paged(*in_layers(caches, poison), tables, np.array(contexts, np.int32))
 
 
 def arrays(dtype, q, cache: Paged, *between):
     """The arguments of a kernel."""
-    floats = (jnp.asarray(x.astype(jnp.dtype(dtype))) for x in (q, cache.k_cache, cache.v_cache))
-    return *floats, *map(jnp.asarray, (cache.block_tables, *between, cache.context_lens))
+    floats = (jnp.asarray(x.astype(jnp.dtype(dtype))) for x in (q, cache.kv_cache))
+    return *floats, *map(jnp.asarray, (cache.layer, cache.block_tables, *between, cache.context_lens))
 
 
 def assert_close(out, expected, dtype, tolerance=0.0):
