@@ -24,7 +24,7 @@ def directory(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def llm(directory):
+def llm(directory, quick_to_run):
     """Room for all that a test asks for at once."""
     return small_llm(directory, max_num_seqs=32, max_num_batched_tokens=128)
 
