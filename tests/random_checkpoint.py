@@ -4,16 +4,11 @@ import json
 
 import pytest
 
-# A shape of every kind that published sizes have, in small: group sizes 1, 2, 4, 5 and 8, tied and untied heads, a
+# A shape of every kind that published sizes have, in small: group sizes 2, 4, 5 and 8, tied and untied heads, a
 # head_dim that is not hidden / heads, biases, and each rope scaling in the config.json forms of transformers 4 and 5.
 SHAPES = {
     "group2_tied": dict(num_attention_heads=4, num_key_value_heads=2, head_dim=32, tie_word_embeddings=True),
-    "group4_linear": dict(
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=16,
-        rope_parameters=dict(rope_type="linear", rope_theta=10000.0, factor=2.0),
-    ),
+    "group4_untied": dict(num_attention_heads=8, num_key_value_heads=2, head_dim=16),
     "group5_bias": dict(num_attention_heads=5, num_key_value_heads=1, head_dim=16, attention_bias=True),
     "group8_yarn": dict(
         num_attention_heads=8,
@@ -22,11 +17,17 @@ SHAPES = {
         rope_parameters=dict(rope_type="yarn", rope_theta=1e6, factor=4.0, original_max_position_embeddings=128),
         max_position_embeddings=512,
     ),
-    "group1_old_yarn": dict(  # written in transformers 4's form, see rewrite_config_in_old_form
+    "group1_linear": dict(
         num_attention_heads=2,
         num_key_value_heads=2,
         head_dim=64,
         tie_word_embeddings=True,
+        rope_parameters=dict(rope_type="linear", rope_theta=10000.0, factor=2.0),
+    ),
+    "group2_old_yarn": dict(  # written in transformers 4's form, see random_checkpoint
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
         rope_parameters=dict(
             rope_type="yarn", rope_theta=1e4, factor=2.0, original_max_position_embeddings=256, beta_fast=16.0
         ),

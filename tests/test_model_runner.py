@@ -92,15 +92,15 @@ def test_compiles_are_seen():
 def test_the_cache_is_updated_in_place(directory):
     """Donated: every byte of the cache that goes in comes out at the same place, and no step has room for a copy."""
     llm = small_llm(directory, num_kvcache_blocks=4000)
-    cache = sum(pages.nbytes for pages in jax.tree.leaves(llm.runner.cache))
+    cache = llm.runner.cache.nbytes
     assert cache == 4000 * 16 * SMALL.kv_bytes_per_token(4) > 30e6
     for shape, program in llm.runner.programs.items():
         memory = program.memory_analysis()
         assert memory.alias_size_in_bytes >= cache, shape
         assert memory.temp_size_in_bytes < cache / 10, shape
-    before = [pages.unsafe_buffer_pointer() for pages in jax.tree.leaves(llm.runner.cache)]
+    before = llm.runner.cache.unsafe_buffer_pointer()
     llm.generate([[1] * 100, [2]], GREEDY, use_tqdm=False)
-    assert [pages.unsafe_buffer_pointer() for pages in jax.tree.leaves(llm.runner.cache)] == before
+    assert llm.runner.cache.unsafe_buffer_pointer() == before
 
 
 def test_weights_are_read_where_they_are(llm):
@@ -212,7 +212,7 @@ def test_dtype_option(one_layer, dtype):
     llm = small_llm(one_layer, dtype=dtype, max_num_seqs=1)
     wanted = jnp.dtype({"half": "float16"}.get(dtype, dtype))
     assert {leaf.dtype for leaf in llm.runner.weights.leaves} == {wanted}
-    assert {pages.dtype for pages in jax.tree.leaves(llm.runner.cache)} == {wanted}
+    assert llm.runner.cache.dtype == wanted
     (output,) = llm.generate([1, 2, 3], GREEDY, use_tqdm=False)
     assert len(output["token_ids"]) == 2
 

@@ -64,7 +64,11 @@ def on_gpu(seed, contexts, dtype, kv_heads, group, head_dim, block_size, rows):
     rng = np.random.default_rng(seed)
     width = -(-max(contexts) // block_size) + 3
     cache = paged(rng, contexts, kv_heads=kv_heads, head_dim=head_dim, block_size=block_size, width=width)
-    q = jnp.asarray(rng.standard_normal((rows, kv_heads * group, head_dim)), dtype)
+    return with_queries(rng, cache, dtype, rows, kv_heads * group)
+
+
+def with_queries(rng, cache, dtype, rows, heads):
+    q = jnp.asarray(rng.standard_normal((rows, heads, cache.own.shape[-1])), dtype)
     return q, jnp.asarray(cache.kv_cache, dtype), *map(jnp.asarray, cache[1:])
 
 
@@ -137,9 +141,8 @@ def test_shared_blocks(times, shape):
 
 
 def check_decode(rng, cache, shape):
-    dtype, kv_heads, group, head_dim, _ = shape
-    q = jnp.asarray(rng.standard_normal((len(cache.context_lens), kv_heads * group, head_dim)), dtype)
-    args = q, jnp.asarray(cache.kv_cache, dtype), *map(jnp.asarray, cache[1:])
+    dtype, kv_heads, group, *_ = shape
+    args = with_queries(rng, cache, dtype, len(cache.context_lens), kv_heads * group)
     assert_close(paged_decode_attention(*args, scale=0.1), decode_oracle, args, dtype, 0.1)
 
 

@@ -237,8 +237,7 @@ def test_which_prefill_is_lowered(monkeypatch):
 @WRITES_IN_PLACE
 def test_prefill_beside_decodes_is_written_in_place():
     _, (q, *rest) = prefill_case(1088, 3, 2, cache())
-    args = q, *rest, q
-    text = lowered_for_cuda(functools.partial(hopper_prefill.paged_prefill_attention, scale=0.1), *args)
+    text = lowered_for_cuda(functools.partial(hopper_prefill.paged_prefill_attention, scale=0.1), q, *rest, q)
     assert "output_tuple_indices = [], operand_index = 6" in text
 
 
