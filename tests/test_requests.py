@@ -23,6 +23,9 @@ PROMPT = [137]  # after which the random model's greedy text is free of broken c
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 
 
+pytestmark = pytest.mark.usefixtures("programs_kept")
+
+
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     return write_checkpoint(tmp_path_factory.mktemp("requests") / "model")
