@@ -30,6 +30,7 @@ from . import (
     matmul,
     noise,
     norm,
+    pieces,
     prefill,
     reference,
     reference_sampling,
@@ -65,6 +66,7 @@ __all__ = [
     "row_linear",
     "row_norm_linear",
     "sampling_threshold",
+    "split",
     "store_and_decode",
     "swiglu",
     "token_logprobs",
@@ -298,6 +300,16 @@ def swiglu(x: jax.Array, weight: jax.Array) -> jax.Array:
     from . import hopper_swiglu
 
     return _differentiable(hopper_swiglu.swiglu, reference.swiglu)(x, weight)
+
+
+@functools.partial(kernel, static_argnames="sizes")
+def split(x: jax.Array, sizes: tuple[int, ...]) -> list[jax.Array]:
+    """x [N] cut into arrays of these sizes, whose sum is N: copies, as other kernels need of what lies in another."""
+    return either(
+        x,
+        cuda=functools.partial(pieces.split, sizes=sizes),
+        default=functools.partial(reference.split, sizes=sizes),
+    )
 
 
 @kernel

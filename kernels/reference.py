@@ -5,6 +5,7 @@ Shapes: T tokens, B sequences, N query heads, K kv heads, G = N / K, H head_dim,
 
 import math
 from functools import partial
+from itertools import accumulate
 
 import jax
 import jax.numpy as jnp
@@ -108,6 +109,11 @@ def _in_tiles(function, *arrays):
 
     tiles = lax.map(lambda tile: function(*tile), tuple(map(cut, arrays)))
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:rows], tiles)
+
+
+def split(x, sizes):
+    """See nanovllm_jax.kernels.split."""
+    return jnp.split(x, list(accumulate(sizes))[:-1])
 
 
 def rms_norm(x, gain, eps):

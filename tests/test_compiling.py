@@ -309,7 +309,7 @@ def no_thread(helper):
 def test_a_helper_that_says_what_is_wrong(programs, store, caplog):
     """It cannot make the model; the exception is in the log of this process, and it has taken nothing."""
     settings = programs.settings._replace(model_config="no config")
-    broken, todo = StepPrograms(settings, programs.mesh, programs.weights, programs.treedef), Todo(SHAPES)
+    broken, todo = StepPrograms(settings, programs.mesh, programs.weights), Todo(SHAPES)
     with caplog.at_level(logging.DEBUG, compiling.__name__):
         end(Helper(broken, todo, SimpleQueue(), store))
     assert "AttributeError" in caplog.text

@@ -63,6 +63,12 @@ def test_the_others_get_what_they_get_alone(llm, caplog, params):
     assert caplog.text.count("finish_reason 'error'") == 2 * 4 * params.n
 
 
+def with_embedding(leaves, token, value):
+    """A model's arrays, in which a token's embedding is this number."""
+    embedding = next(i for i, leaf in enumerate(leaves) if leaf.shape == (512, 48))
+    return [*leaves[:embedding], leaves[embedding].at[token].set(value), *leaves[embedding + 1 :]]
+
+
 def test_in_the_middle_of_a_text(llm):
     """The tokens before are told, and none after."""
     params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True, logit_bias={POISONED: -100})
@@ -71,16 +77,15 @@ def test_in_the_middle_of_a_text(llm):
     count = tokens.index(last) + 1
     poisoned = replace(params, logit_bias={last: -100} | {POISONED: -100})
     assert len(llm.generate([5, 6, 7], poisoned, use_tqdm=False)[0]["token_ids"]) == 20
-    leaves = llm.runner.weights.leaves
-    embedding = next(i for i, leaf in enumerate(leaves) if leaf.shape == (512, 48))
+    weights = llm.runner.weights
+    leaves = weights.leaves
     try:
-        llm.runner.weights.leaves = [*leaves]
-        llm.runner.weights.leaves[embedding] = leaves[embedding].at[last].set(jnp.inf)
+        weights.serve(with_embedding(leaves, last, jnp.inf))
         llm.reset_prefix_cache()
         [output] = llm.generate([5, 6, 7], params, use_tqdm=False)
         streamed = list(llm.stream([5, 6, 7], params))
     finally:
-        llm.runner.weights.leaves = leaves
+        weights.serve(leaves)
     expected = llm.tokenizer.decode(tokens[:count], skip_special_tokens=True), tokens[:count], "error"
     assert whole([output]) == [[expected]]
     assert [text.token_ids for out in streamed for text in out.outputs] == [*([token] for token in tokens[:count]), []]
@@ -114,12 +119,13 @@ def test_a_fault_that_passes_leaves_nothing_in_the_cache(llm):
     params, prompt = PARAMS[0], [11] * 100
     expected = whole(llm.generate(prompt, params, use_tqdm=False))
     llm.reset_prefix_cache()
-    leaves = llm.runner.weights.leaves
+    weights = llm.runner.weights
+    leaves = weights.leaves
     try:
-        llm.runner.weights.leaves = [jnp.full_like(leaf, jnp.nan) for leaf in leaves]
+        weights.serve([jnp.full_like(leaf, jnp.nan) for leaf in leaves])
         assert_errors(llm.generate(prompt, params, use_tqdm=False))
     finally:
-        llm.runner.weights.leaves = leaves
+        weights.serve(leaves)
     assert llm.scheduler.block_manager.num_cached_blocks == 0
     [output] = llm.generate(prompt, params, use_tqdm=False)
     assert (whole([output]), output.num_cached_tokens) == (expected, 0)
@@ -130,8 +136,7 @@ def test_several_steps_in_one_program(tmp_path, tensors):
     params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
     tokens = llm.generate([5, 6, 7], params, use_tqdm=False)[0]["token_ids"]
     count = tokens.index(tokens[9]) + 1
-    embedding = next(i for i, leaf in enumerate(llm.runner.weights.leaves) if leaf.shape == (512, 48))
-    llm.runner.weights.leaves[embedding] = llm.runner.weights.leaves[embedding].at[tokens[9]].set(jnp.nan)
+    llm.runner.weights.serve(with_embedding(llm.runner.weights.leaves, tokens[9], jnp.nan))
     llm.reset_prefix_cache()
     assert join(llm.stream([5, 6, 7], params))[0][0][1:] == (tokens[:count], "error")
     assert_idle(llm)

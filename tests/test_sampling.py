@@ -34,14 +34,13 @@ def logits_of(llm):
     """logits_of(tokens) -> [len(tokens), V]: one plain forward pass, no cache, no kernels, no engine."""
 
     @jax.jit
-    def forward(leaves, tokens):
-        model = jax.tree.unflatten(llm.runner.weights.treedef, leaves)
+    def forward(model, tokens):
         return model.logits(model(tokens, jnp.arange(len(tokens)), None, causal_attention)[0])
 
     @cache
     def padded(tokens):
         rows = jnp.array(tokens + (0,) * (128 - len(tokens)))
-        return np.asarray(forward(llm.runner.weights.leaves, rows))[: len(tokens)]
+        return np.asarray(forward(llm.runner.weights.model, rows))[: len(tokens)]
 
     return lambda tokens: padded(tuple(tokens))
 

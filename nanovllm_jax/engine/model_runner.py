@@ -111,7 +111,7 @@ class ModelRunner:
     def dispatch(self, shape: BatchShape, buffer: np.ndarray) -> StepOutput:
         """Start one step; returns its output without waiting for the device."""
         buffer = self._on_devices(buffer)
-        arguments = self.weights.leaves, self.cache, self.state, buffer, self.peers
+        arguments = self.weights.arguments, self.cache, self.state, buffer, self.peers
         output, self.cache, self.state = self.programs[shape](*arguments)
         if output.tokens.sharding.memory_kind != HOST:
             output.tokens.copy_to_host_async()
@@ -141,13 +141,13 @@ class ModelRunner:
         """
         parts, hidden, size = [], output.hidden, min(PROMPT_CHUNK, output.hidden.shape[1])
         if shape.spared:
-            arguments = self.weights.leaves, self.cache, hidden, self._on_devices(buffer)
+            arguments = self.weights.arguments, self.cache, hidden, self._on_devices(buffer)
             hidden, self.cache = self.scores.hidden(shape)(*arguments)
         for start in range(0, len(wanted), size):
             part = np.array(wanted[start : start + size], np.int32)
             columns = np.full((3, size), [[0], [0], [-1]], np.int32)
             columns[:, : len(part)] = part.T
-            parts.append(self.scores.logprobs(size)(self.weights.leaves, hidden, *columns))
+            parts.append(self.scores.logprobs(size)(self.weights.arguments, hidden, *columns))
         return parts
 
     def collect(self, output: StepOutput) -> list[list[int]]:
@@ -266,7 +266,7 @@ class ModelRunner:
         settings = ProgramSettings(
             self.config, self.model_config, self.dtype, self.max_num_seqs, self.num_blocks, reach
         )
-        self.steps = StepPrograms(settings, self.mesh, self.weights.shapes, self.weights.treedef)
+        self.steps = StepPrograms(settings, self.mesh, self.weights.flat)
         self.scores = ScorePrograms(self.steps)
         width = -(-self.max_model_len // self.config.block_size)
         sizes = self.max_num_seqs, self.max_num_batched_tokens, width, self._run_ahead()
@@ -320,7 +320,7 @@ class ModelRunner:
         return ProgramStore(
             Path(directory) / "programs" if directory else None,
             list(self.mesh.devices.flat),
-            repr((self.steps.settings._replace(config=config), self.weights.shapes, self.steps.layout())),
+            repr((self.steps.settings._replace(config=config), self.weights.flat.shapes, self.steps.layout())),
         )
 
     def _num_helpers(self, num_programs: int) -> int:
@@ -338,9 +338,9 @@ class ModelRunner:
         return jax.jit(per_device(write_tables, self.mesh, in_specs, state), donate_argnums=0)
 
 
-def _eager_step(step: Callable, leaves, cache, state, buffer, peers):
+def _eager_step(step: Callable, weights, cache, state, buffer, peers):
     with jax.disable_jit(), own_settings():
-        return step(leaves, cache, state, jnp.asarray(buffer), peers)
+        return step(weights, cache, state, jnp.asarray(buffer), peers)
 
 
 def _check_for_gpu(config: ModelConfig) -> None:

@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding
 
 from nanovllm_jax.checkpoints.load import ModelLoader
 from nanovllm_jax.machine import GIB
+from nanovllm_jax.models.flat_model import FlatModel
 from nanovllm_jax.models.parameters import ParameterPath, checked_weights
 from nanovllm_jax.models.qwen3 import Qwen3ForCausalLM
 from nanovllm_jax.parallel.backend import own_settings
@@ -21,26 +22,27 @@ logger = logging.getLogger(__name__)
 
 
 class ServedWeights:
-    """A model's arrays as compiled programs take them: flat, in one order."""
+    """A model's arrays, and as the arguments of compiled programs."""
 
     def __init__(self, loader: ModelLoader):
         # The loader's model comes to hold the arrays that it loads, which `update` is to let go: so it is not kept.
         self.config, self.device_bytes = loader.config, loader.device_bytes
-        self.shapes, self.treedef = jax.tree.flatten(loader.model)
+        self.flat = FlatModel(loader.model)
         paths = {id(target): path for path, target in loader.targets.items()}
-        self.targets = {paths[id(shape)]: shape for shape in self.shapes}  # by path, in the same order
-        self.leaves: list[jax.Array] = []  # the arrays of these shapes, when they are loaded
+        self.targets = {paths[id(shape)]: shape for shape in self.flat.shapes}  # by path, in the order of the leaves
+        self.leaves: list[jax.Array] = []  # the model's arrays, when they are loaded,
+        self.arguments: list[jax.Array] = []  # and what programs take for them
         self.is_whole = True
 
     @property
     def model(self) -> Qwen3ForCausalLM:
         """The module that is served, with the arrays that it is served with."""
-        return jax.tree.unflatten(self.treedef, self.leaves)
+        return jax.tree.unflatten(self.flat.treedef, self.leaves)
 
     def load(self, directory: Path, loader: ModelLoader) -> None:
         """Take in the checkpoint's arrays."""
         start = time.perf_counter()
-        self.leaves = jax.tree.leaves(loader.load())
+        self.serve(jax.tree.leaves(loader.load()))
         logger.info(
             "loaded %s (%s weights): %.3f billion parameters in %s, %.2f GiB a device, %.1f s",
             directory,
@@ -50,6 +52,10 @@ class ServedWeights:
             self.device_bytes / GIB,
             time.perf_counter() - start,
         )
+
+    def serve(self, leaves: list[jax.Array]) -> None:
+        """Run the steps dispatched from now on with these arrays, of the model's shapes and in its order."""
+        self.leaves, self.arguments = leaves, self.flat.pack(leaves)
 
     def check(self, weights: Qwen3ForCausalLM | Mapping[ParameterPath, Any]) -> Mapping[ParameterPath, Any]:
         """Arrays by path from what `update_weights` of the engine may be given; raises as it says."""
@@ -62,6 +68,7 @@ class ServedWeights:
         They take their places one by one, so that the device needs room for the old weights and one array.
         """
         self.is_whole = False  # should it fail on the way
+        self.arguments.clear()  # which would keep the old ones
         last = {id(arrays[path]): path for path in self.targets}  # an array may be there under several paths
         for i, (path, target) in enumerate(self.targets.items()):
             given = arrays[path]
@@ -72,6 +79,7 @@ class ServedWeights:
                 if is_spare and isinstance(given, jax.Array):
                     given.delete()
             self.leaves[i] = array
+        self.serve(self.leaves)
         self.is_whole = True
 
     def check_whole(self) -> None:

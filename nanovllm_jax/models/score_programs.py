@@ -16,7 +16,7 @@ HIDDEN = Spec(None, DATA_AXIS)
 
 
 class ScorePrograms:
-    """What goes on from the output of an engine's steps, as compiled functions of (weights as a flat list, ...)."""
+    """What goes on from the output of an engine's steps, as compiled functions of (weights, ...)."""
 
     def __init__(self, steps: StepPrograms):
         """`steps`: the engine's own."""
@@ -24,7 +24,7 @@ class ScorePrograms:
         self.compiled: dict[BatchShape | int, Callable] = {}
 
     def hidden(self, shape: BatchShape) -> Callable:
-        """models/step.py's `prompt_hidden` of a batch shape: (leaves, cache, stream, buffer) -> (hidden, cache)."""
+        """models/step.py's `prompt_hidden` of a batch shape: (weights, cache, stream, buffer) -> (hidden, cache)."""
         if shape not in self.compiled:
             cache = specs_of(self.steps.layout()[0])
             function, in_specs = partial(prompt_hidden, shape=shape), (cache, HIDDEN, Spec(DATA_AXIS))
@@ -32,16 +32,16 @@ class ScorePrograms:
         return self.compiled[shape]
 
     def logprobs(self, size: int) -> Callable:
-        """models/step.py's `prompt_logprobs` of `size` tokens: (leaves, hidden, rows, tokens, num_top) -> array."""
+        """models/step.py's `prompt_logprobs` of `size` tokens: (weights, hidden, rows, tokens, num_top) -> array."""
         if size not in self.compiled:
             self.compiled[size] = self._jit(prompt_logprobs, (HIDDEN, Spec(), Spec(), Spec()), Spec(), size)
         return self.compiled[size]
 
     def _jit(self, function: Callable, in_specs, out_specs, rows: int, donate: int | tuple[int, ...] = ()) -> Callable:
-        treedef = self.steps.treedef  # and no self, which would refer to itself by its programs
+        weights = self.steps.weights  # and no self, which would refer to itself by its programs
 
-        def program(leaves, *args):
-            return function(jax.tree.unflatten(treedef, leaves), *args)
+        def program(arguments, *args):
+            return function(weights.model(arguments), *args)
 
-        whole = per_device(program, self.steps.mesh, (specs_of(self.steps.weights), *in_specs), out_specs)
+        whole = per_device(program, self.steps.mesh, (specs_of(weights.arguments), *in_specs), out_specs)
         return jax.jit(whole, donate_argnums=donate, compiler_options=compiler_options(self.steps.mesh, rows))

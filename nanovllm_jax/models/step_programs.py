@@ -18,6 +18,7 @@ from nanovllm_jax.engine_config import EngineConfig
 from nanovllm_jax.kernels import Peers
 from nanovllm_jax.kernels.exchange import capacity
 from nanovllm_jax.models.draw import DeviceState
+from nanovllm_jax.models.flat_model import FlatModel
 from nanovllm_jax.models.parameters import abstract_model
 from nanovllm_jax.models.step import StepOutput, engine_step
 from nanovllm_jax.parallel.backend import compiler_options
@@ -42,11 +43,11 @@ class ProgramSettings(NamedTuple):
 
 
 class StepPrograms:
-    """The step of each batch shape, as functions of (weights as a flat list, cache, state, buffer, peers)."""
+    """The step of each batch shape, as functions of (weights, cache, state, buffer, peers)."""
 
-    def __init__(self, settings: ProgramSettings, mesh: Mesh, weights: list[jax.ShapeDtypeStruct], treedef: Any):
-        """`weights`, `treedef`: a model's shapes and shardings on `mesh`, flat, and how they make the model."""
-        self.settings, self.mesh, self.weights, self.treedef = settings, mesh, weights, treedef
+    def __init__(self, settings: ProgramSettings, mesh: Mesh, weights: FlatModel):
+        """`weights`: with shardings on `mesh`."""
+        self.settings, self.mesh, self.weights = settings, mesh, weights
         self.by_group = NamedSharding(mesh, Spec(DATA_AXIS))
         is_one_gpu = mesh.size == 1 and mesh.devices.flat[0].platform == "gpu"
         # One GPU writes tokens where the host reads them: else they are asked for when the step has ended.
@@ -59,7 +60,7 @@ class StepPrograms:
         config = settings.config
         mesh = make_mesh(config.tensor_parallel_size, config.data_parallel_size)
         model, _ = abstract_model(settings.model_config, settings.dtype, mesh, config.deterministic)
-        return cls(settings, mesh, *jax.tree.flatten(model))
+        return cls(settings, mesh, FlatModel(model))
 
     def layout(self) -> tuple[jax.ShapeDtypeStruct, DeviceState]:
         """Shapes and shardings of the cache and of the device's state."""
@@ -96,13 +97,13 @@ class StepPrograms:
     def arguments(self, shape: BatchShape) -> tuple[Any, ...]:
         """Shapes and shardings of what a step is called with."""
         buffer = jax.ShapeDtypeStruct((self.mesh.shape[DATA_AXIS] * shape.size,), jnp.int32, sharding=self.by_group)
-        return self.weights, *self.layout(), buffer, self.peers
+        return self.weights.arguments, *self.layout(), buffer, self.peers
 
     def function(self, shape: BatchShape) -> Callable:
         """The step of all devices, as a function of whole arrays."""
         donated = specs_of(self.layout())
         output = StepOutput(tokens=Spec(), logprobs=Spec(), hidden=Spec(None, DATA_AXIS), activations=Spec())
-        in_specs = (specs_of(self.weights), *donated, Spec(DATA_AXIS), specs_of(self.peers))
+        in_specs = (specs_of(self.weights.arguments), *donated, Spec(DATA_AXIS), specs_of(self.peers))
         return per_device(partial(self._step, shape), self.mesh, in_specs, (output, *donated))
 
     def lower(self, shape: BatchShape) -> Lowered:
@@ -116,9 +117,8 @@ class StepPrograms:
         """XLA's flags for a shape's step."""
         return compiler_options(self.mesh, shape.decode_rows + shape.prefill_tokens)
 
-    def _step(self, shape: BatchShape, leaves, cache, state, buffer, peers):
-        # A module is a pytree; passed flat, it costs no Python at a call.
-        model = jax.tree.unflatten(self.treedef, leaves)
+    def _step(self, shape: BatchShape, weights, cache, state, buffer, peers):
+        model = self.weights.model(weights)
         static = dict(shape=shape, probe=self.settings.config.probe)
         peers = peers if self.exchanges(shape) else None
         output, cache, state = engine_step(model, cache, state, buffer, peers, **static)

@@ -65,8 +65,8 @@ class Referee:
         padded = np.zeros(self.llm.max_model_len, np.int32)
         padded[: len(tokens)] = tokens
         with jax.default_matmul_precision("highest"):
-            leaves = self.llm.runner.weights.leaves
-            both = [self._forward(leaves, padded, len(tokens) - 1, dtype) for dtype in self._dtypes]
+            model = self.llm.runner.weights.model
+            both = [self._forward(model, padded, len(tokens) - 1, dtype) for dtype in self._dtypes]
         return tuple(map(np.asarray, both))
 
     @property
@@ -75,8 +75,8 @@ class Referee:
 
     @cached_property
     def _forward(self):
-        def forward(leaves, tokens, last, dtype):
-            model = jax.tree.unflatten(self.llm.runner.weights.treedef, [leaf.astype(dtype) for leaf in leaves])
+        def forward(model, tokens, last, dtype):
+            model = jax.tree.map(lambda leaf: leaf.astype(dtype), model)
             hidden, _ = model(tokens, jnp.arange(len(tokens)), None, causal_attention)
             return model.logits(hidden[last])
 

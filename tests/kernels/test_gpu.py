@@ -25,6 +25,7 @@ from nanovllm_jax.kernels import (
     reference_sampling,
     row_linear,
     row_norm_linear,
+    split,
     store,
     store_and_decode,
     swiglu,
@@ -313,6 +314,17 @@ def test_add_norm(tokens, features, dtype, parts):
     assert_rounded_alike(add_norm(*args, 1e-6), expected, dtype)
     tiled = functools.partial(norm.add_norm, eps=1e-6, tiles=norm.Tiles(1 if tokens == 1 else 2, 4))
     assert_rounded_alike(jax.jit(tiled)(*args), expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize(
+    "sizes", [(1024, 1024, 128, 128) * 28 + (1024,), (5120, 5120, 128, 128) * 64, (5, 300, 7), (48,)], ids=len
+)
+def test_split(sizes, dtype):
+    x = jnp.asarray(np.random.default_rng(0).standard_normal(sum(sizes)), dtype)
+    expected = np.split(np.asarray(x), np.cumsum(sizes)[:-1])
+    for part, want in zip(split(x, sizes), expected, strict=True):
+        np.testing.assert_array_equal(np.asarray(part), want)
 
 
 @pytest.mark.parametrize("case", exchange_cases.CASES, ids=str)

@@ -17,6 +17,7 @@ from nanovllm_jax.kernels import (
     paged_prefill_attention,
     row_linear,
     row_norm_linear,
+    split,
     store_and_decode,
     traced_for,
 )
@@ -66,6 +67,10 @@ def norm_case(tokens, features, dtype=jnp.bfloat16, parts=1):
     return functools.partial(add_norm, eps=1e-6), (x, delta, jax.ShapeDtypeStruct((features,), dtype))
 
 
+def split_case(*sizes, dtype=jnp.bfloat16):
+    return functools.partial(split, sizes=sizes), (jax.ShapeDtypeStruct((sum(sizes),), dtype),)
+
+
 def matmul_case(rows, features, depth, dtype=jnp.bfloat16):
     arrays = (jax.ShapeDtypeStruct((n, depth), dtype) for n in (rows, features))
     return functools.partial(fixed_matmul, dtype=dtype), tuple(arrays)
@@ -110,6 +115,13 @@ def test_store_lowers_to_one_kernel_that_aliases_the_cache(group, pool):
 def test_norm_lowers_to_one_kernel(features):
     for tokens, dtype, parts in ((1, jnp.bfloat16, 4), (256, jnp.float32, 1), (16384, jnp.float16, 0)):
         f, args = norm_case(tokens, features, dtype, parts)
+        assert custom_calls(lowered_for_cuda(f, *args)) == [PALLAS]
+
+
+@pytest.mark.parametrize(("hidden", "layers"), [(1024, 28), (5120, 64), (48, 2)])  # of 0.6B, 32B and a small one
+def test_split_lowers_to_one_kernel(hidden, layers):
+    for dtype in (jnp.bfloat16, jnp.float32):
+        f, args = split_case(*[hidden, hidden, 128, 128] * layers, hidden, dtype=dtype)
         assert custom_calls(lowered_for_cuda(f, *args)) == [PALLAS]
 
 
@@ -178,6 +190,7 @@ def test_layers_share_one_lowering():
 CASES = {
     "store": lambda: store_case(4, 2, cache()),
     "norm": lambda: norm_case(4, 64),
+    "split": lambda: split_case(4, 64),
     "matmul": lambda: matmul_case(4, 64, 32),
     "decode": lambda: decode_case(4, 2, cache()),
     "new tokens": lambda: new_tokens_case(4, 2, cache()),
