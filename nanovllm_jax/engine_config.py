@@ -41,8 +41,8 @@ class EngineConfig:
     """Share of the GPU's memory for weights, workspace and KV cache together. JAX takes it once a process: what
     XLA_CLIENT_MEM_FRACTION says, else what the first engine does."""
     num_scheduler_steps: int | None = None
-    """Tokens that one program decodes for each of up to 128 sequences when nobody waits. None: 2 for each of up to 16
-    and 3 of one alone, on a GPU where model and contexts are so small that it would wait for the host; else 1."""
+    """Tokens that one program decodes for each of up to 128 sequences when nobody waits. None: 3 of a sequence that is
+    alone, on a GPU where model and context are so small that it would wait for the host; else 1."""
     tensor_parallel_size: int = 1
     """Number of devices that the model is spread over."""
     data_parallel_size: int = 1

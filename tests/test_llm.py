@@ -282,7 +282,7 @@ def test_several_steps_in_one_program(directory, tmp_path, expected, monkeypatch
         *(SamplingParams(seed=n, max_tokens=n) for n in (20, 5, 9, 2)),
     ]
     found = {}
-    for steps in (RunAhead(), RunAhead(4, rows=128), RunAhead(2, alone=3, rows=128)):
+    for steps in (RunAhead(), RunAhead(4, rows=128), RunAhead(3, rows=1)):
         monkeypatch.setattr(ModelRunner, "_run_ahead", lambda runner, steps=steps: steps)
         engine = small_llm(stopping)
         together = engine.generate(prompts, params, use_tqdm=False)

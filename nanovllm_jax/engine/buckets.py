@@ -69,13 +69,14 @@ class Buckets:
         """Every shape that shape_for can return; first what compiles longest on a GPU: few rows, large prefills."""
         decode = [BatchShape(rows, 0, 0, self.table_width) for rows in self.decode_rows]
         mixed = [self._mixed(rows, tokens) for tokens in self.prefill_tokens for rows in self.beside(tokens)]
-        most = next((rows for rows in self.decode_rows if rows >= self.run_ahead.rows), self.max_num_seqs)
-        several = [
-            BatchShape(rows, 0, 0, self.table_width, steps)
-            for rows in self.decode_rows
-            if rows <= most and (steps := self.run_ahead.steps_of(rows)) > 1
-        ]
-        return sorted(decode + several, key=lambda s: s.decode_rows) + mixed[::-1]
+        return sorted(decode + self._several_steps(), key=lambda s: s.decode_rows) + mixed[::-1]
+
+    def _several_steps(self) -> list[BatchShape]:
+        steps, most = self.run_ahead.num_steps, self.run_ahead.rows
+        if steps == 1:
+            return []
+        last = next((rows for rows in self.decode_rows if rows >= most), self.max_num_seqs)
+        return [BatchShape(rows, 0, 0, self.table_width, steps) for rows in self.decode_rows if rows <= last]
 
     def _mixed(self, rows: int, tokens: int) -> BatchShape:
         prefill_rows, spared = self.prefill_rows(tokens), tokens >= self.spared_from

@@ -49,12 +49,11 @@ from nanovllm_jax.parallel.sizes import split_config
 
 logger = logging.getLogger(__name__)
 
-# The host takes up to 1.5 ms for a step, in which a GPU reads so many bytes. One that reads less (of weights, keys and
-# values) would make it wait: so several steps go in one program.
-DISPATCH_BYTES = 6 * GIB
-GPU_STEPS = 2  # more make what streams come in larger pieces,
-GPU_STEPS_ALONE = 3  # and fewer leave a single row, whose steps are the shortest, waiting for the host
-GPU_ROWS = 16  # steps of more take the GPU as long as the host, and whoever arrives waits for a program's end
+# The host takes up to 0.9 ms for a step, in which a GPU reads so many bytes. A sequence that is alone and makes it read
+# less (of weights, keys and values) would leave it waiting: so several steps go in one program. Steps of more sequences
+# take longer, and then whoever arrives would wait for a program's end, and each token for the next one.
+DISPATCH_BYTES = 3 * GIB
+STEPS_ALONE = 3
 ASKED_ROWS = 128  # where the user says how many steps
 SPARED_FROM = 1024  # prefill tokens: with fewer, sparing their last layer gains less than compiling that layer twice
 PROMPT_CHUNK = 256  # positions whose logits are made at a time where a prompt's log probabilities are asked for
@@ -88,15 +87,13 @@ class ModelRunner:
         self.bytes_in_use = self._bytes_in_use()
         # In what is left XLA tries matmuls out while it compiles.
         workspace = max(estimate(*self._largest_step()) for estimate in (estimate_workspace, largest_matmul))
-        self._size_cache(workspace)
-        self._allocate_first()
+        self._make_cache(workspace)
         with ThreadPoolExecutor(1) as thread:  # while programs compile
             loading = thread.submit(self.weights.load, directory, loader)
             compiled_workspace = largest(self._compile())
             if self.on_gpu and compiled_workspace > workspace:
                 self.reset()
-                self._size_cache(compiled_workspace)
-                self._allocate_first()
+                self._make_cache(compiled_workspace)
                 self._compile()
             loading.result()
 
@@ -201,8 +198,21 @@ class ModelRunner:
         tokens, rows = self.max_num_batched_tokens + self.max_num_seqs, 2 * self.max_num_seqs
         return self.model_config, self.dtype.itemsize, tokens, rows, self.num_shards
 
+    def _make_cache(self, workspace: int) -> None:
+        """Decide its size and, with it, max_model_len and the programs; and make it, before there are weights."""
+        self._size_cache(workspace)
+        self._plan_programs()
+        try:
+            self._allocate()
+        except jax.errors.JaxRuntimeError as error:  # weights are small, and fit in what one large array leaves
+            raise RuntimeError(
+                f"the device has no memory in one piece for a KV cache of {self.num_blocks} blocks: lower "
+                "gpu_memory_utilization or num_kvcache_blocks, make the LLM before other arrays, and leave "
+                "XLA_PYTHON_CLIENT_PREALLOCATE unset"
+            ) from error
+
     def _size_cache(self, workspace: int) -> None:
-        """Decide the pool's size and, with it, max_model_len and the programs."""
+        """Decide the pool's size and max_model_len."""
         config, model = self.config, self.model_config
         block = model.kv_bytes_per_token(self.dtype.itemsize) * config.block_size // self.num_shards
         plan = MemoryPlan(
@@ -226,7 +236,6 @@ class ModelRunner:
             self.num_blocks * config.block_size,
             self.max_model_len,
         )
-        self._plan_programs()
 
     def _bytes_in_use(self) -> int:
         """What others hold of a GPU: another LLM of this process."""
@@ -237,17 +246,6 @@ class ModelRunner:
     def _state_bytes(self) -> int:
         steering = 4 * self.config.probe.steering_size if self.config.probe else 0
         return (self.max_num_seqs + 1) * (self.model_config.vocab_size * 8 // self.num_shards + steering)
-
-    def _allocate_first(self) -> None:
-        """`_allocate` at the start, before the weights: they are small, and fit in what one large array leaves."""
-        try:
-            self._allocate()
-        except jax.errors.JaxRuntimeError as error:
-            raise RuntimeError(
-                f"the device has no memory in one piece for a KV cache of {self.num_blocks} blocks: lower "
-                "gpu_memory_utilization or num_kvcache_blocks, make the LLM before other arrays, and leave "
-                "XLA_PYTHON_CLIENT_PREALLOCATE unset"
-            ) from error
 
     def _allocate(self) -> None:
         """Make the cache and the device's state, all zeros, and the memory that devices exchange sums by."""
@@ -278,7 +276,7 @@ class ModelRunner:
         if self.config.num_scheduler_steps:
             return RunAhead(self.config.num_scheduler_steps, rows=ASKED_ROWS)
         tokens = self._tokens_in_a_dispatch()
-        return RunAhead(GPU_STEPS, GPU_STEPS_ALONE, GPU_ROWS, tokens) if self.on_gpu and tokens else ONE_STEP
+        return RunAhead(STEPS_ALONE, rows=1, tokens=tokens) if self.on_gpu and tokens else ONE_STEP
 
     def _tokens_in_a_dispatch(self) -> int:
         """How much context a GPU reads, with the weights, while the host dispatches a step; 0: a large model."""

@@ -15,16 +15,10 @@ class RunAhead(NamedTuple):
 
     num_steps: int = 1
     """Tokens of each,"""
-    alone: int = 1
-    """and of one that is alone, where that is more."""
     rows: int = 0
-    """For at most so many sequences,"""
+    """for at most so many sequences,"""
     tokens: float = math.inf
     """with at most so many tokens in the cache together."""
-
-    def steps_of(self, rows: int) -> int:
-        """Tokens of each of so many sequences."""
-        return max(self.num_steps, self.alone) if rows == 1 else self.num_steps
 
 
 ONE_STEP = RunAhead()

@@ -214,7 +214,7 @@ class Scheduler:
 
     def _num_steps(self, decoding: list[Sequence], prefilling: list[Sequence]) -> int:
         """Several where nobody else has work, and each that decodes can do them without preemption or its end."""
-        steps, manager = self.run_ahead.steps_of(len(decoding)), self.block_manager
+        steps, manager = self.run_ahead.num_steps, self.block_manager
         if prefilling or self.waiting or not 0 < len(decoding) <= self.run_ahead.rows:
             return 1
         if sum(seq.num_computed for seq in decoding) > self.run_ahead.tokens:

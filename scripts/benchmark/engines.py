@@ -64,7 +64,7 @@ class NanoVllmJax:
             max_model_len=runner.max_model_len,
             num_kvcache_blocks=runner.num_blocks,
             num_scheduler_steps=runner.buckets.run_ahead.num_steps,
-            num_scheduler_steps_alone=runner.buckets.run_ahead.steps_of(1),
+            num_scheduler_steps_rows=runner.buckets.run_ahead.rows,
         )
         settings = asdict(runner.config) | resolved
         self.flags = {name: value if value is None else str(value) for name, value in settings.items()}

@@ -115,7 +115,7 @@ def test_a_request_under_an_ended_ones_id_is_another():
 def test_random_work_gives_every_sequence_its_own_tokens(seed):
     """Several tokens a program too, with preemption in a small pool."""
     rng = random.Random(seed)
-    run = Run(rng.choice([2, 3]), num_blocks=14, run_ahead=RunAhead(rng.choice([1, 2, 3]), alone=3, rows=4))
+    run = Run(rng.choice([2, 3]), num_blocks=14, run_ahead=RunAhead(rng.choice([1, 2, 3]), rows=rng.choice([1, 4])))
     for _ in range(30):
         if rng.random() < 0.5:
             run.add(prompt(rng.randrange(3), rng.randint(1, 30)), rng.randint(1, 20))
@@ -128,7 +128,7 @@ def test_random_work_gives_every_sequence_its_own_tokens(seed):
 
 
 def test_steps_ahead_need_every_busy_group():
-    run = Run(2, run_ahead=RunAhead(2, alone=3, rows=4))
+    run = Run(2, run_ahead=RunAhead(3, rows=1))
     run.add(prompt(1, 8), 20)
     run.step()
     assert run.step().num_steps == 3, "the other group is idle"
@@ -137,7 +137,7 @@ def test_steps_ahead_need_every_busy_group():
     assert run.step().num_steps == 3
     run.add(prompt(3, 8), 20)
     assert run.step().num_steps == 1
-    assert run.step().num_steps == 2, "one group has two rows"
+    assert run.step().num_steps == 1, "one group has two rows"
 
 
 def test_all_groups_are_packed_in_one_shape():

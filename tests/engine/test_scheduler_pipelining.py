@@ -24,14 +24,14 @@ def test_several_steps_in_one_program_only_while_few_tokens_are_cached():
     assert (simulation.num_steps, simulation.num_steps_ahead) == (1 + 2 + 5, 2)
 
 
-def test_a_sequence_alone_takes_more_steps_in_one_program():
-    simulation = simulate(run_ahead=RunAhead(num_steps=2, alone=4, rows=2))
+def test_a_sequence_alone_takes_several_steps_in_one_program():
+    simulation = simulate(run_ahead=RunAhead(num_steps=4, rows=1))
     simulation.add(prompt(1, 6), max_tokens=20)
     simulation.add(prompt(2, 6), max_tokens=6)
     simulation.drain()
-    # One token of each, then two programs of two steps and one step to the shorter one's end. Of the 14 tokens that
-    # the other one has left then, three programs of four: the last two end it.
-    assert (simulation.num_steps, simulation.num_steps_ahead) == (1 + 2 + 1 + 3 + 2, 2 + 3 * 3)
+    # One token of each, then five of both to the shorter one's end. Of the 14 tokens that the other one has left then,
+    # three programs of four: the last two end it.
+    assert (simulation.num_steps, simulation.num_steps_ahead) == (1 + 5 + 3 + 2, 3 * 3)
 
 
 def test_tokens_after_the_end_are_ignored():

@@ -41,7 +41,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_num_batched_tokens=budget,
             max_model_len=max_model_len,
             enable_prefix_caching=caching,
-            run_ahead=RunAhead(num_steps, alone=3, rows=3),
+            run_ahead=RunAhead(num_steps, rows=3),
         )
         self.simulation.device.is_faulty = self.take_fault
         self.max_model_len = max_model_len
@@ -122,7 +122,6 @@ def random_simulation(rng: random.Random) -> Simulation:
         enable_prefix_caching=rng.random() < 0.85,
         run_ahead=RunAhead(
             num_steps=rng.choice((1, 2, 4, 7)),
-            alone=rng.choice((1, 3)),
             rows=rng.randint(1, max_num_seqs),
             tokens=math.inf if rng.random() < 0.8 else rng.randint(0, 200),
         ),
