@@ -1,6 +1,7 @@
 """Weights swapped in a running engine: what is shared, what is computed again, and what is refused."""
 
 import itertools
+import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -112,6 +113,22 @@ def test_numpy_arrays_are_copied(llm, models, expected, dtype):
     for array in arrays.values():
         array[...] = np.nan
     assert run(llm) == [expected(1, prompt) for prompt in PROMPTS]
+
+
+def test_old_arrays_go_one_by_one(directories, models, monkeypatch):
+    """What programs take for them keeps none of the large ones."""
+    llm = small_llm(directories[0], dtype="bfloat16", max_num_seqs=1)
+    old = [weakref.ref(leaf) for leaf in llm.runner.weights.leaves if leaf.ndim > 1]
+    left, cast = [], weights._cast
+
+    def counted(*args):
+        left.append(sum(leaf() is not None for leaf in old))
+        return cast(*args)
+
+    monkeypatch.setattr(weights, "_cast", counted)
+    llm.update_weights(models[1])
+    assert {*left} == {*range(len(old) + 1)}
+    assert left == sorted(left, reverse=True)
 
 
 @pytest.mark.parametrize("donate", [False, True])
