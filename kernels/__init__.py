@@ -1,5 +1,5 @@
 """Paged attention (a function each to write the KV cache, decode from it and prefill against it), norms, on one device
-and over several, linear layers of one row, of a few and of many, sampling.
+and over several, linear layers of one row, of a few and of many, sampling, and what cuts an array.
 
 On an NVIDIA GPU each runs its Pallas kernel, anywhere else its plain-jnp oracle (in the files called reference, same
 arguments, but for a `fixed` that one of the two has no need of, and a mesh's axis). Which one is settled when a program
@@ -304,7 +304,10 @@ def swiglu(x: jax.Array, weight: jax.Array) -> jax.Array:
 
 @functools.partial(kernel, static_argnames="sizes")
 def split(x: jax.Array, sizes: tuple[int, ...]) -> list[jax.Array]:
-    """x [N] cut into arrays of these sizes, whose sum is N: copies, as other kernels need of what lies in another."""
+    """x, of one dimension, cut into arrays of these sizes, whose sum is its own.
+
+    These are copies, which are what other kernels can read.
+    """
     return either(
         x,
         cuda=functools.partial(pieces.split, sizes=sizes),

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-# A shape of every kind that published sizes have, in small: group sizes 2, 4, 5 and 8, tied and untied heads, a
+# A shape of every kind that published sizes have, in small: group sizes 1, 2, 4, 5 and 8, tied and untied heads, a
 # head_dim that is not hidden / heads, biases, and each rope scaling in the config.json forms of transformers 4 and 5.
 SHAPES = {
     "group2_tied": dict(num_attention_heads=4, num_key_value_heads=2, head_dim=32, tie_word_embeddings=True),
@@ -24,7 +24,7 @@ SHAPES = {
         tie_word_embeddings=True,
         rope_parameters=dict(rope_type="linear", rope_theta=10000.0, factor=2.0),
     ),
-    "group2_old_yarn": dict(  # written in transformers 4's form, see random_checkpoint
+    "group2_old_yarn": dict(  # written in transformers 4's form, see rewrite_config_in_old_form
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=16,

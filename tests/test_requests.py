@@ -19,11 +19,10 @@ from nanovllm_jax.engine.sequence import Status
 from nanovllm_jax.outputs import Logprob, Logprobs
 from nanovllm_jax.sampling_params import MAX_LOGPROBS
 
+pytestmark = pytest.mark.usefixtures("programs_kept")
+
 PROMPT = [137]  # after which the random model's greedy text is free of broken characters
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
-
-
-pytestmark = pytest.mark.usefixtures("programs_kept")
 
 
 @pytest.fixture(scope="module")

@@ -199,12 +199,15 @@ class ModelRunner:
         return self.model_config, self.dtype.itemsize, tokens, rows, self.num_shards
 
     def _make_cache(self, workspace: int) -> None:
-        """Decide its size and, with it, max_model_len and the programs; and make it, before there are weights."""
+        """Decide its size and, with it, max_model_len and the programs; and make it.
+
+        At first that is before there are weights: they are small, and fit in what one large array leaves.
+        """
         self._size_cache(workspace)
         self._plan_programs()
         try:
             self._allocate()
-        except jax.errors.JaxRuntimeError as error:  # weights are small, and fit in what one large array leaves
+        except jax.errors.JaxRuntimeError as error:
             raise RuntimeError(
                 f"the device has no memory in one piece for a KV cache of {self.num_blocks} blocks: lower "
                 "gpu_memory_utilization or num_kvcache_blocks, make the LLM before other arrays, and leave "
