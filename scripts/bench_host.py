@@ -114,7 +114,7 @@ def device_micros(num_seqs: int, args: argparse.Namespace) -> tuple[float, float
     Every row is padding: that costs the host the same, and the device little.
     """
     runner = make_runner(args.model, args.load_format, longest(args), args.block_size, max(args.sequences))
-    shape = runner.buckets.shape_for(num_seqs, 0, 0)
+    shape = runner.buckets.shape_for(num_seqs, 0, num_seqs)
     buffer = np.zeros(shape.size, np.int32)
     shape.views(buffer).slots[:] = runner.max_num_seqs
     spent = np.zeros(2)

@@ -148,7 +148,7 @@ def alone(folder: Path, devices: int) -> str:
 def tensor(folder: Path, devices: int) -> str:
     """The model split over all devices."""
     llm = make_llm(folder, 1, devices, **NUMBERS)
-    program = next(p for shape, p in llm.runner.programs.items() if not shape.prefill_tokens and shape.num_steps == 1)
+    program = next(p for shape, p in llm.runner.programs.items() if not shape.prefill_rows and shape.num_steps == 1)
     sums, own = len(re.findall(r" all-reduce(?:-start)?\(", program.as_text())), llm.runner.peers and llm.runner.on_gpu
     wanted = 0 if own else 2 * LAYERS + 1
     assert sums == wanted, f"a step has {sums} all-reduces, where {wanted} are expected"

@@ -119,7 +119,7 @@ class Soak:
         """The few programs that are compiled when they are first asked for: prompt_logprobs, by the size of a chunk."""
         params = SamplingParams(max_tokens=2, prompt_logprobs=1, logit_bias={0: 1}, logprobs=1)
         longest = self.maker.longest
-        for tokens in self.llm.runner.buckets.prefill_tokens:
+        for tokens in sorted({shape.tokens for shape in self.llm.runner.buckets.mixed}):
             sizes = [longest] * (tokens // longest) + [tokens % longest]
             prompts = [[1] * max(size, 2) for size in sizes if size]  # the first token of a prompt has no logprob
             self.llm.generate(prompts, params, use_tqdm=False)

@@ -76,7 +76,7 @@ def run(directory, cache, data, model):
     for leaf in llm.runner.weights.leaves:
         report["shares"]["matrices" if leaf.ndim > 1 else "norms"].add(share_of(leaf))
     report["shares"] = {kind: list(shares) for kind, shares in report["shares"].items()}
-    decoding = max((s for s in llm.runner.programs if not s.prefill_tokens), key=lambda shape: shape.decode_rows)
+    decoding = max((s for s in llm.runner.programs if not s.prefill_rows), key=lambda shape: shape.decode_rows)
     report["collectives"] = collectives(llm.runner.programs[decoding].as_text())
     report["exchanges"] = sorted({llm.runner.steps.exchanges(shape) for shape in llm.runner.programs})
     return report

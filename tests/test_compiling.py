@@ -30,7 +30,7 @@ from nanovllm_jax.models.step_programs import ProgramSettings, StepPrograms
 from nanovllm_jax.parallel.sizes import split_config
 
 pytestmark = pytest.mark.usefixtures("no_compilation_cache")
-SHAPES = [BatchShape(2, 0, 0, 4, num_steps=2), BatchShape(2, 2, 16, 4), BatchShape(1, 0, 0, 4)]
+SHAPES = [BatchShape(2, 0, 2, 4, num_steps=2), BatchShape(2, 2, 16, 4), BatchShape(1, 0, 1, 4)]
 ONE = SHAPES[2:]  # where it does not matter what is compiled
 
 

@@ -184,7 +184,7 @@ def test_a_kernel_that_raises(llm, expected):
         tokens = jax.jit(lambda x: jax.pure_callback(kernel, jax.ShapeDtypeStruct(x.shape, x.dtype), x))(output.tokens)
         return output._replace(tokens=tokens), cache, state
 
-    shape_of = {id(broken): max(kept, key=lambda s: s.prefill_tokens)}
+    shape_of = {id(broken): max(kept, key=lambda s: s.prefill_rows)}
     assert shape in kept
     try:
         llm.runner.programs = dict.fromkeys(kept, broken)

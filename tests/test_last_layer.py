@@ -54,7 +54,7 @@ def answers(llm):
 def test_results_are_those_of_the_whole_layer(engines):
     """To the last bit with deterministic=True: else programs differ in how they round."""
     whole, spared = engines
-    prefills = [[shape for shape in llm.runner.programs if shape.prefill_tokens] for llm in engines]
+    prefills = [[shape for shape in llm.runner.programs if shape.prefill_rows] for llm in engines]
     assert [[shape.spared for shape in shapes] for shapes in prefills] == [[False], [True]]
     for (tokens, *entries), (their_tokens, *their_entries) in zip(answers(spared), answers(whole), strict=True):
         assert tokens == their_tokens
@@ -74,7 +74,7 @@ def test_it_computes_less(engines):
         program.cost_analysis()["flops"]
         for llm in engines
         for shape, program in llm.runner.programs.items()
-        if shape.prefill_tokens
+        if shape.prefill_rows
     ]
     heads = SMALL.num_attention_heads * SMALL.head_dim
     of_token = 2 * SMALL.hidden_size * (heads + 3 * SMALL.intermediate_size)  # o, gate, up and down
@@ -86,7 +86,7 @@ def test_with_a_probe_nothing_is_spared(tmp_path, monkeypatch):
     monkeypatch.setattr(model_runner, "SPARED_FROM", 64)
     directory = write_checkpoint(tmp_path / "model", replace(SMALL, num_hidden_layers=1))
     llm = small_llm(directory, max_num_seqs=1, probe=Probe(capture=["residual.0"]))
-    assert any(shape.prefill_tokens for shape in llm.runner.programs)
+    assert any(shape.prefill_rows for shape in llm.runner.programs)
     assert not any(shape.spared for shape in llm.runner.programs)
     output = llm.generate(PROMPTS[1], SamplingParams(max_tokens=1, capture=True), use_tqdm=False)[0]
     assert output.outputs[0].activations["residual.0"].shape == (100, SMALL.hidden_size)

@@ -108,7 +108,7 @@ def test_weights_are_read_where_they_are(llm):
     sizes = {leaf.size for leaf in llm.runner.weights.leaves if leaf.ndim > 1}
     assert len(sizes) == 5
     for shape, program in llm.runner.programs.items():
-        if not shape.prefill_tokens:
+        if not shape.prefill_rows:
             made = re.findall(r" = \w+\[([\d,]+)\]\S* ([\w-]+)\(", program.as_text())
             large = {operation for dims, operation in made if math.prod(map(int, dims.split(","))) in sizes}
             assert large <= {"parameter", "bitcast", "get-tuple-element"}, shape
@@ -160,7 +160,7 @@ def test_what_nobody_will_read_of_a_step_is_given_up(llm, monkeypatch, logprobs)
     prompts = [[1 + i, 2, 3] * 20 for i in range(3)]  # of which a step takes one and a bit
     llm.generate(prompts, params, use_tqdm=False)
     assert len(steps) > 3
-    assert steps[0][0].prefill_tokens
+    assert steps[0][0].prefill_rows
     for (shape, _), (_, arrays) in pairwise(steps):
         tokens = 1, shape.decode_rows + shape.prefill_rows
         assert arrays == ({tokens} if logprobs is None else {tokens, (*tokens, 2, 1 + MAX_LOGPROBS)})

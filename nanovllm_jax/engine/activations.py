@@ -17,7 +17,7 @@ class CapturedRows(NamedTuple):
     activations: "Activations"
     """Of the sequence, when the step was dispatched: it may have begun with new ones since."""
     first_row: int
-    """Of its tokens, among the step's B + T."""
+    """Of its tokens, among the step's T."""
     num_rows: int
     position: int
     """Of the first of them (in the first of several steps)."""
@@ -26,7 +26,7 @@ class CapturedRows(NamedTuple):
 
 
 def captured_rows(
-    schedule: Schedule, decodes: Iterable[int], prefills: Iterable[int], starts: Iterable[int], decode_rows: int
+    schedule: Schedule, decodes: Iterable[int], prefills: Iterable[int], starts: Iterable[int]
 ) -> list[CapturedRows]:
     """The sequences of a step that capture, by a packer's `places`; to be called right after schedule()."""
     captured, steps = [], schedule.num_steps
@@ -36,8 +36,8 @@ def captured_rows(
     for row, start, chunk in zip(prefills, starts, schedule.prefills):
         seq, count = chunk.seq, chunk.num_tokens
         if seq.params.capture:
-            first, logits_row = decode_rows + start, row if chunk.samples else None
-            captured.append(CapturedRows(seq, seq.activations, first, count, seq.num_computed - count, logits_row))
+            logits_row = row if chunk.samples else None
+            captured.append(CapturedRows(seq, seq.activations, start, count, seq.num_computed - count, logits_row))
     return captured
 
 

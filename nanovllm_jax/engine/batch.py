@@ -1,7 +1,7 @@
 """What a batch is: one flat int32 array, padded to one of a few shapes, and the parts of it.
 
 One array, because each array that goes to the device costs the host as much as a hundred of its rows.
-B decode rows, P prefill sequences, R = B + P, T prefill tokens, W table width.
+B decode rows, P prefill sequences, R = B + P, T tokens, W table width.
 """
 
 import math
@@ -22,12 +22,12 @@ class BatchView(NamedTuple):
     """[R] tokens of the sequence in the cache after the (first) step; 0 for padding."""
     sampling: Any
     """[R, 12] how each row samples: SamplingRows."""
-    decode_tokens: Any
-    """[B] the token to compute; -1 where only the device knows it yet."""
-    prefill_tokens: Any
-    """[T] the prefill sequences' new tokens, one sequence after the other."""
+    tokens: Any
+    """[T] what is computed: a token of each row that decodes, -1 where only the device knows it yet, and right behind
+    these the prefill sequences' new ones, one sequence after the other."""
     query_starts: Any
-    """[P + 1] where each prefill sequence's tokens start; padding repeats the end."""
+    """[P + 1] where each prefill sequence's tokens start: the first behind those that decode. Padding repeats the
+    end."""
     tables: Any
     """[R, W] block tables."""
 
@@ -38,12 +38,13 @@ class BatchShape:
 
     decode_rows: int
     prefill_rows: int
-    prefill_tokens: int
+    tokens: int
+    """Of all rows together; as many as decode rows, where nothing prefills."""
     table_width: int
     num_steps: int = 1
     """Tokens that each decode row computes, one after the other."""
     spared: bool = False
-    """Whether prefill tokens of which no logits are drawn leave nothing but keys and values in the last layer."""
+    """Whether tokens of which no logits are drawn leave nothing but keys and values in the last layer."""
 
     @property
     def size(self) -> int:
@@ -63,8 +64,7 @@ def _layout(shape: BatchShape) -> list[tuple[int, int, tuple[int, ...]]]:
         slots=(rows,),
         context_lens=(rows,),
         sampling=(rows, len(SamplingRows._fields)),
-        decode_tokens=(shape.decode_rows,),
-        prefill_tokens=(shape.prefill_tokens,),
+        tokens=(shape.tokens,),
         query_starts=(shape.prefill_rows + 1,),
         tables=(rows, shape.table_width),
     )

@@ -125,7 +125,7 @@ class GroupPacker:
     def pack(self, schedule: GroupSchedule) -> tuple[BatchShape, np.ndarray]:
         """The shape of each group's batch, and the flat int32 arrays of all, joined."""
         parts = schedule.groups
-        sizes = [(len(part.decodes), len(part.prefills), part.num_prefill_tokens) for part in parts]
+        sizes = [(len(part.decodes), len(part.prefills), part.num_tokens) for part in parts]
         shape = self.buckets.shape_for(*map(max, zip(*sizes)), schedule.num_steps)
         return shape, np.concatenate([packer.pack(part, shape)[1] for packer, part in zip(self.packers, parts)])
 
@@ -133,6 +133,6 @@ class GroupPacker:
         """As BatchPacker's, in the output of all groups, one group's after another's."""
         places, rows = ([], [], []), shape.decode_rows + shape.prefill_rows
         for number, (packer, part) in enumerate(zip(self.packers, schedule.groups)):
-            for all_groups, own, size in zip(places, packer.places(part, shape), (rows, rows, shape.prefill_tokens)):
+            for all_groups, own, size in zip(places, packer.places(part, shape), (rows, rows, shape.tokens)):
                 all_groups += [number * size + place for place in own]
         return places

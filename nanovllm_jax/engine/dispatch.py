@@ -66,7 +66,7 @@ def dispatch(schedule: Schedule, packer: BatchPacker | GroupPacker, runner: Mode
     wanting = _wanting_logprobs(schedule, *rows)
     scored, wanted = scored_tokens(schedule, starts)
     scores = runner.prompt_logprobs(output, shape, buffer, wanted) if wanted else []
-    captured = captured_rows(schedule, *rows, starts, shape.decode_rows) if runner.config.probe else []
+    captured = captured_rows(schedule, *rows, starts) if runner.config.probe else []
     # Memory that is free before the next step leaves that one's temporaries where they were last time: a CUDA graph is
     # updated for any that has moved, which takes longer than all else of a dispatch.
     output = output._replace(

@@ -55,7 +55,7 @@ logger = logging.getLogger(__name__)
 DISPATCH_BYTES = 3 * GIB
 STEPS_ALONE = 3
 ASKED_ROWS = 128  # where the user says how many steps
-SPARED_FROM = 1024  # prefill tokens: with fewer, sparing their last layer gains less than compiling that layer twice
+SPARED_FROM = 1024  # tokens: with fewer, sparing their last layer gains less than compiling that layer twice
 PROMPT_CHUNK = 256  # positions whose logits are made at a time where a prompt's log probabilities are asked for
 
 
@@ -195,7 +195,7 @@ class ModelRunner:
 
     def _largest_step(self) -> tuple[ModelConfig, int, int, int, int]:
         """The arguments of memory.py's estimates."""
-        tokens, rows = self.max_num_batched_tokens + self.max_num_seqs, 2 * self.max_num_seqs
+        tokens, rows = max(self.max_num_batched_tokens, self.max_num_seqs), 2 * self.max_num_seqs
         return self.model_config, self.dtype.itemsize, tokens, rows, self.num_shards
 
     def _make_cache(self, workspace: int) -> None:

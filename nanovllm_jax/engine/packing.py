@@ -27,21 +27,21 @@ class BatchPacker:
         for seq in schedule.admitted:
             self._admit(seq)
         decodes, prefills, steps = schedule.decodes, schedule.prefills, schedule.num_steps
-        shape = shape or self.buckets.shape_for(len(decodes), len(prefills), schedule.num_prefill_tokens, steps)
+        shape = shape or self.buckets.shape_for(len(decodes), len(prefills), schedule.num_tokens, steps)
         buffer = np.zeros(shape.size, np.int32)
         view = shape.views(buffer)
         view.slots[:] = self.buckets.max_num_seqs
         view.sampling[:, NUM_TOP] = -1
         self._pack_rows(view, 0, decodes)
         view.context_lens[: len(decodes)] -= steps - 1  # of the first step
-        view.decode_tokens[: len(decodes)] = [seq.token_ids[-1] if seq.num_pending == steps else -1 for seq in decodes]
+        view.tokens[: len(decodes)] = [seq.token_ids[-1] if seq.num_pending == steps else -1 for seq in decodes]
+        view.query_starts[:] = end = len(decodes)
         if prefills:
             self._pack_rows(view, shape.decode_rows, [chunk.seq for chunk in prefills])
-            end = 0
             for i, chunk in enumerate(prefills):
                 last = chunk.seq.num_computed
                 start, end = end, end + chunk.num_tokens
-                view.prefill_tokens[start:end] = chunk.seq.token_ids[last - chunk.num_tokens : last]
+                view.tokens[start:end] = chunk.seq.token_ids[last - chunk.num_tokens : last]
                 view.query_starts[i + 1] = end
                 if not chunk.samples:  # what it draws is of no meaning, and must not count as drawn
                     view.sampling[shape.decode_rows + i, [ADJUSTS, NUM_TOP]] = 0, -1
@@ -50,9 +50,9 @@ class BatchPacker:
 
     def places(self, schedule: Schedule, shape: BatchShape) -> tuple[Iterable[int], Iterable[int], Iterable[int]]:
         """In the output: rows of the decodes, rows of the prefills, and where in the T tokens each prefill begins."""
-        first, ends = shape.decode_rows, accumulate((chunk.num_tokens for chunk in schedule.prefills), initial=0)
-        prefills = range(first, first + len(schedule.prefills))
-        return range(len(schedule.decodes)), prefills, list(ends)[:-1]
+        decodes, first = len(schedule.decodes), shape.decode_rows
+        ends = accumulate((chunk.num_tokens for chunk in schedule.prefills), initial=decodes)
+        return range(decodes), range(first, first + len(schedule.prefills)), list(ends)[:-1]
 
     def _admit(self, seq: Sequence) -> None:
         slot, table = seq.slot, seq.block_table

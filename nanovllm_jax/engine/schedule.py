@@ -56,6 +56,11 @@ class Schedule:
         """Tokens of all chunks together."""
         return sum(chunk.num_tokens for chunk in self.prefills)
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that each of its steps computes."""
+        return len(self.decodes) + self.num_prefill_tokens
+
 
 def in_order(decodes: list[Sequence]) -> list[Sequence]:
     """Sequences as attention is to find them: the longest first, but beside one another those that share blocks.

@@ -3,8 +3,8 @@
 An `attend` is called as attend(qkv, q_norm, k_norm, cos, sin, cache) -> (output [..., N, H], cache). It gets the raw
 projection qkv [..., K, G + 2, H] (each kv head's queries, key and value together), since normalising, rotating and
 storing them is one kernel when serving. One with a cache, of all layers, is asked for each layer's own:
-attend.of_layer(number). N query heads, K kv heads, G = N / K, H head_dim, L layers, B decode rows, T prefill tokens, P
-prefill sequences, W table width.
+attend.of_layer(number). N query heads, K kv heads, G = N / K, H head_dim, L layers, B decode rows, P prefill sequences,
+T tokens, W table width.
 """
 
 from dataclasses import dataclass, field, replace
@@ -21,10 +21,10 @@ from nanovllm_jax.layers.norm import RMSNorm
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class PagedAttention:
-    """Attention of one step against the paged cache; tokens are B decode rows, then T prefill tokens."""
+    """Attention of one step against the paged cache; tokens are those of decode rows, then those of prefills."""
 
     slot_mapping: jax.Array
-    """[B + T] int32: block * block_size + offset where a token's key and value go, -1 for padding."""
+    """[T] int32: block * block_size + offset where a token's key and value go, -1 for padding."""
     decode_tables: jax.Array
     """[B, W] int32 block ids."""
     decode_context_lens: jax.Array
@@ -34,7 +34,8 @@ class PagedAttention:
     prefill_context_lens: jax.Array
     """[P] int32 tokens in the cache with the new ones, 0 for padding."""
     query_starts: jax.Array
-    """[P + 1] int32: sequence p's new tokens are query_starts[p] to query_starts[p + 1] of the T."""
+    """[P + 1] int32: sequence p's new tokens are query_starts[p] to query_starts[p + 1] of the T; before the first of
+    them each of the first rows has one."""
     newest: jax.Array | None = None
     """[B + P] int32: each sequence's last token, if the output is to be of these alone."""
     layer: jax.Array | int = 0
@@ -49,19 +50,19 @@ class PagedAttention:
     def __call__(
         self, qkv, q_norm: RMSNorm, k_norm: RMSNorm, cos, sin, cache: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """qkv [B + T, K, G + 2, H] -> output [B + T, N, H] and the cache with the new keys and values stored.
+        """qkv [T, K, G + 2, H] -> output [T, N, H] and the cache with the new keys and values stored.
 
         cache [2, L, num_blocks, K, block_size, H]: keys, and values. If the output is of the newest, [B + P, N, H].
         """
         gains, angles = (q_norm.weight[...], k_norm.weight[...]), (cos[:, 0], sin[:, 0])
         new, decodes = (qkv, *gains, *angles, self.slot_mapping), (self.decode_tables, self.decode_context_lens)
         rows, scale, eps = self.decode_tables.shape[0], qkv.shape[-1] ** -0.5, q_norm.eps
-        if len(qkv) == rows and not self.deterministic:
+        if not len(self.prefill_tables) and not self.deterministic:
             return store_and_decode(*new, cache, self.layer, *decodes, scale=scale, eps=eps)
         q, cache = norm_rope_store(*new, cache, self.layer, eps=eps, fixed=self.deterministic)
         cached = cache, self.layer
         tables = jnp.concatenate((self.decode_tables, self.prefill_tables))
-        starts = jnp.concatenate((jnp.arange(rows), self.query_starts + rows))
+        starts = all_starts(rows, self.query_starts)
         lens = jnp.concatenate((self.decode_context_lens, self.prefill_context_lens))
         if self.newest is not None:
             q, starts = q[self.newest], jnp.arange(len(lens) + 1)
@@ -70,9 +71,14 @@ class PagedAttention:
         if self.newest is not None:
             return paged_decode_attention(q, *cached, tables, lens, scale=scale), cache
         out = paged_decode_attention(q, *cached, *decodes, scale=scale) if rows else None
-        prefills = self.prefill_tables, self.query_starts + rows, self.prefill_context_lens
+        prefills = self.prefill_tables, self.query_starts, self.prefill_context_lens
         # The two share q and out: cutting and joining would copy them.
         return paged_prefill_attention(q, *cached, *prefills, out, scale=scale), cache
+
+
+def all_starts(rows: int, query_starts: jax.Array) -> jax.Array:
+    """Where the tokens of `rows` decode rows start, and those of prefills: [B + P + 1]. Rows of padding have none."""
+    return jnp.concatenate((jnp.minimum(jnp.arange(rows), query_starts[0]), query_starts))
 
 
 @jax.tree_util.register_dataclass

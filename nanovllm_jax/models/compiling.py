@@ -53,11 +53,11 @@ class Todo:
             return self._shapes.pop(0) if self._shapes else None
 
     def largest(self) -> BatchShape | None:
-        """Take the one with most prefill tokens, which compiles longest; None where there are none."""
+        """Take the one with most tokens, which compiles longest; None where there are none."""
         with self._lock:
             if not self._shapes:
                 return None
-            shape = max(self._shapes, key=lambda shape: shape.prefill_tokens)
+            shape = max(self._shapes, key=lambda shape: shape.tokens)
             self._shapes.remove(shape)
             return shape
 

@@ -28,7 +28,7 @@ class ScorePrograms:
         if shape not in self.compiled:
             cache = specs_of(self.steps.layout()[0])
             function, in_specs = partial(prompt_hidden, shape=shape), (cache, HIDDEN, Spec(DATA_AXIS))
-            self.compiled[shape] = self._jit(function, in_specs, (HIDDEN, cache), shape.prefill_tokens, donate=1)
+            self.compiled[shape] = self._jit(function, in_specs, (HIDDEN, cache), shape.tokens, donate=1)
         return self.compiled[shape]
 
     def logprobs(self, size: int) -> Callable:

@@ -1,6 +1,6 @@
 """One engine step as a pure function: the program that is compiled for each batch shape.
 
-B decode rows, T prefill tokens, P prefill sequences, R = B + P, W table width, D hidden, V vocabulary.
+B decode rows, P prefill sequences, R = B + P, T tokens of all, W table width, D hidden, V vocabulary.
 """
 
 from dataclasses import replace
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from nanovllm_jax.engine.batch import BatchShape, BatchView
 from nanovllm_jax.kernels import Peers, token_logprobs
 from nanovllm_jax.kernels.common import search
-from nanovllm_jax.layers.attention import PagedAttention
+from nanovllm_jax.layers.attention import PagedAttention, all_starts
 from nanovllm_jax.models.draw import DeviceState, draw
 from nanovllm_jax.models.qwen3 import Qwen3ForCausalLM, run_layer
 from nanovllm_jax.models.watch import Watch
@@ -30,11 +30,11 @@ class StepOutput(NamedTuple):
     logprobs: jax.Array
     """[steps, R, 2, 1 + MAX_LOGPROBS] int32: kernels.token_logprobs of the tokens."""
     hidden: jax.Array | None
-    """[1, T, D]: the prefill tokens' hidden states, for `prompt_logprobs`, or what `prompt_hidden` makes them of, where
-    the shape is `spared`; None without prefill tokens.
+    """[1, T, D]: the tokens' hidden states, for `prompt_logprobs`, or what `prompt_hidden` makes them of, where the
+    shape is `spared`; None where nothing prefills.
     """
     activations: dict[str, jax.Array]
-    """What a probe takes out, by place: each [steps, B + T, ...], or [steps, R, ...] of logits."""
+    """What a probe takes out, by place: each [steps, T, ...], or [steps, R, ...] of logits."""
 
 
 def engine_step(
@@ -56,12 +56,12 @@ def engine_step(
 
     def step(carry, number):
         """Decode rows go on from the token that the step before left in last_tokens."""
-        lens, tokens = batch.context_lens, batch.decode_tokens
+        lens, tokens = batch.context_lens, batch.tokens
         if shape.num_steps > 1:
             lens = jnp.where(lens > 0, lens + number, 0)
             tokens = jnp.where(number == 0, tokens, -1)
-        one = batch._replace(context_lens=lens, decode_tokens=tokens)
-        return _one_step(model, *carry, one, peers, probe, shape.spared)
+        one = batch._replace(context_lens=lens, tokens=tokens)
+        return _one_step(model, *carry, one, peers, probe, shape)
 
     if shape.num_steps == 1:
         (cache, state), output = step((cache, state), 0)
@@ -78,15 +78,14 @@ def prompt_hidden(
     *,
     shape: BatchShape,
 ) -> tuple[jax.Array, jax.Array]:
-    """The prefill tokens' hidden states [1, T, D], of a step of a `spared` shape: the last layer for all of them.
+    """The tokens' hidden states [1, T, D], of a step of a `spared` shape: the last layer for all of them.
 
     cache: as it is after that step and before any other, and so it comes back; compiled, it is donated. stream: the
     step's output `hidden`; buffer: the step's batch.
     """
-    batch, rows = shape.views(buffer), shape.decode_rows
-    prefills = batch._replace(tables=batch.tables[rows:], context_lens=batch.context_lens[rows:])
-    positions, table_rows = _token_positions(prefills, 0)
-    attend = _attention(model, cache, prefills, 0, positions, table_rows)
+    batch = shape.views(buffer)
+    positions, table_rows = _token_positions(batch, all_starts(shape.decode_rows, batch.query_starts))
+    attend = _attention(model, cache, batch, shape, positions, table_rows)
     attend = replace(attend, slot_mapping=jnp.full_like(attend.slot_mapping, -1))  # all is stored already
     hidden, cache = model.from_last_layer(stream[0], jnp.maximum(positions, 0), cache, attend)
     return hidden[None], cache
@@ -113,21 +112,20 @@ def prompt_logprobs(
     return from_group(mine, vocabulary.by_rows(of_rows, [logits], asks, tokens))
 
 
-def _one_step(model, cache: jax.Array, state: DeviceState, batch: BatchView, peers, probe, spared: bool):
+def _one_step(model, cache: jax.Array, state: DeviceState, batch: BatchView, peers, probe, shape: BatchShape):
     """Compute the batch's tokens and sample: ((cache, state), output)."""
-    rows, slots = batch.decode_tokens.shape[0], batch.slots
-    decode_tokens = jnp.where(batch.decode_tokens >= 0, batch.decode_tokens, state.last_tokens[slots[:rows]])
-    tokens = jnp.concatenate((decode_tokens, batch.prefill_tokens))  # (B + T)
-    positions, table_rows = _token_positions(batch, rows)
-    attend = _attention(model, cache, batch, rows, positions, table_rows)
+    starts, slots = all_starts(shape.decode_rows, batch.query_starts), batch.slots
+    positions, table_rows = _token_positions(batch, starts)
+    tokens = jnp.where(batch.tokens >= 0, batch.tokens, state.last_tokens[slots[table_rows]])
+    attend = _attention(model, cache, batch, shape, positions, table_rows)
     watch = probe and Watch(probe, model, state.steering[slots[table_rows]])
-    newest = jnp.concatenate((jnp.arange(rows), jnp.maximum(batch.query_starts[1:] - 1, 0) + rows))  # (R)
+    newest = jnp.maximum(starts[1:] - 1, 0)  # (R)
     arguments = tokens, jnp.maximum(positions, 0), cache, attend
-    if spared:
+    if shape.spared:
         hidden, stream, cache = model.of_rows(newest, *arguments, replace(attend, newest=newest), peers)
     else:
-        stream, cache = model(*arguments, watch.run_layer if watch else run_layer, peers)  # (B + T, D)
-        hidden = stream[newest] if batch.prefill_tokens.size else stream
+        stream, cache = model(*arguments, watch.run_layer if watch else run_layer, peers)  # (T, D)
+        hidden = stream[newest] if shape.prefill_rows else stream
     with jax.named_scope("head"):
         logits = model.logits(hidden)  # (R, V)
     if watch:
@@ -135,12 +133,13 @@ def _one_step(model, cache: jax.Array, state: DeviceState, batch: BatchView, pee
     with jax.named_scope("sample"):
         settings = batch.sampling, slots, batch.context_lens
         new_tokens, logprobs, state = draw(logits, *settings, state, fixed=model.deterministic)
-    prompts = stream[rows:] if batch.prefill_tokens.size else None
+    prompts = stream if shape.prefill_rows else None
     return (cache, state), StepOutput(new_tokens, logprobs, prompts, watch.captured if watch else {})
 
 
-def _attention(model: Qwen3ForCausalLM, cache: jax.Array, batch: BatchView, rows: int, positions, table_rows):
+def _attention(model: Qwen3ForCausalLM, cache: jax.Array, batch: BatchView, shape: BatchShape, positions, table_rows):
     """What the step's tokens attend with."""
+    rows = shape.decode_rows
     return PagedAttention(
         slot_mapping=_slot_mapping(batch.tables, positions, table_rows, block_size=cache.shape[4]),
         decode_tables=batch.tables[:rows],
@@ -152,16 +151,14 @@ def _attention(model: Qwen3ForCausalLM, cache: jax.Array, batch: BatchView, rows
     )
 
 
-def _token_positions(batch: BatchView, rows: int) -> tuple[jax.Array, jax.Array]:
-    """Each token's position in its sequence (-1 for padding) and its row in the tables: both [B + T]."""
-    decode_positions = batch.context_lens[:rows] - 1
-    starts, index = batch.query_starts, jnp.arange(batch.prefill_tokens.shape[0])
-    if not index.size:
-        return decode_positions, jnp.arange(rows)
-    sequence = jnp.clip(search(starts, index) - 1, 0, starts.shape[0] - 2)
-    before_chunk = batch.context_lens[rows:] - (starts[1:] - starts[:-1])  # (P) tokens computed earlier
-    positions = jnp.where(index < starts[-1], before_chunk[sequence] + index - starts[sequence], -1)
-    return jnp.concatenate((decode_positions, positions)), jnp.concatenate((jnp.arange(rows), rows + sequence))
+def _token_positions(batch: BatchView, starts: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Each token's position in its sequence (-1 for padding) and its row in the tables: both [T]."""
+    rows, index = len(batch.context_lens), jnp.arange(len(batch.tokens))
+    if len(batch.query_starts) == 1:  # nothing prefills: a token each
+        return batch.context_lens - 1, index
+    row = jnp.clip(search(starts, index) - 1, 0, rows - 1)
+    before = batch.context_lens - (starts[1:] - starts[:-1])  # (R) tokens computed earlier
+    return jnp.where(index < starts[-1], before[row] + index - starts[row], -1), row
 
 
 def _slot_mapping(tables: jax.Array, positions: jax.Array, table_rows: jax.Array, block_size: int) -> jax.Array:

@@ -91,8 +91,7 @@ class StepPrograms:
     def exchanges(self, shape: BatchShape) -> bool:
         """Whether devices add up what they have of a layer by themselves: else, and of many rows, collectives do."""
         row = self.settings.model_config.hidden_size, self.settings.dtype.itemsize
-        rows, most = shape.decode_rows + shape.prefill_tokens, capacity(self.mesh.shape[MODEL_AXIS], *row)
-        return self.peers is not None and rows <= most
+        return self.peers is not None and shape.tokens <= capacity(self.mesh.shape[MODEL_AXIS], *row)
 
     def arguments(self, shape: BatchShape) -> tuple[Any, ...]:
         """Shapes and shardings of what a step is called with."""
@@ -115,7 +114,7 @@ class StepPrograms:
 
     def compiler_options(self, shape: BatchShape) -> dict[str, bool | str]:
         """XLA's flags for a shape's step."""
-        return compiler_options(self.mesh, shape.decode_rows + shape.prefill_tokens)
+        return compiler_options(self.mesh, shape.tokens)
 
     def _step(self, shape: BatchShape, weights, cache, state, buffer, peers):
         model = self.weights.model(weights)

@@ -19,18 +19,20 @@ def test_a_schedule_fits_the_smallest_shape_that_is_compiled(data, max_num_seqs,
     buckets = data.draw(st.sampled_from([cpu_buckets(*sizes), gpu_buckets(*sizes)]))
     buckets = replace(buckets, spared_from=spared_from)
     decodes = data.draw(st.integers(0, max_num_seqs))
-    prefills = data.draw(st.integers(0 if decodes else 1, min(max_num_seqs, max_num_batched_tokens)))
-    tokens = data.draw(st.integers(prefills, max_num_batched_tokens)) if prefills else 0
+    most = min(max_num_seqs, max_num_batched_tokens - decodes)
+    prefills = data.draw(st.integers(0 if decodes else 1, most)) if most > 0 else 0
+    tokens = data.draw(st.integers(decodes + prefills, max_num_batched_tokens)) if prefills else decodes
     shape = buckets.shape_for(decodes, prefills, tokens)
     shapes = buckets.all_shapes()
     assert len(set(shapes)) == len(shapes)
-    assert all(shape.spared == (shape.prefill_tokens >= spared_from) for shape in shapes)
+    assert all(shape.decode_rows <= shape.tokens <= max(max_num_seqs, max_num_batched_tokens) for shape in shapes)
+    assert all(shape.spared == (shape.tokens >= spared_from) for shape in shapes if shape.prefill_rows)
 
     def fits(shape: BatchShape):
-        enough = shape.decode_rows >= decodes and shape.prefill_rows >= prefills and shape.prefill_tokens >= tokens
-        return enough and bool(shape.prefill_tokens) == bool(prefills)
+        enough = shape.decode_rows >= decodes and shape.prefill_rows >= prefills and shape.tokens >= tokens
+        return enough and bool(shape.prefill_rows) == bool(prefills)
 
-    assert shape == min(filter(fits, shapes), key=lambda s: (s.prefill_tokens, s.decode_rows))
+    assert shape == min(filter(fits, shapes), key=lambda s: (s.decode_rows, s.tokens))
 
 
 @settings(deadline=None)
@@ -47,23 +49,43 @@ def test_several_steps_have_a_program(decodes, max_num_seqs, rows, ratio, num_st
     decodes = min(decodes, rows, max_num_seqs)
     shapes = buckets.all_shapes()
     assert len({*shapes}) == len(shapes)
-    assert buckets.shape_for(decodes, 0, 0, num_steps) in shapes
+    assert buckets.shape_for(decodes, 0, decodes, num_steps) in shapes
 
 
 def beside_prefills(buckets):
-    return [(shape.prefill_tokens, shape.decode_rows) for shape in buckets.all_shapes() if shape.prefill_tokens]
+    """Tokens and decode rows of each shape, by decode rows."""
+    shapes = [(shape.tokens, shape.decode_rows) for shape in buckets.all_shapes() if shape.prefill_rows]
+    assert shapes == sorted(shapes, key=lambda shape: -shape[0]), "the largest first"
+    return {rows: [tokens for tokens, own in shapes if own == rows] for _, rows in shapes}
 
 
 def test_shapes_beside_a_prefill():
-    assert beside_prefills(gpu_buckets(512, 16384, 16, ONE_STEP)) == [
-        *((tokens, rows) for tokens in (16384, 8192) for rows in (512, 0)),
-        *((tokens, rows) for tokens in (4096, 2048, 1024, 512, 256, 128) for rows in (512, 32, 0)),
-    ]
-    assert beside_prefills(gpu_buckets(8, 256, 16, ONE_STEP)) == [(256, 8), (256, 0), (128, 8), (128, 0)]
-    assert beside_prefills(cpu_buckets(32, 1024, 16, ONE_STEP)) == [(1024, 32), (128, 32)]
+    assert beside_prefills(gpu_buckets(512, 16384, 16, ONE_STEP)) == {
+        0: [16384, 8192, 4096, 2048, 1024, 512, 256, 128],
+        64: [4128, 2080, 1056, 544, 288, 160],
+        384: [384],
+        512: [16384, 8448, 4352, 2304, 1280, 768, 512],
+    }
+    assert beside_prefills(gpu_buckets(512, 512, 16, ONE_STEP)) == {
+        0: [512, 256, 128],
+        64: [512, 288, 160],
+        384: [384],
+        512: [512],
+    }
+    assert beside_prefills(gpu_buckets(512, 32, 16, ONE_STEP)) == {0: [32], 32: [32]}
+    assert beside_prefills(gpu_buckets(8, 256, 16, ONE_STEP)) == {0: [256, 128], 8: [256, 132]}
+    assert beside_prefills(cpu_buckets(32, 1024, 16, ONE_STEP)) == {32: [1024, 144]}
 
 
 def test_sizes_of_steps_that_only_decode():
-    sizes = {most: gpu_buckets(most, 256, 16, ONE_STEP).decode_rows for most in (1, 2, 3, 4, 5, 512)}
-    assert sizes == {1: (1,), 2: (1, 2), 3: (1, 3), 4: (1, 4), 5: (1, 4, 5), 512: (1, 4, 8, 16, 32, 64, 128, 256, 512)}
+    sizes = {most: gpu_buckets(most, 256, 16, ONE_STEP).decode_rows for most in (1, 2, 3, 4, 5, 200, 512)}
+    assert sizes == {
+        1: (1,),
+        2: (1, 2),
+        3: (1, 3),
+        4: (1, 4),
+        5: (1, 4, 5),
+        200: (1, 4, 8, 16, 32, 64, 128, 164, 200),
+        512: (1, 4, 8, 16, 32, 64, 128, 192, 256, 384, 512),
+    }
     assert cpu_buckets(32, 1024, 16, ONE_STEP).decode_rows == (1, 16, 32)

@@ -155,11 +155,11 @@ def test_all_groups_are_packed_in_one_shape():
     shape, buffer = packer.pack(schedule)
     assert len(buffer) == 2 * shape.size
     for number, part in enumerate(schedule.groups):
-        fits = buckets.shape_for(len(part.decodes), len(part.prefills), part.num_prefill_tokens)
-        assert shape.prefill_tokens >= fits.prefill_tokens
+        fits = buckets.shape_for(len(part.decodes), len(part.prefills), part.num_tokens)
+        assert shape.tokens >= fits.tokens
         view = shape.views(buffer[number * shape.size : (number + 1) * shape.size])
         tokens = [token for chunk in part.prefills for token in chunk.seq.token_ids]
-        assert view.prefill_tokens[: len(tokens)].tolist() == tokens
+        assert view.tokens[: len(tokens)].tolist() == tokens
     decodes, prefills, _ = packer.places(schedule, shape)
     rows = shape.decode_rows + shape.prefill_rows
     assert decodes == []

@@ -5,12 +5,14 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from profile_step import recorded_dispatches
 
 from nanovllm_jax import LLM, SamplingParams
 from nanovllm_jax.layers.attention import PagedAttention
@@ -136,7 +138,7 @@ def test_a_large_cache_has_the_same_programs(tmp_path):
     config = COMMON | SIZES["0.6B"] | dict(num_hidden_layers=4, model_type="qwen3", architectures=["Qwen3ForCausalLM"])
     (tmp_path / "config.json").write_text(json.dumps(config | dict(dtype="bfloat16")))
     runner, fusions = small_engine(tmp_path, load_format="dummy").runner, []
-    shape = runner.buckets.shape_for(4, 0, 0)
+    shape = runner.buckets.shape_for(4, 0, 4)
     for cache_bytes in (2**29, 2**37):
         num_blocks = cache_bytes // (256 * runner.model_config.kv_bytes_per_token(2))
         steps = StepPrograms.of(runner.steps.settings._replace(num_blocks=num_blocks))
@@ -147,7 +149,10 @@ def test_a_large_cache_has_the_same_programs(tmp_path):
 
 @pytest.mark.parametrize(("size", "layers"), [("0.6B", 28), ("8B", 4)])
 def test_a_large_prefill_agrees_with_small_ones(tmp_path, size, layers):
-    """Prompts that fill one step of 16,384 tokens, which has kernels and sums of its own, and the same one by one."""
+    """Prompts that fill one step of 16,384 tokens, which has kernels and sums of its own, and the same one by one.
+
+    And the same behind three rows that decode, where 32 might.
+    """
     config = COMMON | SIZES[size] | dict(num_hidden_layers=layers)
     config |= dict(model_type="qwen3", architectures=["Qwen3ForCausalLM"], dtype="bfloat16")
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -156,17 +161,33 @@ def test_a_large_prefill_agrees_with_small_ones(tmp_path, size, layers):
     prompts = prompts_of_lengths(1, 17, 256, 300, 512, 700, 1023, 1024, 1500, 2000, *[1000] * 9)
     params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, logprobs=20)
 
-    def logprobs(*prompts):
-        llm.reset_prefix_cache()
-        outputs = llm.generate(list(prompts), params, use_tqdm=False)
+    def numbers(outputs):
         return [{token: entry.logprob for token, entry in out.outputs[0].logprobs[0].items()} for out in outputs]
 
-    together, alone = logprobs(*prompts), [logprobs(prompt)[0] for prompt in prompts]
-    shared = [[(a[token], b[token]) for token in a.keys() & b.keys()] for a, b in zip(together, alone)]
-    furthest = [np.abs(np.diff(np.array(pairs))).max() for pairs in shared]
-    print("furthest log probabilities:", np.round(furthest, 4), "of", [len(pairs) for pairs in shared])
-    assert all(len(pairs) >= 15 for pairs in shared)
-    assert max(furthest) < 0.1
+    def logprobs(*prompts):
+        llm.reset_prefix_cache()
+        return numbers(llm.generate(list(prompts), params, use_tqdm=False))
+
+    def logprobs_beside_decodes(*prompts):
+        llm.reset_prefix_cache()
+        for prompt in prompts_of_lengths(5, 300, 900):
+            llm.add_request(prompt, replace(params, max_tokens=16))
+        for _ in range(4):
+            llm.step()
+        ids, outputs = [llm.add_request(prompt, params) for prompt in prompts], {}
+        with recorded_dispatches(llm.runner) as shapes:
+            while llm.has_unfinished_requests():
+                outputs |= {output.request_id: output for output in llm.step()}
+        assert (shapes[0].decode_rows, shapes[0].tokens) == (32, 16384)
+        return numbers(outputs[request_id] for request_id in ids)
+
+    alone = [logprobs(prompt)[0] for prompt in prompts]
+    for together in (logprobs(*prompts), logprobs_beside_decodes(*prompts)):
+        shared = [[(a[token], b[token]) for token in a.keys() & b.keys()] for a, b in zip(together, alone)]
+        furthest = [np.abs(np.diff(np.array(pairs))).max() for pairs in shared]
+        print("furthest log probabilities:", np.round(furthest, 4), "of", [len(pairs) for pairs in shared])
+        assert all(len(pairs) >= 15 for pairs in shared)
+        assert max(furthest) < 0.1
 
 
 def test_full_load(tmp_path):
