@@ -69,7 +69,7 @@ def test_results_are_those_of_the_whole_layer(engines):
 
 @pytest.mark.parametrize("engines", ["plain"], indirect=True)  # else XLA does not see how often a loop goes round
 def test_it_computes_less(engines):
-    """Of two layers one, but for keys and values, of a step's 4 decode rows and 64 tokens for 4 of each."""
+    """Of two layers one, but for keys and values, of a step's 64 tokens for 4 rows that decode and 4 that prefill."""
     [whole, spared] = [
         program.cost_analysis()["flops"]
         for llm in engines
