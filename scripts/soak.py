@@ -116,13 +116,9 @@ class Soak:
         self.seconds = 0.0
 
     def warm_up(self) -> None:
-        """The few programs that are compiled when they are first asked for: prompt_logprobs, by the size of a chunk."""
+        """The few programs that are compiled when they are first asked for."""
         params = SamplingParams(max_tokens=2, prompt_logprobs=1, logit_bias={0: 1}, logprobs=1)
-        longest = self.maker.longest
-        for tokens in sorted({shape.tokens for shape in self.llm.runner.buckets.mixed}):
-            sizes = [longest] * (tokens // longest) + [tokens % longest]
-            prompts = [[1] * max(size, 2) for size in sizes if size]  # the first token of a prompt has no logprob
-            self.llm.generate(prompts, params, use_tqdm=False)
+        self.llm.generate([1, 1], params, use_tqdm=False)  # the first token of a prompt has no logprob
         self._run_every_program()
 
     def run(self, requests: int, deadline: float) -> None:
@@ -144,10 +140,17 @@ class Soak:
             self._compare(case, found, alone)
 
     def _run_every_program(self) -> None:
-        """Once, with nothing but padding: a GPU takes host memory for a program when it first runs it."""
+        """Once, with nothing but padding: a GPU takes host memory for a program when it first runs it.
+
+        And those of prompt_logprobs, of which each number of tokens has its own.
+        """
         runner = self.llm.runner
         for shape in runner.programs:
-            runner.collect(runner.dispatch(*self.llm.packer.pack(Schedule(), shape)))
+            _, buffer = self.llm.packer.pack(Schedule(), shape)
+            output = runner.dispatch(shape, buffer)
+            if shape.prefill_rows:
+                runner.collect_prompt_logprobs(runner.prompt_logprobs(output, shape, buffer, [(0, 0, 0)]))
+            runner.collect(output)
 
     def problems(self) -> list[str]:
         """What went wrong, in words."""

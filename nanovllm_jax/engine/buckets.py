@@ -52,12 +52,12 @@ class Buckets:
 
         A prompt that just fills a size still fits when half of the rows decode beside it.
         """
-        most, (first, *_, last) = self.max_num_batched_tokens, (*self.mixed_decode_rows, self.mixed_decode_rows[-1])
+        sizes, most = self.mixed_decode_rows, self.max_num_batched_tokens
         shapes = [
             self._mixed(rows, min(rows // 2 + tokens, most))
-            for rows in self.mixed_decode_rows
+            for rows in sizes
             for tokens in geometric(min(128, most), most, self.ratio)
-            if tokens < self.large_from or rows in (first, last)
+            if tokens < self.large_from or rows in (sizes[0], sizes[-1])
         ]
         return list(dict.fromkeys(shapes))
 
@@ -71,7 +71,10 @@ class Buckets:
         return BatchShape(rows, 0, rows, self.table_width, num_steps)
 
     def shape_for(self, decodes: int, prefills: int, tokens: int, num_steps: int = 1) -> BatchShape:
-        """The smallest shape for so many rows that decode, sequences that prefill, and tokens of both together."""
+        """The smallest shape for so many rows that decode, sequences that prefill, and tokens of both together.
+
+        Smallest is what has the fewest rows that may decode, and of these the fewest tokens.
+        """
         if not prefills:
             return self._decoding(next(size for size in self.decode_rows if size >= decodes), num_steps)
         sizes = decodes, prefills, tokens
