@@ -80,11 +80,10 @@ def test_logits_of_the_paged_forward(case, model, chunk, added_rows, monkeypatch
         positions = start + np.arange(len(part))
         attend = PagedAttention(
             slot_mapping=table[0, positions // BLOCK] * BLOCK + positions % BLOCK,
-            decode_tables=table[:0],
-            decode_context_lens=np.zeros(0, np.int32),
-            prefill_tables=table,
-            prefill_context_lens=np.array([start + len(part)]),
-            query_starts=np.array([0, len(part)]),
+            tables=table,
+            context_lens=np.array([start + len(part)]),
+            starts=np.array([0, len(part)]),
+            decode_rows=0,
         )
         of_part, cache = forward(part, positions, cache, attend)
         logits.append(of_part)

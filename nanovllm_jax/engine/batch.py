@@ -25,9 +25,8 @@ class BatchView(NamedTuple):
     tokens: Any
     """[T] what is computed: a token of each row that decodes, -1 where only the device knows it yet, and right behind
     these the prefill sequences' new ones, one sequence after the other."""
-    query_starts: Any
-    """[P + 1] where each prefill sequence's tokens start: the first behind those that decode. Padding repeats the
-    end."""
+    starts: Any
+    """[R + 1] where each row's tokens start, and the end. Rows of padding have none."""
     tables: Any
     """[R, W] block tables."""
 
@@ -65,7 +64,7 @@ def _layout(shape: BatchShape) -> list[tuple[int, int, tuple[int, ...]]]:
         context_lens=(rows,),
         sampling=(rows, len(SamplingRows._fields)),
         tokens=(shape.tokens,),
-        query_starts=(shape.prefill_rows + 1,),
+        starts=(rows + 1,),
         tables=(rows, shape.table_width),
     )
     ends = accumulate(map(math.prod, shapes), initial=0)

@@ -35,17 +35,18 @@ class BatchPacker:
         self._pack_rows(view, 0, decodes)
         view.context_lens[: len(decodes)] -= steps - 1  # of the first step
         view.tokens[: len(decodes)] = [seq.token_ids[-1] if seq.num_pending == steps else -1 for seq in decodes]
-        view.query_starts[:] = end = len(decodes)
+        view.starts[: len(decodes)] = range(len(decodes))
+        view.starts[len(decodes) :] = end = len(decodes)
         if prefills:
             self._pack_rows(view, shape.decode_rows, [chunk.seq for chunk in prefills])
-            for i, chunk in enumerate(prefills):
+            for row, chunk in enumerate(prefills, shape.decode_rows):
                 last = chunk.seq.num_computed
                 start, end = end, end + chunk.num_tokens
                 view.tokens[start:end] = chunk.seq.token_ids[last - chunk.num_tokens : last]
-                view.query_starts[i + 1] = end
+                view.starts[row + 1] = end
                 if not chunk.samples:  # what it draws is of no meaning, and must not count as drawn
-                    view.sampling[shape.decode_rows + i, [ADJUSTS, NUM_TOP]] = 0, -1
-            view.query_starts[len(prefills) + 1 :] = end
+                    view.sampling[row, [ADJUSTS, NUM_TOP]] = 0, -1
+            view.starts[shape.decode_rows + len(prefills) :] = end
         return shape, buffer
 
     def places(self, schedule: Schedule, shape: BatchShape) -> tuple[Iterable[int], Iterable[int], Iterable[int]]:

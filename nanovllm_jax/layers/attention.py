@@ -3,8 +3,8 @@
 An `attend` is called as attend(qkv, q_norm, k_norm, cos, sin, cache) -> (output [..., N, H], cache). It gets the raw
 projection qkv [..., K, G + 2, H] (each kv head's queries, key and value together), since normalising, rotating and
 storing them is one kernel when serving. One with a cache, of all layers, is asked for each layer's own:
-attend.of_layer(number). N query heads, K kv heads, G = N / K, H head_dim, L layers, B decode rows, P prefill sequences,
-T tokens, W table width.
+attend.of_layer(number). N query heads, K kv heads, G = N / K, H head_dim, L layers, R rows (sequences), T tokens, W
+table width.
 """
 
 from dataclasses import dataclass, field, replace
@@ -25,19 +25,16 @@ class PagedAttention:
 
     slot_mapping: jax.Array
     """[T] int32: block * block_size + offset where a token's key and value go, -1 for padding."""
-    decode_tables: jax.Array
-    """[B, W] int32 block ids."""
-    decode_context_lens: jax.Array
-    """[B] int32 tokens in the cache with the new one, 0 for padding."""
-    prefill_tables: jax.Array
-    """[P, W] int32 block ids."""
-    prefill_context_lens: jax.Array
-    """[P] int32 tokens in the cache with the new ones, 0 for padding."""
-    query_starts: jax.Array
-    """[P + 1] int32: sequence p's new tokens are query_starts[p] to query_starts[p + 1] of the T; before the first of
-    them each of the first rows has one."""
+    tables: jax.Array
+    """[R, W] int32 block ids."""
+    context_lens: jax.Array
+    """[R] int32 tokens in the cache with the new ones, 0 for padding."""
+    starts: jax.Array
+    """[R + 1] int32: row r's new tokens are starts[r] to starts[r + 1] of the T."""
+    decode_rows: int = field(metadata={"static": True})
+    """How many of the rows, the first ones, have one new token at most."""
     newest: jax.Array | None = None
-    """[B + P] int32: each sequence's last token, if the output is to be of these alone."""
+    """[R] int32: each row's last token, if the output is to be of these alone."""
     layer: jax.Array | int = 0
     """int32: the layer's number. Blocks and slots are the same for all."""
     deterministic: bool = field(default=False, metadata={"static": True})
@@ -52,33 +49,25 @@ class PagedAttention:
     ) -> tuple[jax.Array, jax.Array]:
         """qkv [T, K, G + 2, H] -> output [T, N, H] and the cache with the new keys and values stored.
 
-        cache [2, L, num_blocks, K, block_size, H]: keys, and values. If the output is of the newest, [B + P, N, H].
+        cache [2, L, num_blocks, K, block_size, H]: keys, and values. If the output is of the newest, [R, N, H].
         """
         gains, angles = (q_norm.weight[...], k_norm.weight[...]), (cos[:, 0], sin[:, 0])
-        new, decodes = (qkv, *gains, *angles, self.slot_mapping), (self.decode_tables, self.decode_context_lens)
-        rows, scale, eps = self.decode_tables.shape[0], qkv.shape[-1] ** -0.5, q_norm.eps
-        if not len(self.prefill_tables) and not self.deterministic:
-            return store_and_decode(*new, cache, self.layer, *decodes, scale=scale, eps=eps)
+        new, scale, eps = (qkv, *gains, *angles, self.slot_mapping), qkv.shape[-1] ** -0.5, q_norm.eps
+        tables, lens, starts, rows = self.tables, self.context_lens, self.starts, self.decode_rows
+        if rows == len(tables) and not self.deterministic:
+            return store_and_decode(*new, cache, self.layer, tables, lens, scale=scale, eps=eps)
         q, cache = norm_rope_store(*new, cache, self.layer, eps=eps, fixed=self.deterministic)
         cached = cache, self.layer
-        tables = jnp.concatenate((self.decode_tables, self.prefill_tables))
-        starts = all_starts(rows, self.query_starts)
-        lens = jnp.concatenate((self.decode_context_lens, self.prefill_context_lens))
         if self.newest is not None:
-            q, starts = q[self.newest], jnp.arange(len(lens) + 1)
+            q, starts = q[self.newest], jnp.arange(len(tables) + 1)
         if self.deterministic:  # a decode row is a chunk of one token
             return paged_prefill_attention(q, *cached, tables, starts, lens, scale=scale, fixed=True), cache
         if self.newest is not None:
             return paged_decode_attention(q, *cached, tables, lens, scale=scale), cache
-        out = paged_decode_attention(q, *cached, *decodes, scale=scale) if rows else None
-        prefills = self.prefill_tables, self.query_starts, self.prefill_context_lens
+        out = paged_decode_attention(q, *cached, tables[:rows], lens[:rows], scale=scale) if rows else None
+        prefills = tables[rows:], starts[rows:], lens[rows:]
         # The two share q and out: cutting and joining would copy them.
         return paged_prefill_attention(q, *cached, *prefills, out, scale=scale), cache
-
-
-def all_starts(rows: int, query_starts: jax.Array) -> jax.Array:
-    """Where the tokens of `rows` decode rows start, and those of prefills: [B + P + 1]. Rows of padding have none."""
-    return jnp.concatenate((jnp.minimum(jnp.arange(rows), query_starts[0]), query_starts))
 
 
 @jax.tree_util.register_dataclass

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from nanovllm_jax.engine.batch import BatchShape, BatchView
 from nanovllm_jax.kernels import Peers, token_logprobs
 from nanovllm_jax.kernels.common import search
-from nanovllm_jax.layers.attention import PagedAttention, all_starts
+from nanovllm_jax.layers.attention import PagedAttention
 from nanovllm_jax.models.draw import DeviceState, draw
 from nanovllm_jax.models.qwen3 import Qwen3ForCausalLM, run_layer
 from nanovllm_jax.models.watch import Watch
@@ -84,7 +84,7 @@ def prompt_hidden(
     step's output `hidden`; buffer: the step's batch.
     """
     batch = shape.views(buffer)
-    positions, table_rows = _token_positions(batch, all_starts(shape.decode_rows, batch.query_starts))
+    positions, table_rows = _token_positions(batch, shape)
     attend = _attention(model, cache, batch, shape, positions, table_rows)
     attend = replace(attend, slot_mapping=jnp.full_like(attend.slot_mapping, -1))  # all is stored already
     hidden, cache = model.from_last_layer(stream[0], jnp.maximum(positions, 0), cache, attend)
@@ -114,12 +114,11 @@ def prompt_logprobs(
 
 def _one_step(model, cache: jax.Array, state: DeviceState, batch: BatchView, peers, probe, shape: BatchShape):
     """Compute the batch's tokens and sample: ((cache, state), output)."""
-    starts, slots = all_starts(shape.decode_rows, batch.query_starts), batch.slots
-    positions, table_rows = _token_positions(batch, starts)
+    positions, table_rows = _token_positions(batch, shape)
+    slots, newest = batch.slots, jnp.maximum(batch.starts[1:] - 1, 0)  # (R)
     tokens = jnp.where(batch.tokens >= 0, batch.tokens, state.last_tokens[slots[table_rows]])
     attend = _attention(model, cache, batch, shape, positions, table_rows)
     watch = probe and Watch(probe, model, state.steering[slots[table_rows]])
-    newest = jnp.maximum(starts[1:] - 1, 0)  # (R)
     arguments = tokens, jnp.maximum(positions, 0), cache, attend
     if shape.spared:
         hidden, stream, cache = model.of_rows(newest, *arguments, replace(attend, newest=newest), peers)
@@ -139,24 +138,22 @@ def _one_step(model, cache: jax.Array, state: DeviceState, batch: BatchView, pee
 
 def _attention(model: Qwen3ForCausalLM, cache: jax.Array, batch: BatchView, shape: BatchShape, positions, table_rows):
     """What the step's tokens attend with."""
-    rows = shape.decode_rows
     return PagedAttention(
         slot_mapping=_slot_mapping(batch.tables, positions, table_rows, block_size=cache.shape[4]),
-        decode_tables=batch.tables[:rows],
-        decode_context_lens=batch.context_lens[:rows],
-        prefill_tables=batch.tables[rows:],
-        prefill_context_lens=batch.context_lens[rows:],
-        query_starts=batch.query_starts,
+        tables=batch.tables,
+        context_lens=batch.context_lens,
+        starts=batch.starts,
+        decode_rows=shape.decode_rows,
         deterministic=model.deterministic,
     )
 
 
-def _token_positions(batch: BatchView, starts: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _token_positions(batch: BatchView, shape: BatchShape) -> tuple[jax.Array, jax.Array]:
     """Each token's position in its sequence (-1 for padding) and its row in the tables: both [T]."""
-    rows, index = len(batch.context_lens), jnp.arange(len(batch.tokens))
-    if len(batch.query_starts) == 1:  # nothing prefills: a token each
+    starts, index = batch.starts, jnp.arange(shape.tokens)
+    if not shape.prefill_rows:  # a token each
         return batch.context_lens - 1, index
-    row = jnp.clip(search(starts, index) - 1, 0, rows - 1)
+    row = jnp.clip(search(starts, index) - 1, 0, len(starts) - 2)
     before = batch.context_lens - (starts[1:] - starts[:-1])  # (R) tokens computed earlier
     return jnp.where(index < starts[-1], before[row] + index - starts[row], -1), row
 

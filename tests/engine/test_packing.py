@@ -29,7 +29,7 @@ def test_prompts_begin_right_behind_what_decodes():
     view = shape.views(buffer)
     assert (shape.decode_rows, shape.prefill_rows, shape.tokens) == (6, 6, 32)
     assert view.tokens[:14].tolist() == [71, 72, *prompts[0], *prompts[1]]
-    assert view.query_starts.tolist() == [2, 7, 14, 14, 14, 14, 14]
+    assert view.starts.tolist() == [0, 1, 2, 2, 2, 2, 2, 7, 14, 14, 14, 14, 14]
     assert view.context_lens.tolist() == [9, 4, 0, 0, 0, 0, 5, 7, 0, 0, 0, 0]
     assert list(map(list, packer.places(schedule, shape))) == [[0, 1], [6, 7], [2, 7]]
     packer.pack(later := scheduler.schedule())  # of all four, whose tokens the host has not read
@@ -37,4 +37,4 @@ def test_prompts_begin_right_behind_what_decodes():
     view = shape.views(buffer)
     assert (shape.decode_rows, shape.prefill_rows, shape.tokens) == (4, 0, 4)
     assert view.tokens.tolist() == [-1] * 4
-    assert view.query_starts.tolist() == [4]
+    assert view.starts.tolist() == [0, 1, 2, 3, 4]

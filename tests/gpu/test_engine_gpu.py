@@ -77,11 +77,10 @@ def paged_logits(llm, tokens):
         positions = jnp.arange(start, stop)
         attend = PagedAttention(
             slot_mapping=table[0, positions // 256] * 256 + positions % 256,
-            decode_tables=table[:0],
-            decode_context_lens=jnp.zeros(0, jnp.int32),
-            prefill_tables=table,
-            prefill_context_lens=jnp.array([stop]),
-            query_starts=jnp.array([0, stop - start]),
+            tables=table,
+            context_lens=jnp.array([stop]),
+            starts=jnp.array([0, stop - start]),
+            decode_rows=0,
         )
         logits, cache = forward(model, jnp.array(tokens[start:stop]), positions, cache, attend)
         parts.append(np.asarray(logits))
