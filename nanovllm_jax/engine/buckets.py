@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from operator import ge
+from operator import attrgetter, ge
 
 from nanovllm_jax.engine.batch import BatchShape
 from nanovllm_jax.engine.schedule import ONE_STEP, RunAhead
@@ -17,6 +17,12 @@ def geometric(first: int, last: int, ratio: int) -> tuple[int, ...]:
         sizes.append(first)
         first *= ratio
     return (*sizes, last)
+
+
+def with_halves(sizes: tuple[int, ...], start: float) -> tuple[int, ...]:
+    """Ascending sizes, and from `start` on another half way from each to the next."""
+    between = ((low + high) // 2 for low, high in pairwise(sizes) if low >= start)
+    return tuple(sorted({*sizes, *between}))
 
 
 @dataclass(frozen=True)
@@ -38,28 +44,35 @@ class Buckets:
     """From so many tokens on a shape with a prefill is `spared`."""
     between_from: float = math.inf
     """From so many decode rows on there is another size half way to the next."""
+    close_prompts: bool = False
+    """Whether there are also sizes half way for prompts, beside no more rows that decode than half of the prompt's
+    tokens: for models so large that their padding takes long."""
 
     @cached_property
     def decode_rows(self) -> tuple[int, ...]:
         """Sizes of steps that only decode: one row has kernels of its own, and two take as long as four."""
         several = geometric(max(4, self.ratio), self.max_num_seqs, self.ratio)
-        between = ((low + high) // 2 for low, high in pairwise(several) if low >= self.between_from)
-        return several if self.max_num_seqs == 1 else (1, *sorted({*several, *between}))
+        return several if self.max_num_seqs == 1 else (1, *with_halves(several, self.between_from))
 
     @cached_property
     def mixed(self) -> list[BatchShape]:
-        """Shapes in which something prefills: first those for few rows that decode, of these for few tokens.
+        """Shapes in which something prefills: first those of few tokens, of these for few rows that decode.
 
         A prompt that just fills a size still fits when half of the rows decode beside it.
         """
         sizes, most = self.mixed_decode_rows, self.max_num_batched_tokens
-        shapes = [
+        shapes = {
             self._mixed(rows, min(rows // 2 + tokens, most))
             for rows in sizes
-            for tokens in geometric(min(128, most), most, self.ratio)
+            for tokens in self._prompts_beside(rows)
             if tokens < self.large_from or rows in (sizes[0], sizes[-1])
-        ]
-        return list(dict.fromkeys(shapes))
+        }
+        return sorted(shapes, key=attrgetter("tokens", "decode_rows"))
+
+    def _prompts_beside(self, rows: int) -> tuple[int, ...]:
+        """Sizes of prompts beside so many rows that decode, in tokens."""
+        sizes = geometric(min(128, self.max_num_batched_tokens), self.max_num_batched_tokens, self.ratio)
+        return with_halves(sizes, 2 * rows) if self.close_prompts and rows else sizes
 
     def _mixed(self, rows: int, tokens: int) -> BatchShape:
         """Of so many tokens; the largest takes any number of sequences."""
@@ -73,7 +86,7 @@ class Buckets:
     def shape_for(self, decodes: int, prefills: int, tokens: int, num_steps: int = 1) -> BatchShape:
         """The smallest shape for so many rows that decode, sequences that prefill, and tokens of both together.
 
-        Smallest is what has the fewest rows that may decode, and of these the fewest tokens.
+        Smallest is what has the fewest tokens, and of these the fewest rows that may decode.
         """
         if not prefills:
             return self._decoding(next(size for size in self.decode_rows if size >= decodes), num_steps)
@@ -94,11 +107,14 @@ class Buckets:
         return [self._decoding(rows, steps) for rows in self.decode_rows if rows <= last]
 
 
-def gpu_buckets(max_num_seqs: int, max_num_batched_tokens: int, table_width: int, run_ahead: RunAhead) -> Buckets:
+def gpu_buckets(
+    max_num_seqs: int, max_num_batched_tokens: int, table_width: int, run_ahead: RunAhead, close_prompts: bool = False
+) -> Buckets:
     """Those of a GPU, where little padding is worth many programs."""
     mixed = (0, 64, max_num_seqs) if max_num_seqs > 64 else (0, max_num_seqs)
     sizes = max_num_seqs, max_num_batched_tokens, table_width
-    return Buckets(*sizes, 2, mixed, run_ahead, large_from=16 * max_num_seqs, between_from=128)
+    large = 8 * max_num_seqs
+    return Buckets(*sizes, 2, mixed, run_ahead, large_from=large, between_from=128, close_prompts=close_prompts)
 
 
 def cpu_buckets(max_num_seqs: int, max_num_batched_tokens: int, table_width: int, run_ahead: RunAhead) -> Buckets:

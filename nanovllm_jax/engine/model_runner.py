@@ -271,20 +271,25 @@ class ModelRunner:
         self.scores = ScorePrograms(self.steps)
         width = -(-self.max_model_len // self.config.block_size)
         sizes = self.max_num_seqs, self.max_num_batched_tokens, width, self._run_ahead()
-        buckets = gpu_buckets(*sizes) if self.on_gpu else cpu_buckets(*sizes)
+        buckets = gpu_buckets(*sizes, close_prompts=self._is_large()) if self.on_gpu else cpu_buckets(*sizes)
         self.buckets = replace(buckets, spared_from=math.inf if self.config.probe else SPARED_FROM)
 
     def _run_ahead(self) -> RunAhead:
         """When one program decodes several steps: as the user says, or where a GPU would wait for the host."""
         if self.config.num_scheduler_steps:
             return RunAhead(self.config.num_scheduler_steps, rows=ASKED_ROWS)
-        tokens = self._tokens_in_a_dispatch()
-        return RunAhead(STEPS_ALONE, rows=1, tokens=tokens) if self.on_gpu and tokens else ONE_STEP
+        if self._is_large() or not self.on_gpu:
+            return ONE_STEP
+        return RunAhead(STEPS_ALONE, rows=1, tokens=self._tokens_in_a_dispatch())
+
+    def _is_large(self) -> bool:
+        """Whether a GPU takes longer to read the weights than the host to dispatch a step."""
+        return self.weights.device_bytes >= DISPATCH_BYTES
 
     def _tokens_in_a_dispatch(self) -> int:
-        """How much context a GPU reads, with the weights, while the host dispatches a step; 0: a large model."""
+        """How much context a GPU reads, with a small model's weights, while the host dispatches a step."""
         room = DISPATCH_BYTES - self.weights.device_bytes
-        return max(0, room * self.num_shards // self.model_config.kv_bytes_per_token(self.dtype.itemsize))
+        return room * self.num_shards // self.model_config.kv_bytes_per_token(self.dtype.itemsize)
 
     def _compile(self) -> int:
         """Load or compile every batch shape; returns the largest temporary memory in bytes."""

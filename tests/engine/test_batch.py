@@ -16,7 +16,8 @@ from nanovllm_jax.engine.schedule import ONE_STEP, RunAhead
 def test_a_schedule_fits_the_smallest_shape_that_is_compiled(data, max_num_seqs, max_num_batched_tokens):
     spared_from = data.draw(st.sampled_from([1, 256, 1024, math.inf]))
     sizes = max_num_seqs, max_num_batched_tokens, 16, ONE_STEP
-    buckets = data.draw(st.sampled_from([cpu_buckets(*sizes), gpu_buckets(*sizes)]))
+    kinds = cpu_buckets(*sizes), gpu_buckets(*sizes), gpu_buckets(*sizes, close_prompts=True)
+    buckets = data.draw(st.sampled_from(kinds))
     buckets = replace(buckets, spared_from=spared_from)
     decodes = data.draw(st.integers(0, max_num_seqs))
     most = min(max_num_seqs, max_num_batched_tokens - decodes)
@@ -32,7 +33,7 @@ def test_a_schedule_fits_the_smallest_shape_that_is_compiled(data, max_num_seqs,
         enough = shape.decode_rows >= decodes and shape.prefill_rows >= prefills and shape.tokens >= tokens
         return enough and bool(shape.prefill_rows) == bool(prefills)
 
-    assert shape == min(filter(fits, shapes), key=lambda s: (s.decode_rows, s.tokens))
+    assert shape == min(filter(fits, shapes), key=lambda s: (s.tokens, s.decode_rows))
 
 
 @settings(deadline=None)
@@ -62,9 +63,15 @@ def beside_prefills(buckets):
 def test_shapes_beside_a_prefill():
     assert beside_prefills(gpu_buckets(512, 16384, 16, ONE_STEP)) == {
         0: [16384, 8192, 4096, 2048, 1024, 512, 256, 128],
-        64: [4128, 2080, 1056, 544, 288, 160],
+        64: [2080, 1056, 544, 288, 160],
         384: [384],
         512: [16384, 8448, 4352, 2304, 1280, 768, 512],
+    }
+    assert beside_prefills(gpu_buckets(512, 16384, 16, ONE_STEP, close_prompts=True)) == {
+        0: [16384, 8192, 4096, 2048, 1024, 512, 256, 128],
+        64: [3104, 2080, 1568, 1056, 800, 544, 416, 288, 224, 160],
+        384: [384],
+        512: [16384, 12544, 8448, 6400, 4352, 3328, 2304, 1792, 1280, 768, 512],
     }
     assert beside_prefills(gpu_buckets(512, 512, 16, ONE_STEP)) == {
         0: [512, 256, 128],
