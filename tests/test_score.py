@@ -11,6 +11,7 @@ from small_model import assert_idle, small_llm, write_checkpoint
 
 from nanovllm_jax import SamplingParams
 from nanovllm_jax.engine import model_runner
+from nanovllm_jax.engine.buckets import gpu_buckets
 from nanovllm_jax.layers.attention import causal_attention, split_norm_rope
 from nanovllm_jax.layers.norm import RMSNorm
 from nanovllm_jax.layers.rope import RopeConfig, rope_angles
@@ -164,9 +165,9 @@ def test_training_rounds_where_serving_rounds():
     np.testing.assert_array_equal(trained_k, kv_cache[0, 0].swapaxes(1, 2).reshape(48, 2, 32)[:40])
 
 
-@pytest.mark.parametrize("program", [0, 1])
+@pytest.mark.parametrize("program", [0, 1, 2])
 def test_it_is_compiled_with_the_options_of_a_step(tmp_path, monkeypatch, program):
-    """Which XLA refuses here, so that it can be seen that they reach both the last layer's program and the other."""
+    """Which XLA refuses here, so that it can be seen that they reach the last layer's program and the two after it."""
     monkeypatch.setattr(model_runner, "SPARED_FROM", 64)
     llm, asked = small_llm(write_checkpoint(tmp_path / "model")), []
 
@@ -177,7 +178,18 @@ def test_it_is_compiled_with_the_options_of_a_step(tmp_path, monkeypatch, progra
     monkeypatch.setattr(score_programs, "compiler_options", options)
     with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_option"):
         llm.score([5, 6, 7], [8, 9], use_tqdm=False)
-    assert asked == [(llm.runner.mesh, 64)] * (program + 1)
+    assert asked == [(llm.runner.mesh, rows) for rows in (64, 1, 64)[: program + 1]]
+
+
+def test_prompts_of_all_sizes_share_the_head(tmp_path, monkeypatch):
+    """A step has many sizes beside what decodes, and whoever is there waits for what is compiled."""
+    monkeypatch.setattr(model_runner, "cpu_buckets", gpu_buckets)
+    llm = small_llm(write_checkpoint(tmp_path / "model"), max_num_batched_tokens=200)
+    for number in (1, 2):
+        llm.score([[5] * 20] * number, [[1] * 80] * number, use_tqdm=False)
+    programs = llm.runner.scores.compiled
+    assert programs["rows"]._cache_size() > 1
+    assert programs["logprobs"]._cache_size() == 1
 
 
 def test_options_for_gpus():

@@ -136,7 +136,7 @@ class ModelRunner:
         Like `dispatch`, right after which it is called, it does not wait for the device. Returns the parts for
         `collect_prompt_logprobs`.
         """
-        parts, hidden, size = [], output.hidden, min(PROMPT_CHUNK, output.hidden.shape[1])
+        parts, hidden, size = [], output.hidden, min(PROMPT_CHUNK, self.max_num_batched_tokens)
         if shape.spared:
             arguments = self.weights.arguments, self.cache, hidden, self._on_devices(buffer)
             hidden, self.cache = self.scores.hidden(shape)(*arguments)
@@ -144,7 +144,9 @@ class ModelRunner:
             part = np.array(wanted[start : start + size], np.int32)
             columns = np.full((3, size), [[0], [0], [-1]], np.int32)
             columns[:, : len(part)] = part.T
-            parts.append(self.scores.logprobs(size)(self.weights.arguments, hidden, *columns))
+            rows, *asked = columns
+            hidden_rows = self.scores.rows(hidden, rows)
+            parts.append(self.scores.logprobs(size)(self.weights.arguments, hidden_rows, *asked))
         return parts
 
     def collect(self, output: StepOutput) -> list[list[int]]:

@@ -7,7 +7,7 @@ import jax
 from jax.sharding import PartitionSpec as Spec
 
 from nanovllm_jax.engine.batch import BatchShape
-from nanovllm_jax.models.step import prompt_hidden, prompt_logprobs
+from nanovllm_jax.models.step import prompt_hidden, prompt_logprobs, prompt_rows
 from nanovllm_jax.models.step_programs import StepPrograms
 from nanovllm_jax.parallel.backend import compiler_options
 from nanovllm_jax.parallel.sharding import DATA_AXIS, per_device, specs_of
@@ -21,7 +21,7 @@ class ScorePrograms:
     def __init__(self, steps: StepPrograms):
         """`steps`: the engine's own."""
         self.steps = steps
-        self.compiled: dict[BatchShape | int, Callable] = {}
+        self.compiled: dict[BatchShape | str, Callable] = {}
 
     def hidden(self, shape: BatchShape) -> Callable:
         """models/step.py's `prompt_hidden` of a batch shape: (weights, cache, stream, buffer) -> (hidden, cache)."""
@@ -31,11 +31,22 @@ class ScorePrograms:
             self.compiled[shape] = self._jit(function, in_specs, (HIDDEN, cache), shape.tokens, donate=1)
         return self.compiled[shape]
 
+    @property
+    def rows(self) -> Callable:
+        """models/step.py's `prompt_rows`: (hidden, rows) -> array. One program for each T, which compiles quickly.
+
+        So `logprobs`, which takes a second to compile, is one for all.
+        """
+        if "rows" not in self.compiled:
+            whole = per_device(prompt_rows, self.steps.mesh, (HIDDEN, Spec()), Spec())
+            self.compiled["rows"] = jax.jit(whole, compiler_options=compiler_options(self.steps.mesh, rows=1))
+        return self.compiled["rows"]
+
     def logprobs(self, size: int) -> Callable:
-        """models/step.py's `prompt_logprobs` of `size` tokens: (weights, hidden, rows, tokens, num_top) -> array."""
-        if size not in self.compiled:
-            self.compiled[size] = self._jit(prompt_logprobs, (HIDDEN, Spec(), Spec(), Spec()), Spec(), size)
-        return self.compiled[size]
+        """models/step.py's `prompt_logprobs` of always `size` tokens: (weights, hidden, tokens, num_top) -> array."""
+        if "logprobs" not in self.compiled:
+            self.compiled["logprobs"] = self._jit(prompt_logprobs, (Spec(), Spec(), Spec()), Spec(), size)
+        return self.compiled["logprobs"]
 
     def _jit(self, function: Callable, in_specs, out_specs, rows: int, donate: int | tuple[int, ...] = ()) -> Callable:
         weights = self.steps.weights  # and no self, which would refer to itself by its programs

@@ -91,25 +91,27 @@ def prompt_hidden(
     return hidden[None], cache
 
 
-def prompt_logprobs(
-    model: Qwen3ForCausalLM, hidden: jax.Array, rows: jax.Array, tokens: jax.Array, num_top: jax.Array
-) -> jax.Array:
-    """kernels.token_logprobs of tokens [C] int32, predicted by these rows [C] int32 of hidden states [1, T, D].
+def prompt_rows(hidden: jax.Array, rows: jax.Array) -> jax.Array:
+    """These rows [C] int32 of hidden states [1, T, D]: [C, D].
 
     Of several data groups, T counts the rows of all, of which each has its own.
-
-    num_top [C] int32: how many most likely tokens to name beside each, -1 for padding.
     """
     own = local_index(rows, hidden.shape[1], DATA_AXIS)
     mine = own < hidden.shape[1]
-    logits = model.logits(hidden[0, jnp.where(mine, own, 0)])
-    asks = jnp.zeros((len(rows), len(SamplingRows._fields)), jnp.int32)
-    asks = asks.at[:, NUM_TOP].set(jnp.where(mine, num_top, -1))
+    return from_group(mine, hidden[0, jnp.where(mine, own, 0)])
+
+
+def prompt_logprobs(model: Qwen3ForCausalLM, hidden: jax.Array, tokens: jax.Array, num_top: jax.Array) -> jax.Array:
+    """kernels.token_logprobs of tokens [C] int32, each predicted by its row of hidden states [C, D].
+
+    num_top [C] int32: how many most likely tokens to name beside each, -1 for padding.
+    """
+    asks = jnp.zeros((len(tokens), len(SamplingRows._fields)), jnp.int32).at[:, NUM_TOP].set(num_top)
 
     def of_rows(logits, *args):
         return token_logprobs(logits, logits, *args, fixed=model.deterministic)
 
-    return from_group(mine, vocabulary.by_rows(of_rows, [logits], asks, tokens))
+    return vocabulary.by_rows(of_rows, [model.logits(hidden)], asks, tokens)
 
 
 def _one_step(model, cache: jax.Array, state: DeviceState, batch: BatchView, peers, probe, shape: BatchShape):
