@@ -1,6 +1,7 @@
 """Which batch shapes are compiled: few, so that a start is quick, and close enough that padding costs little."""
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -8,6 +9,9 @@ from operator import attrgetter, ge
 
 from nanovllm_jax.engine.batch import BatchShape
 from nanovllm_jax.engine.schedule import ONE_STEP, RunAhead
+
+# A step takes as long as its tokens, and so many more: until weights are read, and the host has come round.
+STEP_TOKENS = 256
 
 
 def geometric(first: int, last: int, ratio: int) -> tuple[int, ...]:
@@ -92,6 +96,19 @@ class Buckets:
             return self._decoding(next(size for size in self.decode_rows if size >= decodes), num_steps)
         sizes = decodes, prefills, tokens
         return next(s for s in self.mixed if all(map(ge, (s.decode_rows, s.prefill_rows, s.tokens), sizes)))
+
+    def fitting(self, decodes: int, tokens: int) -> int:
+        """How many of so many tokens, of which some decode, a step should compute.
+
+        All of them, or only what fills a smaller shape, where in a next step the rest takes less than padding would.
+        """
+        sizes = [shape.tokens for shape in self.mixed if shape.decode_rows >= decodes]
+        size = bisect_left(sizes, tokens)
+        filled = sizes[size - 1] if size else 0
+        if filled <= decodes:
+            return tokens
+        rest = sizes[bisect_left(sizes, decodes + tokens - filled)]
+        return filled if filled + rest + STEP_TOKENS < sizes[size] else tokens
 
     def all_shapes(self) -> list[BatchShape]:
         """Every shape that shape_for can return; first what compiles longest on a GPU: few rows, large prefills."""

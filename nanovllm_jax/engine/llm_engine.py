@@ -93,8 +93,11 @@ class LLMEngine(OneThread):
             run_ahead=runner.buckets.run_ahead,
         )
         groups = config.data_parallel_size
-        self.scheduler = make_scheduler() if groups == 1 else DataGroups(groups, make_scheduler)
-        self.packer = BatchPacker(runner.buckets) if groups == 1 else GroupPacker(groups, runner.buckets)
+        if groups == 1:
+            self.scheduler = make_scheduler(fitting=runner.buckets.fitting)
+            self.packer = BatchPacker(runner.buckets)
+        else:  # whose steps share a size
+            self.scheduler, self.packer = DataGroups(groups, make_scheduler), GroupPacker(groups, runner.buckets)
         self.metrics = EngineMetrics()
         self._requests: dict[str, Request] = {}  # the unfinished ones,
         self._streaming: list[Request] = []  # those of them whose outputs tell what came in a step,

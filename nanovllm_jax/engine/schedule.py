@@ -24,6 +24,11 @@ class RunAhead(NamedTuple):
 ONE_STEP = RunAhead()
 
 
+def all_of_them(decodes: int, tokens: int) -> int:
+    """How many of so many tokens, of which some decode, a step should compute where its size does not matter."""
+    return tokens
+
+
 @dataclass(slots=True)
 class PrefillChunk:
     """The `num_tokens` tokens of `seq` before position `seq.num_computed` (read right after `schedule()`)."""

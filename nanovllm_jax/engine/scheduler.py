@@ -7,9 +7,11 @@ freed while a step is in flight can be given to a later step at once.
 """
 
 from collections import OrderedDict
+from collections.abc import Callable
+from itertools import islice
 
 from nanovllm_jax.engine.block_manager import BlockManager
-from nanovllm_jax.engine.schedule import ONE_STEP, PrefillChunk, RunAhead, Schedule, in_order
+from nanovllm_jax.engine.schedule import ONE_STEP, PrefillChunk, RunAhead, Schedule, all_of_them, in_order
 from nanovllm_jax.engine.sequence import Sequence, Status
 
 WAITING, PREFILL, DECODE, FINISHED = Status
@@ -36,7 +38,11 @@ class Scheduler:
         max_model_len: int,
         enable_prefix_caching: bool = True,
         run_ahead: RunAhead = ONE_STEP,
+        fitting: Callable[[int, int], int] = all_of_them,
     ):
+        """`fitting`: called with how many sequences decode and how many tokens a step could compute, up to
+        max_num_batched_tokens, it says how many are to be computed: of prompts one or more.
+        """
         assert max_num_seqs > 0, max_num_seqs
         assert max_num_batched_tokens > 0, max_num_batched_tokens
         self.block_manager = BlockManager(num_blocks, block_size, enable_prefix_caching)
@@ -45,6 +51,7 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
         self.run_ahead = run_ahead
+        self.fitting = fitting
         self.waiting: OrderedDict[int, Sequence] = OrderedDict()  # by seq_id, in arrival order
         self.running: dict[int, Sequence] = {}  # the admitted ones, by seq_id, in arrival order
         self.num_unfinished_prompt_tokens = 0  # of all waiting and running sequences
@@ -152,12 +159,12 @@ class Scheduler:
         num_steps = self._num_steps(decoding, prefilling)
         schedule = Schedule(num_steps=num_steps if most_steps is None else min(num_steps, most_steps))
         self._schedule_decodes(schedule, decoding)
+        prefilling = [seq for seq in prefilling if seq.status is PREFILL]  # else a decode has preempted it
         # The budget is never short here. Whoever decodes had a token in the step before. So had the one sequence, at
         # most, that is in the middle of its prompt: it took what the step before had left.
-        budget = self.max_num_batched_tokens - len(schedule.decodes)
+        budget = self._prompt_budget(len(schedule.decodes), prefilling)
         for seq in prefilling:
-            if seq.status is PREFILL:  # else a decode has preempted it
-                budget -= self._schedule_chunk(schedule, seq, budget)
+            budget -= self._schedule_chunk(schedule, seq, budget)
         self._schedule_admissions(schedule, budget)
         schedule.decodes = in_order(schedule.decodes)
         return schedule
@@ -241,6 +248,16 @@ class Scheduler:
                 seq.num_computed = end
                 seq.num_pending += steps
                 decodes.append(seq)
+
+    def _prompt_budget(self, decodes: int, prefilling: list[Sequence]) -> int:
+        """How many tokens of prompts the step may compute beside so many that decode."""
+        most, tokens = self.max_num_batched_tokens, decodes
+        tokens += sum(len(seq.token_ids) - seq.num_computed for seq in prefilling)
+        for seq in islice(self.waiting.values(), len(self._free_slots)):
+            if tokens >= most:
+                break
+            tokens += len(seq.token_ids)  # or fewer, if some are cached
+        return self.fitting(decodes, min(tokens, most)) - decodes if tokens > decodes else 0
 
     def _grow(self, seq: Sequence) -> bool:
         """Add a block to a sequence, preempting later arrivals for it; False where it was itself the latest."""

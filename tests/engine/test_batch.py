@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanovllm_jax.engine.batch import BatchShape
-from nanovllm_jax.engine.buckets import Buckets, cpu_buckets, gpu_buckets
+from nanovllm_jax.engine.buckets import STEP_TOKENS, Buckets, cpu_buckets, gpu_buckets
 from nanovllm_jax.engine.schedule import ONE_STEP, RunAhead
 
 
@@ -82,6 +82,35 @@ def test_shapes_beside_a_prefill():
     assert beside_prefills(gpu_buckets(512, 32, 16, ONE_STEP)) == {0: [32], 32: [32]}
     assert beside_prefills(gpu_buckets(8, 256, 16, ONE_STEP)) == {0: [256, 128], 8: [256, 132]}
     assert beside_prefills(cpu_buckets(32, 1024, 16, ONE_STEP)) == {32: [1024, 144]}
+
+
+@settings(deadline=None)
+@given(data=st.data(), max_num_seqs=st.integers(1, 600), most=st.integers(2, 20_000), close=st.booleans())
+def test_a_step_stops_short_of_padding(data, max_num_seqs, most, close):
+    """Where a smaller size is filled, and one for the rest is far below the size that all would have."""
+    sizes = max_num_seqs, most, 16, ONE_STEP
+    buckets = data.draw(st.sampled_from([cpu_buckets(*sizes), gpu_buckets(*sizes, close_prompts=close)]))
+    decodes = data.draw(st.integers(0, min(max_num_seqs, most - 1)))
+    tokens = data.draw(st.integers(decodes + 1, most))
+    taken, size = buckets.fitting(decodes, tokens), buckets.shape_for(decodes, 1, tokens).tokens
+    smaller = [
+        shape.tokens for shape in buckets.mixed if decodes < shape.tokens < tokens and shape.decode_rows >= decodes
+    ]
+    if not smaller:
+        assert taken == tokens
+        return
+    both = max(smaller) + buckets.shape_for(decodes, 1, tokens - max(smaller) + decodes).tokens
+    assert taken == (max(smaller) if both + STEP_TOKENS < size else tokens)
+
+
+def test_a_long_prompt_in_two_steps():
+    """Rather than padded by a fifth."""
+    small, large = (gpu_buckets(512, 16384, 16, ONE_STEP, close) for close in (False, True))
+    assert [buckets.fitting(10, 3510) for buckets in (small, large)] == [2304, 3328]
+    assert [buckets.fitting(0, 600) for buckets in (small, large)] == [600, 600]
+    assert [buckets.fitting(300, 5000) for buckets in (small, large)] == [4352, 4352]
+    assert [buckets.fitting(300, 16384) for buckets in (small, large)] == [16384, 16384]
+    assert [buckets.fitting(400, 401) for buckets in (small, large)] == [401, 401]
 
 
 def test_sizes_of_steps_that_only_decode():

@@ -35,11 +35,9 @@ POOL_FAULTS = {
 }
 POLICY_FAULTS = {
     "one token beyond the end": ("_phases", "seq.num_computed + 1 < seq.max_len", "seq.num_computed < seq.max_len"),
-    "decodes cost no budget": (
-        "schedule",
-        "self.max_num_batched_tokens - len(schedule.decodes)",
-        "self.max_num_batched_tokens",
-    ),
+    "decodes cost no budget": ("_prompt_budget", " - decodes if", " if"),
+    "a step has room for all prompts": ("_prompt_budget", "min(tokens, most)", "tokens"),
+    "the rest of a prompt is forgotten": ("_prompt_budget", "len(seq.token_ids) - seq.num_computed", "0"),
     "a chunk costs no budget": ("schedule", "budget -= self._schedule_chunk", "self._schedule_chunk"),
     "an admission costs no budget": ("_schedule_admissions", "budget -= self._schedule_chunk", "self._schedule_chunk"),
     "several steps while others wait": ("_num_steps", "prefilling or self.waiting or ", ""),

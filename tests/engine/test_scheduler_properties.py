@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from simulated_device import VOCAB, Simulation
 
-from nanovllm_jax.engine.schedule import RunAhead
+from nanovllm_jax.engine.schedule import RunAhead, all_of_them
 
 MAX_DEPTH = 3
 
@@ -18,6 +18,11 @@ MAX_DEPTH = 3
 def tightest_pool(max_model_len: int, block_size: int) -> int:
     """Blocks of the longest possible request: its last token is never computed."""
     return -(-(max_model_len - 1) // block_size)
+
+
+def some_of_them(decodes: int, tokens: int) -> int:
+    """As if there were a batch shape for every multiple of five, and never the time to pad."""
+    return max(decodes + 1, tokens // 5 * 5)
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -31,8 +36,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         budget=st.integers(1, 30),
         caching=st.booleans(),
         num_steps=st.integers(1, 5),
+        fitting=st.sampled_from([all_of_them, some_of_them]),
     )
-    def start(self, block_size, max_model_len, spare_blocks, max_num_seqs, budget, caching, num_steps):
+    def start(self, block_size, max_model_len, spare_blocks, max_num_seqs, budget, caching, num_steps, fitting):
         self.num_faults = 0
         self.simulation = Simulation(
             num_blocks=tightest_pool(max_model_len, block_size) + spare_blocks,
@@ -42,6 +48,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_model_len=max_model_len,
             enable_prefix_caching=caching,
             run_ahead=RunAhead(num_steps, rows=3),
+            fitting=fitting,
         )
         self.simulation.device.is_faulty = self.take_fault
         self.max_model_len = max_model_len
@@ -125,6 +132,7 @@ def random_simulation(rng: random.Random) -> Simulation:
             rows=rng.randint(1, max_num_seqs),
             tokens=math.inf if rng.random() < 0.8 else rng.randint(0, 200),
         ),
+        fitting=rng.choice((all_of_them, some_of_them)),
     )
 
 
