@@ -1,6 +1,7 @@
 """Requests that arrive over time, served through an engine's add and step; and the latencies that they saw."""
 
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from statistics import quantiles
 
@@ -10,21 +11,23 @@ from benchmark.workloads import Call
 PERCENTILES = (50, 90, 99)
 
 
-def serve(engine: Engine, call: Call) -> list[list[float]]:
+def serve(
+    engine: Engine, call: Call, clock: Callable[[], float] = time.perf_counter, sleep: Callable = time.sleep
+) -> list[list[float]]:
     """For each request, the seconds after the start at which the host had each of its tokens."""
     stamps: list[list[float]] = [[] for _ in call.prompts]
     running, waiting = set(), 0
-    start = time.perf_counter()
+    start = clock()
     while running or waiting < len(call.prompts):
-        now = time.perf_counter() - start
+        now = clock() - start
         while waiting < len(call.prompts) and call.arrivals[waiting] <= now:
             engine.add(f"online-{waiting}", call.prompts[waiting], call.max_tokens[waiting])
             running.add(waiting)
             waiting += 1
         if not running:
-            time.sleep(call.arrivals[waiting] - now)
+            sleep(call.arrivals[waiting] - now)
             continue
-        counts, now = engine.step(), time.perf_counter() - start
+        counts, now = engine.step(), clock() - start
         for request_id, count in counts.items():
             index = int(request_id.removeprefix("online-"))
             stamps[index] += [now] * (count - len(stamps[index]))
