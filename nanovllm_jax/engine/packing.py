@@ -35,8 +35,8 @@ class BatchPacker:
         self._pack_rows(view, 0, decodes)
         view.context_lens[: len(decodes)] -= steps - 1  # of the first step
         view.tokens[: len(decodes)] = [seq.token_ids[-1] if seq.num_pending == steps else -1 for seq in decodes]
-        view.starts[: len(decodes)] = range(len(decodes))
-        view.starts[len(decodes) :] = end = len(decodes)
+        end = len(decodes)
+        view.starts[:end], view.starts[end:] = np.arange(end), end
         if prefills:
             self._pack_rows(view, shape.decode_rows, [chunk.seq for chunk in prefills])
             for row, chunk in enumerate(prefills, shape.decode_rows):
