@@ -11,6 +11,7 @@ measured on an H200 (docs/performance.md, entry 118); --costs takes other number
 
 import argparse
 from collections import deque
+from dataclasses import replace
 from typing import NamedTuple
 
 from benchmark.online import PERCENTILES, latencies, serve
@@ -73,9 +74,8 @@ class SimulatedEngine:
             enable_prefix_caching=False,
             fitting=all_of_them if args.whole_steps or args.exact else buckets.fitting,
         )
-        self.time = self.device_done_at = 0.0
-        self.in_flight: deque[Schedule] = deque()
-        self.ends: deque[float] = deque()
+        self.time = 0.0
+        self.in_flight: deque[tuple[Schedule, float]] = deque()  # and when the device has done each
         self.running: dict[str, Sequence] = {}
         self.num_steps = self.num_tokens = self.num_padding = 0
 
@@ -93,8 +93,8 @@ class SimulatedEngine:
 
     def step(self) -> dict[str, int]:
         """One step further; how many tokens each request has, those included that finished."""
-        if self.late is not None and self.ends and self.time < self.ends[-1] - self.late:
-            self.time = min(self.time + POLL, self.ends[-1] - self.late)
+        if self.late is not None and self.time < (due := self._device_done_at() - self.late):
+            self.time = min(self.time + POLL, due)
             return {}
         if schedule := self.scheduler.schedule():
             self._dispatch(schedule)
@@ -104,21 +104,23 @@ class SimulatedEngine:
         self.running = {name: seq for name, seq in self.running.items() if not seq.is_finished}
         return counts
 
+    def _device_done_at(self) -> float:
+        return self.in_flight[-1][1] if self.in_flight else 0.0
+
     def _dispatch(self, schedule: Schedule) -> None:
         self.time += HOST[0]
         tokens = schedule.num_tokens
         shape = self.buckets.shape_for(len(schedule.decodes), len(schedule.prefills), tokens)
         if self.exact:
-            shape = BatchShape(shape.decode_rows, shape.prefill_rows, tokens, shape.table_width)
-        self.device_done_at = max(self.time, self.device_done_at) + self.costs.seconds(schedule, shape)
-        self.in_flight.append(schedule)
-        self.ends.append(self.device_done_at)
+            shape = replace(shape, tokens=tokens)
+        done_at = max(self.time, self._device_done_at()) + self.costs.seconds(schedule, shape)
+        self.in_flight.append((schedule, done_at))
         self.num_steps, self.num_tokens = self.num_steps + 1, self.num_tokens + tokens
         self.num_padding += shape.tokens - tokens
 
     def _read(self) -> None:
-        schedule = self.in_flight.popleft()
-        self.time = max(self.time, self.ends.popleft()) + HOST[1]
+        schedule, done_at = self.in_flight.popleft()
+        self.time = max(self.time, done_at) + HOST[1]
         self.scheduler.update(schedule, [1] * len(schedule.decodes), [1] * len(schedule.prefills))
 
 

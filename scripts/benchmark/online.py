@@ -12,7 +12,10 @@ PERCENTILES = (50, 90, 99)
 
 
 def serve(
-    engine: Engine, call: Call, clock: Callable[[], float] = time.perf_counter, sleep: Callable = time.sleep
+    engine: Engine,
+    call: Call,
+    clock: Callable[[], float] = time.perf_counter,
+    sleep: Callable[[float], None] = time.sleep,
 ) -> list[list[float]]:
     """For each request, the seconds after the start at which the host had each of its tokens."""
     stamps: list[list[float]] = [[] for _ in call.prompts]
