@@ -12,8 +12,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmark.limits import H200
-
 PICTURES = (".png", ".svg", ".pdf")
 
 
@@ -101,6 +99,8 @@ def json_object(text: str) -> dict[str, Any]:
 
 def add_card(parser: ArgumentParser, *rates: str) -> None:
     """Options of a card's rates, in TB/s and TFLOP/s: of these, or of both."""
+    from benchmark.limits import H200  # which imports jax: in launch.py Ctrl-C would be lost meanwhile
+
     units = {"bandwidth": ("TB/s", H200.bytes / 1e12), "flops": ("TFLOP/s", H200.flops / 1e12)}
     for rate in rates or units:
         unit, default = units[rate]
