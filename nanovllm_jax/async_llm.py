@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
@@ -16,6 +17,8 @@ from nanovllm_jax.engine.prompts import Prompt
 from nanovllm_jax.engine.requests import Request
 from nanovllm_jax.outputs import EngineStats, RequestOutput
 from nanovllm_jax.sampling_params import SamplingParams
+
+PAUSE = 5e-4  # seconds in which the engine's thread looks for nobody, where a step can be put off
 
 
 class Mailbox:
@@ -237,10 +240,13 @@ class AsyncLLM:
                 self._is_stepping = True
 
     def _step(self) -> None:
-        """A step, and behind all that waits for the thread, the next."""
+        """A step, once it cannot be put off for who may come; and behind all that waits for the thread, the next."""
         self._is_stepping = False
         try:
-            self._deliver(self._engine.step())
+            if spare := self._engine.spare_seconds():
+                time.sleep(min(spare, PAUSE))
+            else:
+                self._deliver(self._engine.step())
             self._keep_stepping()
         except BaseException as error:
             self._abort_all("the engine failed, and all its requests were aborted", error)

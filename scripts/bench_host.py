@@ -97,7 +97,7 @@ def packing_micros(num_seqs: int, args: argparse.Namespace) -> float:
     """BatchPacker.pack() of each step, blocks that are new in a table included."""
     scheduler, in_flight = decoding_scheduler(num_seqs, args)
     width = -(-longest(args) // args.block_size)
-    packer = BatchPacker(Buckets(num_seqs, num_seqs * args.context, width, ratio=2, mixed_decode_rows=(num_seqs,)))
+    packer = BatchPacker(Buckets((num_seqs,), ((num_seqs, num_seqs * args.context),), width))
     packer.pack(in_flight)
     spent = 0.0
     for _ in range(args.steps):

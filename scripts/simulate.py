@@ -4,6 +4,7 @@
     python scripts/simulate.py --model 8B --rates 24 --max-num-batched-tokens 2304
     python scripts/simulate.py --model 0.6B --rates 160 --whole-steps     # steps never stop short of padding
     python scripts/simulate.py --model 8B --rates 24 --exact              # programs for any number of tokens
+    python scripts/simulate.py --model 8B --rates 24 --at-once            # steps are not put off for who may come
 
 The requests, the loop that serves them and the latencies are those of bench.py's online workload. What a step costs was
 measured on an H200 (docs/performance.md, entry 118); --costs takes other numbers.
@@ -14,12 +15,14 @@ from collections import deque
 from dataclasses import replace
 from typing import NamedTuple
 
+from benchmark.engines import PAUSE
 from benchmark.online import PERCENTILES, latencies, serve
 from benchmark.workloads import Sizes, online
 from options import above_zero, count, from_zero
 
 from nanovllm_jax.engine.batch import BatchShape
 from nanovllm_jax.engine.buckets import Buckets, gpu_buckets
+from nanovllm_jax.engine.pacing import Pacer
 from nanovllm_jax.engine.schedule import ONE_STEP, Schedule, all_of_them
 from nanovllm_jax.engine.scheduler import Scheduler
 from nanovllm_jax.engine.sequence import Sequence
@@ -27,8 +30,6 @@ from nanovllm_jax.sampling_params import SamplingParams
 
 MAX_MODEL_LEN = 4096
 BLOCK_SIZE = 256
-POLL = 5e-4
-"""Seconds that a loop sleeps before it looks again for who has come."""
 
 
 class Costs(NamedTuple):
@@ -53,18 +54,28 @@ class Costs(NamedTuple):
         return 1e-6 * (attention + self.decodes + self.row * shape.tokens)
 
 
-MODELS = {  # and whether prompts have sizes half way
-    "0.6B": (Costs(prompts=1200, token=1.75, decodes=950, row=3, context=0.031), False),
-    "8B": (Costs(prompts=4000, token=19.9, decodes=4250, row=12, context=0.041), True),
+MODELS = {
+    "0.6B": Costs(prompts=1200, token=1.75, decodes=950, row=3, context=0.031),
+    "8B": Costs(prompts=4000, token=19.9, decodes=4250, row=12, context=0.041),
 }
 HOST = 300e-6, 100e-6  # seconds: to choose and dispatch a step, and to read one
+
+
+class SimulatedStep(NamedTuple):
+    """A step on the device, and when that will be done with it."""
+
+    schedule: Schedule
+    shape: BatchShape
+    dispatched_at: float
+    done_at: float
 
 
 class SimulatedEngine:
     """LLMEngine's loop with a clock of its own: a step is dispatched, and the one before it read when it is over."""
 
     def __init__(self, costs: Costs, buckets: Buckets, args: argparse.Namespace):
-        self.costs, self.buckets, self.exact, self.late = costs, buckets, args.exact, args.late
+        self.costs, self.buckets, self.exact, self.at_once = costs, buckets, args.exact, args.at_once
+        self.pacer = Pacer(self.clock)
         self.scheduler = Scheduler(
             num_blocks=buckets.max_num_seqs * MAX_MODEL_LEN // BLOCK_SIZE,
             block_size=BLOCK_SIZE,
@@ -75,7 +86,7 @@ class SimulatedEngine:
             fitting=all_of_them if args.whole_steps or args.exact else buckets.fitting,
         )
         self.time = 0.0
-        self.in_flight: deque[tuple[Schedule, float]] = deque()  # and when the device has done each
+        self.in_flight: deque[SimulatedStep] = deque()
         self.running: dict[str, Sequence] = {}
         self.num_steps = self.num_tokens = self.num_padding = 0
 
@@ -93,19 +104,23 @@ class SimulatedEngine:
 
     def step(self) -> dict[str, int]:
         """One step further; how many tokens each request has, those included that finished."""
-        if self.late is not None and self.time < (due := self._device_done_at() - self.late):
-            self.time = min(self.time + POLL, due)
+        if not self.at_once and (spare := self._spare_seconds()):
+            self.time += min(spare, PAUSE)
             return {}
+        chosen_at = self.time
         if schedule := self.scheduler.schedule():
             self._dispatch(schedule)
+            self.pacer.dispatched(chosen_at)
         if len(self.in_flight) > bool(schedule):
             self._read()
         counts = {name: len(seq.token_ids) - seq.num_prompt_tokens for name, seq in self.running.items()}
         self.running = {name: seq for name, seq in self.running.items() if not seq.is_finished}
         return counts
 
-    def _device_done_at(self) -> float:
-        return self.in_flight[-1][1] if self.in_flight else 0.0
+    def _spare_seconds(self) -> float:
+        if not self.in_flight or self.time >= self.in_flight[-1].done_at:
+            return 0.0
+        return self.pacer.spare(self.in_flight[-1].shape, self.in_flight[-1].dispatched_at)
 
     def _dispatch(self, schedule: Schedule) -> None:
         self.time += HOST[0]
@@ -113,15 +128,18 @@ class SimulatedEngine:
         shape = self.buckets.shape_for(len(schedule.decodes), len(schedule.prefills), tokens)
         if self.exact:
             shape = replace(shape, tokens=tokens)
-        done_at = max(self.time, self._device_done_at()) + self.costs.seconds(schedule, shape)
-        self.in_flight.append((schedule, done_at))
+        before = self.in_flight[-1].done_at if self.in_flight else 0.0
+        done_at = max(self.time, before) + self.costs.seconds(schedule, shape)
+        self.in_flight.append(SimulatedStep(schedule, shape, self.time, done_at))
         self.num_steps, self.num_tokens = self.num_steps + 1, self.num_tokens + tokens
         self.num_padding += shape.tokens - tokens
 
     def _read(self) -> None:
-        schedule, done_at = self.in_flight.popleft()
-        self.time = max(self.time, done_at) + HOST[1]
-        self.scheduler.update(schedule, [1] * len(schedule.decodes), [1] * len(schedule.prefills))
+        step = self.in_flight.popleft()
+        was_done, self.time = self.time >= step.done_at, max(self.time, step.done_at)
+        self.pacer.read(step.shape, step.dispatched_at, was_done)
+        self.time += HOST[1]
+        self.scheduler.update(step.schedule, [1] * len(step.schedule.decodes), [1] * len(step.schedule.prefills))
 
 
 def parse_args(arguments: list[str] | None) -> argparse.Namespace:
@@ -133,17 +151,16 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-num-batched-tokens", type=count, default=16384)
     parser.add_argument("--whole-steps", action="store_true", help="a step never stops short of padding")
     parser.add_argument("--exact", action="store_true", help="no step is padded")
-    parser.add_argument("--late", type=from_zero, help="choose a step so many seconds before the device is done")
+    parser.add_argument("--at-once", action="store_true", help="a step is chosen as soon as the last is dispatched")
     parser.add_argument("--costs", type=from_zero, nargs=5, metavar=Costs._fields, help="in microseconds")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_args(arguments)
-    costs, close_prompts = MODELS[args.model]
-    costs = Costs(*args.costs) if args.costs else costs
+    costs = Costs(*args.costs) if args.costs else MODELS[args.model]
     width = MAX_MODEL_LEN // BLOCK_SIZE
-    buckets = gpu_buckets(args.max_num_seqs, args.max_num_batched_tokens, width, ONE_STEP, close_prompts)
+    buckets = gpu_buckets(args.max_num_seqs, args.max_num_batched_tokens, width, ONE_STEP)
     sizes = Sizes(vocab_size=2, max_model_len=MAX_MODEL_LEN, rates=args.rates, seconds=args.seconds)
     percentiles = ", ".join(f"p{percent}" for percent in PERCENTILES)
     print(f"milliseconds, {percentiles}; {args.model}, {len(buckets.all_shapes())} programs")

@@ -198,6 +198,37 @@ def test_a_caller_that_stops_holds_up_nobody(engine, pace):
     assert output.finished
 
 
+def test_who_comes_while_a_step_can_be_put_off_is_in_it(engine, monkeypatch):
+    spare, lengths, schedule = [0.0], [], engine.scheduler.schedule
+
+    def scheduled():
+        found = schedule()
+        lengths.append((len(found.decodes), len(found.prefills)))
+        return found
+
+    monkeypatch.setattr(engine, "spare_seconds", lambda: spare[0], raising=False)
+    monkeypatch.setattr(engine.scheduler, "schedule", scheduled)
+
+    async def main(llm):
+        async with aclosing(llm.generate(PROMPTS[0], LONG)) as first:
+            await anext(first)
+            spare[0] = 0.1  # which the thread does not sleep through
+            await llm.stats()
+            before, others = len(lengths), [llm.generate(prompt, GREEDY) for prompt in PROMPTS[1:3]]
+            tasks = [asyncio.create_task(anext(other)) for other in others]
+            while len(llm._mailboxes) < 3:
+                await asyncio.sleep(0.001)
+            assert len(lengths) == before
+            assert not any(task.done() for task in tasks)
+            spare[0] = 0.0
+            await asyncio.gather(*tasks)
+            assert lengths[before] == (1, 2)
+            for other in others:
+                await other.aclose()
+
+    run(engine, main)
+
+
 def test_an_event_loop_that_stands_still_gets_one_message(engine, monkeypatch, pace):
     async def main(llm):
         stream, calls = llm.generate([1], LONG), []

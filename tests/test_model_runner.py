@@ -46,6 +46,20 @@ def tokens_of(outputs):
     return [output.outputs[0].token_ids for output in outputs]
 
 
+def test_calling_every_program_changes_nothing(llm):
+    """As a start on a GPU does, with nothing but padding."""
+    prompts = [[3, 1, 4], [1, 5] * 9]
+    params = SamplingParams(temperature=1, seed=5, max_tokens=9, ignore_eos=True, repetition_penalty=1.3)
+    before = tokens_of(llm.generate(prompts, params, use_tqdm=False))
+    state = jax.tree.map(lambda array: np.asarray(array)[:-1], llm.runner.state)
+    cache = np.asarray(llm.runner.cache)
+    llm.runner._call_programs()
+    np.testing.assert_array_equal(cache, llm.runner.cache)
+    jax.tree.map(lambda old, new: np.testing.assert_array_equal(old, np.asarray(new)[:-1]), state, llm.runner.state)
+    assert tokens_of(llm.generate(prompts, params, use_tqdm=False)) == before
+    assert_idle(llm)
+
+
 # --- compiled programs ---
 
 _compiled = []

@@ -240,6 +240,25 @@ def test_aborts_in_every_state(llm, expected, num_steps, found):
     assert not llm._streaming
 
 
+def test_for_how_long_a_step_can_be_put_off(llm, monkeypatch):
+    monkeypatch.setattr(llm.pacer, "spare", lambda shape, dispatched_at: 0.7)
+    monkeypatch.setattr(llm.runner, "is_done", lambda output: False)
+    assert llm.spare_seconds() == 0, "nothing is on the device"
+    llm.add_request([5] * 10, GREEDY)
+    assert llm.spare_seconds() == 0, "still nothing"
+    llm.step()
+    assert llm.spare_seconds() == 0.7
+    monkeypatch.setattr(llm.runner, "is_done", lambda output: True)
+    assert llm.spare_seconds() == 0, "it is done sooner than was thought"
+    monkeypatch.setattr(llm.runner, "is_done", lambda output: False)
+    llm.update_weights(llm.model, in_flight="finish")
+    llm.add_request([5] * 10, GREEDY)
+    assert llm.spare_seconds() == 0, "an output waits for the next step"
+    while llm.has_unfinished_requests():
+        llm.step()
+    assert_idle(llm)
+
+
 def test_an_abort_leaves_the_others_alone(llm):
     prompts = [PROMPT, [1] * 20, [2] * 100, [3], [4], [5] * 30]
     alone = [llm.generate([prompt], GREEDY, use_tqdm=False)[0]["token_ids"] for prompt in prompts]

@@ -4,7 +4,6 @@ import math
 from bisect import bisect_left
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from operator import attrgetter, ge
 
 from nanovllm_jax.engine.batch import BatchShape
@@ -14,69 +13,35 @@ from nanovllm_jax.engine.schedule import ONE_STEP, RunAhead
 STEP_TOKENS = 256
 
 
-def geometric(first: int, last: int, ratio: int) -> tuple[int, ...]:
-    """first, first * ratio, ... and last itself."""
-    sizes = []
-    while first < last:
-        sizes.append(first)
-        first *= ratio
-    return (*sizes, last)
-
-
-def with_halves(sizes: tuple[int, ...], start: float) -> tuple[int, ...]:
-    """Ascending sizes, and from `start` on another half way from each to the next."""
-    between = ((low + high) // 2 for low, high in pairwise(sizes) if low >= start)
-    return tuple(sorted({*sizes, *between}))
-
-
 @dataclass(frozen=True)
 class Buckets:
     """The few batch shapes that are compiled."""
 
-    max_num_seqs: int
-    max_num_batched_tokens: int
+    decode_rows: tuple[int, ...]
+    """Ascending sizes of steps that only decode. The last is as many sequences as run."""
+    beside_prompts: tuple[tuple[int, int], ...]
+    """Sizes of steps with prompts: how many rows may decode, and tokens of all rows together. The last is the most of
+    both that a step can have."""
     table_width: int
-    ratio: int
-    """How much larger each size is than the one before: what padding can cost, but for many very short prompts."""
-    mixed_decode_rows: tuple[int, ...]
-    """How many rows may decode beside a prefill: few sizes, as a row that is not there costs little. The last takes any
-    number; a first of 0 is for when nothing runs beside it."""
     run_ahead: RunAhead = ONE_STEP
-    large_from: float = math.inf
-    """Beside so many tokens there are but the first of these and the last, which is little beside them."""
     spared_from: float = math.inf
-    """From so many tokens on a shape with a prefill is `spared`."""
-    between_from: float = math.inf
-    """From so many decode rows on there is another size half way to the next."""
-    close_prompts: bool = False
-    """Whether there are also sizes half way for prompts, beside no more rows that decode than half of the prompt's
-    tokens: for models so large that their padding takes long."""
+    """From so many tokens on a shape with prompts is `spared`."""
 
-    @cached_property
-    def decode_rows(self) -> tuple[int, ...]:
-        """Sizes of steps that only decode: one row has kernels of its own, and two take as long as four."""
-        several = geometric(max(4, self.ratio), self.max_num_seqs, self.ratio)
-        return several if self.max_num_seqs == 1 else (1, *with_halves(several, self.between_from))
+    @property
+    def max_num_seqs(self) -> int:
+        """Sequences that run at a time."""
+        return self.decode_rows[-1]
+
+    @property
+    def max_num_batched_tokens(self) -> int:
+        """The most that a step with prompts computes."""
+        return self.beside_prompts[-1][1]
 
     @cached_property
     def mixed(self) -> list[BatchShape]:
-        """Shapes in which something prefills: first those of few tokens, of these for few rows that decode.
-
-        A prompt that just fills a size still fits when half of the rows decode beside it.
-        """
-        sizes, most = self.mixed_decode_rows, self.max_num_batched_tokens
-        shapes = {
-            self._mixed(rows, min(rows // 2 + tokens, most))
-            for rows in sizes
-            for tokens in self._prompts_beside(rows)
-            if tokens < self.large_from or rows in (sizes[0], sizes[-1])
-        }
+        """Shapes in which something prefills: first those of few tokens, of these for few rows that decode."""
+        shapes = {self._mixed(*sizes) for sizes in self.beside_prompts}
         return sorted(shapes, key=attrgetter("tokens", "decode_rows"))
-
-    def _prompts_beside(self, rows: int) -> tuple[int, ...]:
-        """Sizes of prompts beside so many rows that decode, in tokens."""
-        sizes = geometric(min(128, self.max_num_batched_tokens), self.max_num_batched_tokens, self.ratio)
-        return with_halves(sizes, 2 * rows) if self.close_prompts and rows else sizes
 
     def _mixed(self, rows: int, tokens: int) -> BatchShape:
         """Of so many tokens; the largest takes any number of sequences."""
@@ -113,8 +78,7 @@ class Buckets:
     def all_shapes(self) -> list[BatchShape]:
         """Every shape that shape_for can return; first what compiles longest on a GPU: few rows, large prefills."""
         decode = [self._decoding(rows) for rows in self.decode_rows]
-        mixed = sorted(self.mixed, key=lambda shape: shape.tokens, reverse=True)
-        return sorted(decode + self._several_steps(), key=lambda s: s.decode_rows) + mixed
+        return sorted(decode + self._several_steps(), key=attrgetter("decode_rows")) + self.mixed[::-1]
 
     def _several_steps(self) -> list[BatchShape]:
         steps, most = self.run_ahead.num_steps, self.run_ahead.rows
@@ -124,16 +88,41 @@ class Buckets:
         return [self._decoding(rows, steps) for rows in self.decode_rows if rows <= last]
 
 
-def gpu_buckets(
-    max_num_seqs: int, max_num_batched_tokens: int, table_width: int, run_ahead: RunAhead, close_prompts: bool = False
-) -> Buckets:
-    """Those of a GPU, where little padding is worth many programs."""
-    mixed = (0, 64, max_num_seqs) if max_num_seqs > 64 else (0, max_num_seqs)
-    sizes = max_num_seqs, max_num_batched_tokens, table_width
-    large = 8 * max_num_seqs
-    return Buckets(*sizes, 2, mixed, run_ahead, large_from=large, between_from=128, close_prompts=close_prompts)
+def gpu_buckets(max_num_seqs: int, max_num_batched_tokens: int, table_width: int, run_ahead: RunAhead) -> Buckets:
+    """Those of a GPU, where little padding is worth many programs.
+
+    One row that decodes has kernels of its own, and two take as long as four. Beside prompts up to 64 rows may decode,
+    or any number: a row that is not there costs little. These two take turns, so that from one power of two to the next
+    there are four sizes of tokens. And where a prompt is alone, or prompts fill a step, nothing decodes beside them.
+    """
+    seqs, most = max_num_seqs, max_num_batched_tokens
+    several = *doubling((1,), 4, min(64, 3 * seqs // 4)), *doubling((2, 3), 128, 3 * seqs // 4)
+    beside_few = [(min(64, seqs), tokens) for tokens in doubling((2, 3), 128, min(2 * seqs, 3 * most // 4))]
+    beside_none = [(0, tokens) for tokens in (*doubling((1,), 128, min(2 * seqs, 3 * most // 4)), most)]
+    beside_any = [(seqs, tokens) for tokens in doubling((5, 7), max(128, 3 * seqs // 4), 3 * most // 4)]
+    beside = *beside_none, *beside_few, *beside_any, (seqs, most)
+    return Buckets((1, *several, seqs) if seqs > 1 else (1,), beside, table_width, run_ahead)
 
 
 def cpu_buckets(max_num_seqs: int, max_num_batched_tokens: int, table_width: int, run_ahead: RunAhead) -> Buckets:
     """Those of a CPU, which is for small models: there few programs to compile are worth more than little padding."""
-    return Buckets(max_num_seqs, max_num_batched_tokens, table_width, 16, (max_num_seqs,), run_ahead)
+    seqs, most = max_num_seqs, max_num_batched_tokens
+    rows = (1, *geometric(16, seqs, 16)) if seqs > 1 else (1,)
+    # A prompt that just fills a size still fits when half of the rows decode beside it.
+    beside = tuple((seqs, min(seqs // 2 + tokens, most)) for tokens in geometric(128, most, 16))
+    return Buckets(rows, beside, table_width, run_ahead)
+
+
+def doubling(parts: tuple[int, ...], low: float, high: float) -> tuple[int, ...]:
+    """Ascending: each of these numbers times each power of two, where that is neither below nor above."""
+    sizes = (part << power for part in parts for power in range(32))
+    return tuple(sorted(size for size in sizes if low <= size <= high))
+
+
+def geometric(first: int, last: int, ratio: int) -> tuple[int, ...]:
+    """first, first * ratio, ... and last itself."""
+    sizes = []
+    while first < last:
+        sizes.append(first)
+        first *= ratio
+    return (*sizes, last)

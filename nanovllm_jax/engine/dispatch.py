@@ -1,11 +1,13 @@
 """A step between its dispatch and its reading: where in the device's output each sequence finds what is its own."""
 
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 from nanovllm_jax.engine.activations import CapturedRows, captured_rows
+from nanovllm_jax.engine.batch import BatchShape
 from nanovllm_jax.engine.data_groups import GroupPacker
 from nanovllm_jax.engine.logprobs import entries_of
 from nanovllm_jax.engine.model_runner import ModelRunner
@@ -20,6 +22,9 @@ class DispatchedStep:
     """A step that the device runs or has run, and whose results were not read yet."""
 
     schedule: Schedule
+    shape: BatchShape
+    dispatched_at: float
+    """By time.perf_counter."""
     rows: tuple[Iterable[int], Iterable[int]]
     """Where in the output the schedule's decodes and prefills are."""
     output: StepOutput
@@ -62,6 +67,7 @@ def dispatch(schedule: Schedule, packer: BatchPacker | GroupPacker, runner: Mode
     """Start a step on the device, right after schedule(); does not wait."""
     shape, buffer = packer.pack(schedule)
     output = runner.dispatch(shape, buffer)
+    dispatched_at = time.perf_counter()
     *rows, starts = packer.places(schedule, shape)
     wanting = _wanting_logprobs(schedule, *rows)
     scored, wanted = scored_tokens(schedule, starts)
@@ -74,7 +80,7 @@ def dispatch(schedule: Schedule, packer: BatchPacker | GroupPacker, runner: Mode
         logprobs=output.logprobs if wanting else None,
         activations=output.activations if captured else {},
     )
-    return DispatchedStep(schedule, rows, output, wanting, scored, scores, captured)
+    return DispatchedStep(schedule, shape, dispatched_at, rows, output, wanting, scored, scores, captured)
 
 
 def _wanting_logprobs(

@@ -21,6 +21,7 @@ from nanovllm_jax.engine.door import Door
 from nanovllm_jax.engine.metrics import EngineMetrics
 from nanovllm_jax.engine.model_runner import ModelRunner
 from nanovllm_jax.engine.one_thread import OneThread, not_from_within
+from nanovllm_jax.engine.pacing import Pacer
 from nanovllm_jax.engine.packing import BatchPacker
 from nanovllm_jax.engine.prompts import Prompt
 from nanovllm_jax.engine.requests import Completion, Request
@@ -98,7 +99,7 @@ class LLMEngine(OneThread):
             self.packer = BatchPacker(runner.buckets)
         else:  # whose steps share a size
             self.scheduler, self.packer = DataGroups(groups, make_scheduler), GroupPacker(groups, runner.buckets)
-        self.metrics = EngineMetrics()
+        self.metrics, self.pacer = EngineMetrics(), Pacer()
         self._requests: dict[str, Request] = {}  # the unfinished ones,
         self._streaming: list[Request] = []  # those of them whose outputs tell what came in a step,
         self._stopping: list[Completion] = []  # and the texts in which stop strings are looked for
@@ -250,6 +251,17 @@ class LLMEngine(OneThread):
         outputs, self._ready = self._ready + outputs, []
         return outputs
 
+    def spare_seconds(self) -> float:
+        """For how long `step` can be put off, and the device still find the next step in time.
+
+        A step that is chosen has no place for who comes after. So a loop to which requests come waits for them until
+        this says 0, looking again every half a millisecond or so, and then calls `step`.
+        """
+        if self._ready or not self._in_flight:
+            return 0.0
+        step = self._in_flight[-1]
+        return 0.0 if self.runner.is_done(step.output) else self.pacer.spare(step.shape, step.dispatched_at)
+
     def _step(self) -> list[RequestOutput]:
         self._check_usable()
         self.metrics.before_step()
@@ -266,9 +278,11 @@ class LLMEngine(OneThread):
         if self._calls:
             self.runner.check_agreement(self._calls)
             self._calls.clear()
+        chosen_at = self.pacer.clock()
         schedule = self.scheduler.schedule()
         if schedule:
             self._dispatch(schedule)
+            self.pacer.dispatched(chosen_at)
         # While the device runs the step just dispatched, the host reads the one before.
         return self._collect() if len(self._in_flight) > bool(schedule) else []
 
@@ -286,6 +300,9 @@ class LLMEngine(OneThread):
         """Read the oldest dispatched step; returns the sequences that finished with it."""
         step = self._in_flight.popleft()
         schedule, finished = step.schedule, []
+        was_done = self.runner.is_done(step.output)
+        self.runner.wait(step.output)
+        self.pacer.read(step.shape, step.dispatched_at, was_done)
         for drawn in step.read(self.runner):
             finished += self.scheduler.update(schedule, *drawn)
             finished += self._end_at_stop_strings()

@@ -1,10 +1,12 @@
 """One face for the engines that are compared. Each is imported only in its own process, as none shares a GPU."""
 
+import time
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Protocol
 
 TEMPERATURE = 0.6
+PAUSE = 5e-4  # seconds
 
 
 class Engine(Protocol):
@@ -81,6 +83,9 @@ class NanoVllmJax:
         self.llm.add_request(prompt, self._params(max_tokens), request_id)
 
     def step(self):
+        if spare := self.llm.spare_seconds():  # as AsyncLLM does: who comes meanwhile is in the next step
+            time.sleep(min(spare, PAUSE))
+            return {}
         finished = {out.request_id: len(out.outputs[0].token_ids) for out in self.llm.step()}
         running = {request.request_id: request.num_generated for request in self.llm._requests.values()}
         return running | finished

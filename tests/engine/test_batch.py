@@ -7,8 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanovllm_jax.engine.batch import BatchShape
-from nanovllm_jax.engine.buckets import STEP_TOKENS, Buckets, cpu_buckets, gpu_buckets
+from nanovllm_jax.engine.buckets import STEP_TOKENS, cpu_buckets, gpu_buckets
 from nanovllm_jax.engine.schedule import ONE_STEP, RunAhead
+
+KINDS = st.sampled_from([cpu_buckets, gpu_buckets])
 
 
 @settings(deadline=None)
@@ -16,9 +18,8 @@ from nanovllm_jax.engine.schedule import ONE_STEP, RunAhead
 def test_a_schedule_fits_the_smallest_shape_that_is_compiled(data, max_num_seqs, max_num_batched_tokens):
     spared_from = data.draw(st.sampled_from([1, 256, 1024, math.inf]))
     sizes = max_num_seqs, max_num_batched_tokens, 16, ONE_STEP
-    kinds = cpu_buckets(*sizes), gpu_buckets(*sizes), gpu_buckets(*sizes, close_prompts=True)
-    buckets = data.draw(st.sampled_from(kinds))
-    buckets = replace(buckets, spared_from=spared_from)
+    buckets = replace(data.draw(KINDS)(*sizes), spared_from=spared_from)
+    assert (buckets.max_num_seqs, buckets.max_num_batched_tokens) == sizes[:2]
     decodes = data.draw(st.integers(0, max_num_seqs))
     most = min(max_num_seqs, max_num_batched_tokens - decodes)
     prefills = data.draw(st.integers(0 if decodes else 1, most)) if most > 0 else 0
@@ -41,12 +42,12 @@ def test_a_schedule_fits_the_smallest_shape_that_is_compiled(data, max_num_seqs,
     decodes=st.integers(1, 600),
     max_num_seqs=st.integers(1, 600),
     rows=st.integers(1, 300),
-    ratio=st.sampled_from([2, 16]),
+    kind=KINDS,
     num_steps=st.integers(1, 5),
 )
-def test_several_steps_have_a_program(decodes, max_num_seqs, rows, ratio, num_steps):
+def test_several_steps_have_a_program(decodes, max_num_seqs, rows, kind, num_steps):
     """Of as many sequences as may run ahead, whatever the size that they are padded to."""
-    buckets = Buckets(max_num_seqs, 128, 16, ratio, (max_num_seqs,), RunAhead(num_steps, rows))
+    buckets = kind(max_num_seqs, 128, 16, RunAhead(num_steps, rows))
     decodes = min(decodes, rows, max_num_seqs)
     shapes = buckets.all_shapes()
     assert len({*shapes}) == len(shapes)
@@ -62,34 +63,30 @@ def beside_prefills(buckets):
 
 def test_shapes_beside_a_prefill():
     assert beside_prefills(gpu_buckets(512, 16384, 16, ONE_STEP)) == {
-        0: [16384, 8192, 4096, 2048, 1024, 512, 256, 128],
-        64: [2080, 1056, 544, 288, 160],
-        384: [384],
-        512: [16384, 8448, 4352, 2304, 1280, 768, 512],
-    }
-    assert beside_prefills(gpu_buckets(512, 16384, 16, ONE_STEP, close_prompts=True)) == {
-        0: [16384, 8192, 4096, 2048, 1024, 512, 256, 128],
-        64: [3104, 2080, 1568, 1056, 800, 544, 416, 288, 224, 160],
-        384: [384],
-        512: [16384, 12544, 8448, 6400, 4352, 3328, 2304, 1792, 1280, 768, 512],
+        0: [16384, 1024, 512, 256, 128],
+        64: [1024, 768, 512, 384, 256, 192, 128],
+        448: [448],
+        512: [16384, 10240, 7168, 5120, 3584, 2560, 1792, 1280, 896, 640],
     }
     assert beside_prefills(gpu_buckets(512, 512, 16, ONE_STEP)) == {
         0: [512, 256, 128],
-        64: [512, 288, 160],
-        384: [384],
+        64: [384, 256, 192, 128],
         512: [512],
     }
+    assert beside_prefills(gpu_buckets(64, 8192, 16, ONE_STEP)) == {
+        0: [8192, 128],
+        64: [8192, 5120, 3584, 2560, 1792, 1280, 896, 640, 448, 320, 224, 160, 128],
+    }
     assert beside_prefills(gpu_buckets(512, 32, 16, ONE_STEP)) == {0: [32], 32: [32]}
-    assert beside_prefills(gpu_buckets(8, 256, 16, ONE_STEP)) == {0: [256, 128], 8: [256, 132]}
+    assert beside_prefills(gpu_buckets(8, 256, 16, ONE_STEP)) == {0: [256], 8: [256, 160]}
     assert beside_prefills(cpu_buckets(32, 1024, 16, ONE_STEP)) == {32: [1024, 144]}
 
 
 @settings(deadline=None)
-@given(data=st.data(), max_num_seqs=st.integers(1, 600), most=st.integers(2, 20_000), close=st.booleans())
-def test_a_step_stops_short_of_padding(data, max_num_seqs, most, close):
+@given(data=st.data(), max_num_seqs=st.integers(1, 600), most=st.integers(2, 20_000), kind=KINDS)
+def test_a_step_stops_short_of_padding(data, max_num_seqs, most, kind):
     """Where a smaller size is filled, and one for the rest is far below the size that all would have."""
-    sizes = max_num_seqs, most, 16, ONE_STEP
-    buckets = data.draw(st.sampled_from([cpu_buckets(*sizes), gpu_buckets(*sizes, close_prompts=close)]))
+    buckets = kind(max_num_seqs, most, 16, ONE_STEP)
     decodes = data.draw(st.integers(0, min(max_num_seqs, most - 1)))
     tokens = data.draw(st.integers(decodes + 1, most))
     taken, size = buckets.fitting(decodes, tokens), buckets.shape_for(decodes, 1, tokens).tokens
@@ -105,12 +102,9 @@ def test_a_step_stops_short_of_padding(data, max_num_seqs, most, close):
 
 def test_a_long_prompt_in_two_steps():
     """Rather than padded by a fifth."""
-    small, large = (gpu_buckets(512, 16384, 16, ONE_STEP, close) for close in (False, True))
-    assert [buckets.fitting(10, 3510) for buckets in (small, large)] == [2304, 3328]
-    assert [buckets.fitting(0, 600) for buckets in (small, large)] == [600, 600]
-    assert [buckets.fitting(300, 5000) for buckets in (small, large)] == [4352, 4352]
-    assert [buckets.fitting(300, 16384) for buckets in (small, large)] == [16384, 16384]
-    assert [buckets.fitting(400, 401) for buckets in (small, large)] == [401, 401]
+    buckets = gpu_buckets(512, 16384, 16, ONE_STEP)
+    asked = [(10, 12_000), (10, 5400), (300, 5300), (300, 6800), (10, 3510), (0, 600), (300, 16384), (400, 401)]
+    assert [buckets.fitting(*sizes) for sizes in asked] == [10_240, 5120, 5120, 6800, 3510, 600, 16384, 401]
 
 
 def test_sizes_of_steps_that_only_decode():
@@ -120,8 +114,8 @@ def test_sizes_of_steps_that_only_decode():
         2: (1, 2),
         3: (1, 3),
         4: (1, 4),
-        5: (1, 4, 5),
-        200: (1, 4, 8, 16, 32, 64, 128, 164, 200),
+        5: (1, 5),
+        200: (1, 4, 8, 16, 32, 64, 128, 200),
         512: (1, 4, 8, 16, 32, 64, 128, 192, 256, 384, 512),
     }
     assert cpu_buckets(32, 1024, 16, ONE_STEP).decode_rows == (1, 16, 32)

@@ -143,7 +143,7 @@ def test_steps_ahead_need_every_busy_group():
 def test_all_groups_are_packed_in_one_shape():
     """The largest that any needs; and rows of the output are where each group's part begins."""
     front = groups_of(2)
-    buckets = Buckets(4, 32, 15, ratio=2, mixed_decode_rows=(4,))
+    buckets = Buckets((1, 4), ((4, 32),), 15)
     packer, alone = GroupPacker(2, buckets), BatchPacker(buckets)
     params = type("Params", (), dict(
         temperature=0, top_k=0, top_p=1, min_p=0, repetition_penalty=1, frequency_penalty=0, presence_penalty=0,

@@ -12,7 +12,7 @@ from nanovllm_jax.sampling_params import SamplingParams
 def test_prompts_begin_right_behind_what_decodes():
     """Whatever number of rows may decode: padding is at the end."""
     scheduler = Scheduler(num_blocks=20, block_size=4, max_num_seqs=6, max_num_batched_tokens=32, max_model_len=60)
-    packer = BatchPacker(Buckets(6, 32, 15, ratio=2, mixed_decode_rows=(6,)))
+    packer = BatchPacker(Buckets((1, 4, 6), ((6, 32),), 15))
 
     def add(number, length):
         tokens = prompt(number, length)
