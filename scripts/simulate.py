@@ -7,7 +7,7 @@
     python scripts/simulate.py --model 8B --rates 24 --at-once            # steps are not put off for who may come
 
 The requests, the loop that serves them and the latencies are those of bench.py's online workload. What a step costs was
-measured on an H200 (docs/performance.md, entry 118); --costs takes other numbers.
+measured on an H200 (docs/performance.md, entries 118 and 121); --costs takes other numbers.
 """
 
 import argparse
@@ -33,7 +33,7 @@ BLOCK_SIZE = 256
 
 
 class Costs(NamedTuple):
-    """Microseconds on the device: of a step with prompts, of one without, and of keys and values that are read."""
+    """Microseconds on the device: of a step with prompts, of one without, and of attention."""
 
     prompts: float
     """Any step with prompts,"""
@@ -45,18 +45,23 @@ class Costs(NamedTuple):
     """and each of its rows, padding too."""
     context: float
     """Each token in the cache of a sequence that decodes."""
+    pair: float
+    """Each token of a prompt and one before it."""
 
     def seconds(self, schedule: Schedule, shape: BatchShape) -> float:
         """Those of one step."""
         attention = self.context * sum(seq.num_computed for seq in schedule.decodes)
+        attention += self.pair * sum(
+            chunk.num_tokens * (chunk.seq.num_computed - chunk.num_tokens / 2) for chunk in schedule.prefills
+        )
         if schedule.prefills:
             return 1e-6 * (attention + self.prompts + self.token * shape.tokens)
         return 1e-6 * (attention + self.decodes + self.row * shape.tokens)
 
 
 MODELS = {
-    "0.6B": Costs(prompts=1200, token=1.75, decodes=950, row=3, context=0.031),
-    "8B": Costs(prompts=4000, token=19.9, decodes=4250, row=12, context=0.041),
+    "0.6B": Costs(prompts=1600, token=1.75, decodes=950, row=3, context=0.031, pair=0.0005),
+    "8B": Costs(prompts=4000, token=19.9, decodes=4250, row=12, context=0.041, pair=0.0012),
 }
 HOST = 300e-6, 100e-6  # seconds: to choose and dispatch a step, and to read one
 
@@ -152,7 +157,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--whole-steps", action="store_true", help="a step never stops short of padding")
     parser.add_argument("--exact", action="store_true", help="no step is padded")
     parser.add_argument("--at-once", action="store_true", help="a step is chosen as soon as the last is dispatched")
-    parser.add_argument("--costs", type=from_zero, nargs=5, metavar=Costs._fields, help="in microseconds")
+    parser.add_argument("--costs", type=from_zero, nargs=6, metavar=Costs._fields, help="in microseconds")
     return parser.parse_args(arguments)
 
 
