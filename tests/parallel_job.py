@@ -56,6 +56,7 @@ def run(directory, cache, data, model):
     sizes = dict(data_parallel_size=data, tensor_parallel_size=model, num_kvcache_blocks=POOL)
     model_runner.SPARED_FROM = 16 if data > 1 else 1024  # so that some have `spared` shapes, and others none
     llm = small_llm(directory, compilation_cache_dir=cache, **sizes)
+    llm.runner._call_programs()  # as a start on GPUs does
     report = dict(tokens=[], logprobs=[])
     for _ in range(2):
         for output in llm.generate(PROMPTS, PARAMS, use_tqdm=False):
