@@ -64,6 +64,36 @@ def test_the_slowest_of_the_last_steps_says_how_long_the_host_takes(clock):
     assert pacer.spare(SHAPE, clock.time) == pytest.approx(0.01 - 0.001 - MARGIN)
 
 
+def test_a_host_that_comes_too_late_begins_earlier(clock):
+    """As where other threads keep it, when it has slept until a step is to be chosen."""
+    pacer = Pacer(clock)
+    run_step(pacer, clock, SHAPE, host=0.001, device=0.01)
+    dispatched_at, spare = clock.time, 0.01 - 0.001 - MARGIN
+    assert pacer.spare(SHAPE, dispatched_at) == pytest.approx(spare)
+    clock.time += spare + 0.002
+    assert pacer.spare(SHAPE, dispatched_at) == 0
+    run_step(pacer, clock, SHAPE, host=0.001, device=0.01)
+    assert pacer.spare(SHAPE, clock.time) == pytest.approx(0.01 - 0.003 - MARGIN)
+    run_step(pacer, clock, SHAPE, host=0.001, device=0.01)  # sooner than it had to: this says nothing new
+    for _ in range(RECENT - 2):
+        run_step(pacer, clock, SHAPE, host=0.001, device=0.01)
+    assert pacer.spare(SHAPE, clock.time) == pytest.approx(0.01 - 0.003 - MARGIN)
+    run_step(pacer, clock, SHAPE, host=0.001, device=0.01)
+    assert pacer.spare(SHAPE, clock.time) == pytest.approx(0.01 - 0.001 - MARGIN)
+
+
+def test_a_time_without_requests_is_not_the_hosts(clock):
+    pacer = Pacer(clock)
+    run_step(pacer, clock, SHAPE, host=0.001, device=0.01)
+    dispatched_at = clock.time
+    assert pacer.spare(SHAPE, dispatched_at) > 0
+    clock.time += 0.01
+    pacer.read(SHAPE, dispatched_at, was_done=False)  # there was nothing to choose
+    clock.time += 60
+    run_step(pacer, clock, SHAPE, host=0.001, device=0.01)
+    assert pacer.spare(SHAPE, clock.time) == pytest.approx(0.01 - 0.001 - MARGIN)
+
+
 def test_a_step_that_was_done_before_anybody_looked(clock):
     """Took less than it seems: that can only say that it takes less than was thought."""
     pacer = Pacer(clock)
