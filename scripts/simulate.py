@@ -131,13 +131,12 @@ class SimulatedEngine:
         self.time += HOST[0]
         tokens = schedule.num_tokens
         shape = self.buckets.shape_for(len(schedule.decodes), len(schedule.prefills), tokens)
-        if self.exact:
-            shape = replace(shape, tokens=tokens)
+        computed = replace(shape, tokens=tokens) if self.exact else shape
         before = self.in_flight[-1].done_at if self.in_flight else 0.0
-        done_at = max(self.time, before) + self.costs.seconds(schedule, shape)
+        done_at = max(self.time, before) + self.costs.seconds(schedule, computed)
         self.in_flight.append(SimulatedStep(schedule, shape, self.time, done_at))
         self.num_steps, self.num_tokens = self.num_steps + 1, self.num_tokens + tokens
-        self.num_padding += shape.tokens - tokens
+        self.num_padding += computed.tokens - tokens
 
     def _read(self) -> None:
         step = self.in_flight.popleft()
