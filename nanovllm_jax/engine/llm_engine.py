@@ -255,7 +255,7 @@ class LLMEngine(OneThread):
         """For how long `step` can be put off, and the device still find the next step in time.
 
         A step that is chosen has no place for who comes after. So a loop to which requests come waits for them until
-        this says 0, looking again every half a millisecond or so, and then calls `step`.
+        this says 0, looking again every half a millisecond or so, and then calls `step`. From the thread that does.
         """
         if self._ready or not self._in_flight:
             return 0.0
