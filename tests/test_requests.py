@@ -243,11 +243,15 @@ def test_aborts_in_every_state(llm, expected, num_steps, found):
 def test_for_how_long_a_step_can_be_put_off(llm, monkeypatch):
     monkeypatch.setattr(llm.pacer, "spare", lambda shape, dispatched_at: 0.7)
     monkeypatch.setattr(llm.runner, "is_done", lambda output: False)
+    monkeypatch.setattr(llm.runner, "on_gpu", True)
     assert llm.spare_seconds() == 0, "nothing is on the device"
     llm.add_request([5] * 10, GREEDY)
     assert llm.spare_seconds() == 0, "still nothing"
     llm.step()
     assert llm.spare_seconds() == 0.7
+    monkeypatch.setattr(llm.runner, "on_gpu", False)
+    assert llm.spare_seconds() == 0, "a CPU is the host's as well"
+    monkeypatch.setattr(llm.runner, "on_gpu", True)
     monkeypatch.setattr(llm.runner, "is_done", lambda output: True)
     assert llm.spare_seconds() == 0, "it is done sooner than was thought"
     monkeypatch.setattr(llm.runner, "is_done", lambda output: False)

@@ -256,8 +256,9 @@ class LLMEngine(OneThread):
 
         A step that is chosen has no place for who comes after. So a loop to which requests come waits for them until
         this says 0, looking again every half a millisecond or so, and then calls `step`. From the thread that does.
+        Always 0 on a CPU, where the host's work and the device's are one.
         """
-        if self._ready or not self._in_flight:
+        if self._ready or not self._in_flight or not self.runner.on_gpu:
             return 0.0
         step = self._in_flight[-1]
         return 0.0 if self.runner.is_done(step.output) else self.pacer.spare(step.shape, step.dispatched_at)
