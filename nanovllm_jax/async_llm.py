@@ -13,12 +13,11 @@ from typing import Any, Literal
 from nanovllm_jax.checkpoints.load import TINY_MODEL
 from nanovllm_jax.engine.llm_engine import LLMEngine
 from nanovllm_jax.engine.metrics import now
+from nanovllm_jax.engine.pacing import PAUSE
 from nanovllm_jax.engine.prompts import Prompt
 from nanovllm_jax.engine.requests import Request
 from nanovllm_jax.outputs import EngineStats, RequestOutput
 from nanovllm_jax.sampling_params import SamplingParams
-
-PAUSE = 5e-4  # seconds in which the engine's thread looks for nobody, where a step can be put off
 
 
 class Mailbox:

@@ -115,14 +115,13 @@ def device_micros(num_seqs: int, args: argparse.Namespace) -> tuple[float, float
     """
     runner = make_runner(args.model, args.load_format, longest(args), args.block_size, max(args.sequences))
     shape = runner.buckets.shape_for(num_seqs, 0, num_seqs)
-    buffer = np.zeros(shape.size, np.int32)
-    shape.views(buffer).slots[:] = runner.max_num_seqs
+    _, buffer = BatchPacker(runner.buckets).pack(Schedule(), shape)
     spent = np.zeros(2)
     for _ in range(args.steps):
         start = time.perf_counter()
         output = runner.dispatch(shape, buffer)
         dispatched = time.perf_counter()
-        output.tokens.block_until_ready()
+        runner.wait(output)
         ready = time.perf_counter()
         runner.collect(output)
         spent += dispatched - start, time.perf_counter() - ready

@@ -15,14 +15,13 @@ from collections import deque
 from dataclasses import replace
 from typing import NamedTuple
 
-from benchmark.engines import PAUSE
 from benchmark.online import PERCENTILES, latencies, serve
 from benchmark.workloads import Sizes, online
 from options import above_zero, count, from_zero
 
 from nanovllm_jax.engine.batch import BatchShape
 from nanovllm_jax.engine.buckets import Buckets, gpu_buckets
-from nanovllm_jax.engine.pacing import Pacer
+from nanovllm_jax.engine.pacing import PAUSE, Pacer
 from nanovllm_jax.engine.schedule import ONE_STEP, Schedule, all_of_them
 from nanovllm_jax.engine.scheduler import Scheduler
 from nanovllm_jax.engine.sequence import Sequence

@@ -101,13 +101,13 @@ def gpu_buckets(max_num_seqs: int, max_num_batched_tokens: int, table_width: int
     beside_none = [(0, tokens) for tokens in (*doubling((1,), 128, min(2 * seqs, 3 * most // 4)), most)]
     beside_any = [(seqs, tokens) for tokens in doubling((5, 7), max(128, 3 * seqs // 4), 3 * most // 4)]
     beside = *beside_none, *beside_few, *beside_any, (seqs, most)
-    return Buckets((1, *several, seqs) if seqs > 1 else (1,), beside, table_width, run_ahead)
+    return Buckets(tuple(sorted({1, *several, seqs})), beside, table_width, run_ahead)
 
 
 def cpu_buckets(max_num_seqs: int, max_num_batched_tokens: int, table_width: int, run_ahead: RunAhead) -> Buckets:
     """Those of a CPU, which is for small models: there few programs to compile are worth more than little padding."""
     seqs, most = max_num_seqs, max_num_batched_tokens
-    rows = (1, *geometric(16, seqs, 16)) if seqs > 1 else (1,)
+    rows = tuple(sorted({1, *geometric(16, seqs, 16)}))
     # A prompt that just fills a size still fits when half of the rows decode beside it.
     beside = tuple((seqs, min(seqs // 2 + tokens, most)) for tokens in geometric(128, most, 16))
     return Buckets(rows, beside, table_width, run_ahead)

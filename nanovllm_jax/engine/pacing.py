@@ -8,6 +8,7 @@ from nanovllm_jax.engine.batch import BatchShape
 
 RECENT = 16  # steps: of these the one that took the host longest tells how early to choose the next,
 MARGIN = 5e-4  # and so many seconds earlier
+PAUSE = 5e-4  # seconds in which a loop that waits looks for nobody
 
 
 class Pacer:

@@ -6,7 +6,6 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Protocol
 
 TEMPERATURE = 0.6
-PAUSE = 5e-4  # seconds
 
 
 class Engine(Protocol):
@@ -55,8 +54,9 @@ class NanoVllmJax:
         import jax
 
         from nanovllm_jax import LLM, SamplingParams
+        from nanovllm_jax.engine.pacing import PAUSE
 
-        self.llm, self.params = LLM(model, **options), SamplingParams
+        self.llm, self.params, self.pause = LLM(model, **options), SamplingParams, PAUSE
         runner = self.llm.runner
         self.capacity, self.max_num_seqs = runner.num_blocks * runner.config.block_size, runner.max_num_seqs
         resolved = dict(
@@ -84,7 +84,7 @@ class NanoVllmJax:
 
     def step(self):
         if spare := self.llm.spare_seconds():  # as AsyncLLM does: who comes meanwhile is in the next step
-            time.sleep(min(spare, PAUSE))
+            time.sleep(min(spare, self.pause))
             return {}
         finished = {out.request_id: len(out.outputs[0].token_ids) for out in self.llm.step()}
         running = {request.request_id: request.num_generated for request in self.llm._requests.values()}

@@ -35,6 +35,15 @@ def run_step(pacer, clock, shape, host, device, looks_after=0.0):
     pacer.read(shape, dispatched_at, was_done=looks_after > 0)
 
 
+def assert_forgotten_in_time(pacer, clock, host, steps):
+    """That the host took so long once counts for so many steps, of one millisecond each, and then no more."""
+    for _ in range(steps):
+        run_step(pacer, clock, SHAPE, host=0.001, device=0.01)
+    assert pacer.spare(SHAPE, clock.time) == pytest.approx(0.01 - host - MARGIN)
+    run_step(pacer, clock, SHAPE, host=0.001, device=0.01)
+    assert pacer.spare(SHAPE, clock.time) == pytest.approx(0.01 - 0.001 - MARGIN)
+
+
 def test_what_was_never_seen_is_not_waited_for(clock):
     pacer = Pacer(clock)
     assert pacer.spare(SHAPE, clock.time) == 0
@@ -57,11 +66,7 @@ def test_a_step_begins_when_the_device_has_done_the_one_before(clock):
 def test_the_slowest_of_the_last_steps_says_how_long_the_host_takes(clock):
     pacer = Pacer(clock)
     run_step(pacer, clock, SHAPE, host=0.003, device=0.01)
-    for _ in range(RECENT - 1):
-        run_step(pacer, clock, SHAPE, host=0.001, device=0.01)
-    assert pacer.spare(SHAPE, clock.time) == pytest.approx(0.01 - 0.003 - MARGIN)
-    run_step(pacer, clock, SHAPE, host=0.001, device=0.01)
-    assert pacer.spare(SHAPE, clock.time) == pytest.approx(0.01 - 0.001 - MARGIN)
+    assert_forgotten_in_time(pacer, clock, host=0.003, steps=RECENT - 1)
 
 
 def test_a_host_that_comes_too_late_begins_earlier(clock):
@@ -75,11 +80,7 @@ def test_a_host_that_comes_too_late_begins_earlier(clock):
     run_step(pacer, clock, SHAPE, host=0.001, device=0.01)
     assert pacer.spare(SHAPE, clock.time) == pytest.approx(0.01 - 0.003 - MARGIN)
     run_step(pacer, clock, SHAPE, host=0.001, device=0.01)  # sooner than it had to: this says nothing new
-    for _ in range(RECENT - 2):
-        run_step(pacer, clock, SHAPE, host=0.001, device=0.01)
-    assert pacer.spare(SHAPE, clock.time) == pytest.approx(0.01 - 0.003 - MARGIN)
-    run_step(pacer, clock, SHAPE, host=0.001, device=0.01)
-    assert pacer.spare(SHAPE, clock.time) == pytest.approx(0.01 - 0.001 - MARGIN)
+    assert_forgotten_in_time(pacer, clock, host=0.003, steps=RECENT - 2)
 
 
 def test_a_time_without_requests_is_not_the_hosts(clock):
@@ -117,7 +118,7 @@ def test_the_device_never_waits_for_a_step_that_was_put_off(steps, took, host, r
     too late."""
     clock = Clock()
     pacer, seen = Pacer(clock), set()
-    in_flight = before_done = None
+    in_flight = None
     for shape in steps:
         if in_flight:
             spare = pacer.spare(*in_flight[:2])
