@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from options import checkpoint, count, refusals
 
+from nanovllm_jax.engine.batch import StepSizes
 from nanovllm_jax.engine.buckets import Buckets
 from nanovllm_jax.engine.packing import BatchPacker
 from nanovllm_jax.engine.schedule import Schedule
@@ -114,7 +115,7 @@ def device_micros(num_seqs: int, args: argparse.Namespace) -> tuple[float, float
     Every row is padding: that costs the host the same, and the device little.
     """
     runner = make_runner(args.model, args.load_format, longest(args), args.block_size, max(args.sequences))
-    shape = runner.buckets.shape_for(num_seqs, 0, num_seqs)
+    shape = runner.buckets.shape_for(StepSizes(num_seqs, 0, num_seqs))
     _, buffer = BatchPacker(runner.buckets).pack(Schedule(), shape)
     spent = np.zeros(2)
     for _ in range(args.steps):

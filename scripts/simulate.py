@@ -129,7 +129,7 @@ class SimulatedEngine:
     def _dispatch(self, schedule: Schedule) -> None:
         self.time += HOST[0]
         tokens = schedule.num_tokens
-        shape = self.buckets.shape_for(len(schedule.decodes), len(schedule.prefills), tokens)
+        shape = self.buckets.shape_for(schedule.sizes)
         computed = replace(shape, tokens=tokens) if self.exact else shape
         before = self.in_flight[-1].done_at if self.in_flight else 0.0
         done_at = max(self.time, before) + self.costs.seconds(schedule, computed)

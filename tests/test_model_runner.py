@@ -176,7 +176,7 @@ def test_what_nobody_will_read_of_a_step_is_given_up(llm, monkeypatch, logprobs)
     assert len(steps) > 3
     assert steps[0][0].prefill_rows
     for (shape, _), (_, arrays) in pairwise(steps):
-        tokens = 1, shape.decode_rows + shape.prefill_rows
+        tokens = 1, shape.rows
         assert arrays == ({tokens} if logprobs is None else {tokens, (*tokens, 2, 1 + MAX_LOGPROBS)})
 
 

@@ -83,7 +83,8 @@ def test_logits_of_the_paged_forward(case, model, chunk, added_rows, monkeypatch
             tables=table,
             context_lens=np.array([start + len(part)]),
             starts=np.array([0, len(part)]),
-            decode_rows=0,
+            num_decodes=None,
+            prefill_rows=1,
         )
         of_part, cache = forward(part, positions, cache, attend)
         logits.append(of_part)

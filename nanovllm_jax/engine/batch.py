@@ -1,7 +1,7 @@
 """What a batch is: one flat int32 array, padded to one of a few shapes, and the parts of it.
 
 One array, because each array that goes to the device costs the host as much as a hundred of its rows.
-B decode rows, P prefill sequences, R = B + P, T tokens, W table width.
+R rows, one a sequence: first those that decode, right behind them those that prefill. T tokens, W table width.
 """
 
 import math
@@ -16,6 +16,8 @@ from nanovllm_jax.sampling_rows import SamplingRows
 class BatchView(NamedTuple):
     """The parts of a packed batch: views of a NumPy buffer on the host, slices of a JAX array on the device."""
 
+    num_decodes: Any
+    """[1] how many of the rows decode."""
     slots: Any
     """[R] row of each sequence in the device's state; max_num_seqs for padding."""
     context_lens: Any
@@ -31,19 +33,43 @@ class BatchView(NamedTuple):
     """[R, W] block tables."""
 
 
+class StepSizes(NamedTuple):
+    """What a batch is to have room for."""
+
+    decodes: int
+    """Rows that decode,"""
+    prefills: int
+    """rows that prefill,"""
+    tokens: int
+    """and tokens of both together."""
+
+
 @dataclass(frozen=True)
 class BatchShape:
     """The padded sizes of a batch: one compiled program each."""
 
     decode_rows: int
+    """So many rows at most decode,"""
     prefill_rows: int
+    """and so many at most prefill: the larger of the two is how many rows there are."""
     tokens: int
-    """Of all rows together; as many as decode rows, where nothing prefills."""
+    """Of all rows together; as many as rows, where nothing prefills."""
     table_width: int
     num_steps: int = 1
     """Tokens that each decode row computes, one after the other."""
     spared: bool = False
     """Whether tokens of which no logits are drawn leave nothing but keys and values in the last layer."""
+
+    @property
+    def rows(self) -> int:
+        """R."""
+        return max(self.decode_rows, self.prefill_rows)
+
+    def holds(self, sizes: StepSizes) -> bool:
+        """Whether there is room for all of them."""
+        decodes, prefills, tokens = sizes
+        has_rows = decodes <= self.decode_rows and prefills <= self.prefill_rows and decodes + prefills <= self.rows
+        return has_rows and tokens <= self.tokens
 
     @property
     def size(self) -> int:
@@ -58,8 +84,9 @@ class BatchShape:
 @cache
 def _layout(shape: BatchShape) -> list[tuple[int, int, tuple[int, ...]]]:
     """Start, end and shape of each BatchView field in the flat array."""
-    rows = shape.decode_rows + shape.prefill_rows
+    rows = shape.rows
     shapes = BatchView(
+        num_decodes=(1,),
         slots=(rows,),
         context_lens=(rows,),
         sampling=(rows, len(SamplingRows._fields)),

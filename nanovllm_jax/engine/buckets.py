@@ -4,9 +4,9 @@ import math
 from bisect import bisect_left
 from dataclasses import dataclass
 from functools import cached_property
-from operator import attrgetter, ge
+from operator import attrgetter
 
-from nanovllm_jax.engine.batch import BatchShape
+from nanovllm_jax.engine.batch import BatchShape, StepSizes
 from nanovllm_jax.engine.schedule import ONE_STEP, RunAhead
 
 # A step takes as long as its tokens, and so many more: until weights are read, and the host has come round.
@@ -20,8 +20,8 @@ class Buckets:
     decode_rows: tuple[int, ...]
     """Ascending sizes of steps that only decode. The last is as many sequences as run."""
     beside_prompts: tuple[tuple[int, int], ...]
-    """Sizes of steps with prompts: how many rows may decode, and tokens of all rows together. The last is the most of
-    both that a step can have."""
+    """Sizes of steps with prompts: how many rows there are of which some may decode, or 0 where none do; and tokens of
+    all rows together. The last is the most of both that a step can have."""
     table_width: int
     run_ahead: RunAhead = ONE_STEP
     spared_from: float = math.inf
@@ -44,30 +44,30 @@ class Buckets:
         return sorted(shapes, key=attrgetter("tokens", "decode_rows"))
 
     def _mixed(self, rows: int, tokens: int) -> BatchShape:
-        """Of so many tokens; the largest takes any number of sequences."""
+        """Of so many tokens; in the largest any number of sequences may prefill."""
         prefills = tokens if tokens == self.max_num_batched_tokens else max(8, tokens // 16)
-        prefills, spared = min(self.max_num_seqs, prefills), tokens >= self.spared_from
+        prefills, spared = min(rows or self.max_num_seqs, prefills), tokens >= self.spared_from
         return BatchShape(min(rows, tokens), prefills, tokens, self.table_width, spared=spared)
 
     def _decoding(self, rows: int, num_steps: int = 1) -> BatchShape:
         return BatchShape(rows, 0, rows, self.table_width, num_steps)
 
-    def shape_for(self, decodes: int, prefills: int, tokens: int, num_steps: int = 1) -> BatchShape:
-        """The smallest shape for so many rows that decode, sequences that prefill, and tokens of both together.
+    def shape_for(self, *steps: StepSizes, num_steps: int = 1) -> BatchShape:
+        """The smallest shape that holds a step, or each of those of several data groups.
 
         Smallest is what has the fewest tokens, and of these the fewest rows that may decode.
         """
-        if not prefills:
-            return self._decoding(next(size for size in self.decode_rows if size >= decodes), num_steps)
-        sizes = decodes, prefills, tokens
-        return next(s for s in self.mixed if all(map(ge, (s.decode_rows, s.prefill_rows, s.tokens), sizes)))
+        if any(step.prefills for step in steps):
+            return next(shape for shape in self.mixed if all(map(shape.holds, steps)))
+        decodes = max(step.decodes for step in steps)
+        return self._decoding(next(rows for rows in self.decode_rows if rows >= decodes), num_steps)
 
     def fitting(self, decodes: int, tokens: int) -> int:
         """How many of so many tokens, of which some decode, a step should compute.
 
         All of them, or only what fills a smaller shape, where in a next step the rest takes less than padding would.
         """
-        sizes = [shape.tokens for shape in self.mixed if shape.decode_rows >= decodes]
+        sizes = [s.tokens for s in self.mixed if s.holds(StepSizes(decodes, 1, decodes + 1))]
         size = bisect_left(sizes, tokens)
         filled = sizes[size - 1] if size else 0
         if filled <= decodes:
@@ -91,8 +91,8 @@ class Buckets:
 def gpu_buckets(max_num_seqs: int, max_num_batched_tokens: int, table_width: int, run_ahead: RunAhead) -> Buckets:
     """Those of a GPU, where little padding is worth many programs.
 
-    One row that decodes has kernels of its own, and two take as long as four. Beside prompts up to 64 rows may decode,
-    or any number: a row that is not there costs little. These two take turns, so that from one power of two to the next
+    One row that decodes has kernels of its own, and two take as long as four. Steps with prompts have up to 64 rows, or
+    any number: a row that is not there costs little. These two take turns, so that from one power of two to the next
     there are four sizes of tokens. And where a prompt is alone, or prompts fill a step, nothing decodes beside them.
     """
     seqs, most = max_num_seqs, max_num_batched_tokens

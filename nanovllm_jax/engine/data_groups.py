@@ -125,13 +125,12 @@ class GroupPacker:
     def pack(self, schedule: GroupSchedule) -> tuple[BatchShape, np.ndarray]:
         """The shape of each group's batch, and the flat int32 arrays of all, joined."""
         parts = schedule.groups
-        sizes = [(len(part.decodes), len(part.prefills), part.num_tokens) for part in parts]
-        shape = self.buckets.shape_for(*map(max, zip(*sizes)), schedule.num_steps)
+        shape = self.buckets.shape_for(*(part.sizes for part in parts), num_steps=schedule.num_steps)
         return shape, np.concatenate([packer.pack(part, shape)[1] for packer, part in zip(self.packers, parts)])
 
     def places(self, schedule: GroupSchedule, shape: BatchShape) -> tuple[list[int], list[int], list[int]]:
         """As BatchPacker's, in the output of all groups, one group's after another's."""
-        places, rows = ([], [], []), shape.decode_rows + shape.prefill_rows
+        places, rows = ([], [], []), shape.rows
         for number, (packer, part) in enumerate(zip(self.packers, schedule.groups)):
             for all_groups, own, size in zip(places, packer.places(part, shape), (rows, rows, shape.tokens)):
                 all_groups += [number * size + place for place in own]

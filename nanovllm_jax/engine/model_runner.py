@@ -208,8 +208,8 @@ class ModelRunner:
 
     def _largest_step(self) -> tuple[ModelConfig, int, int, int, int]:
         """The arguments of memory.py's estimates."""
-        tokens, rows = max(self.max_num_batched_tokens, self.max_num_seqs), 2 * self.max_num_seqs
-        return self.model_config, self.dtype.itemsize, tokens, rows, self.num_shards
+        tokens = max(self.max_num_batched_tokens, self.max_num_seqs)
+        return self.model_config, self.dtype.itemsize, tokens, self.max_num_seqs, self.num_shards
 
     def _make_cache(self, workspace: int) -> None:
         """Decide its size and, with it, max_model_len and the programs; and make it.

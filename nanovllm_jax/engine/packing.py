@@ -27,33 +27,31 @@ class BatchPacker:
         for seq in schedule.admitted:
             self._admit(seq)
         decodes, prefills, steps = schedule.decodes, schedule.prefills, schedule.num_steps
-        shape = shape or self.buckets.shape_for(len(decodes), len(prefills), schedule.num_tokens, steps)
+        shape = shape or self.buckets.shape_for(schedule.sizes, num_steps=steps)
         buffer = np.zeros(shape.size, np.int32)
         view = shape.views(buffer)
         view.slots[:] = self.buckets.max_num_seqs
         view.sampling[:, NUM_TOP] = -1
-        self._pack_rows(view, 0, decodes)
-        view.context_lens[: len(decodes)] -= steps - 1  # of the first step
-        view.tokens[: len(decodes)] = [seq.token_ids[-1] if seq.num_pending == steps else -1 for seq in decodes]
-        end = len(decodes)
-        view.starts[:end], view.starts[end:] = np.arange(end), end
-        if prefills:
-            self._pack_rows(view, shape.decode_rows, [chunk.seq for chunk in prefills])
-            for row, chunk in enumerate(prefills, shape.decode_rows):
-                last = chunk.seq.num_computed
-                start, end = end, end + chunk.num_tokens
-                view.tokens[start:end] = chunk.seq.token_ids[last - chunk.num_tokens : last]
-                view.starts[row + 1] = end
-                if not chunk.samples:  # what it draws is of no meaning, and must not count as drawn
-                    view.sampling[row, [ADJUSTS, NUM_TOP]] = 0, -1
-            view.starts[shape.decode_rows + len(prefills) :] = end
+        self._pack_rows(view, [*decodes, *(chunk.seq for chunk in prefills)])
+        view.num_decodes[:] = end = len(decodes)
+        view.context_lens[:end] -= steps - 1  # of the first step
+        view.tokens[:end] = [seq.token_ids[-1] if seq.num_pending == steps else -1 for seq in decodes]
+        view.starts[: end + 1] = np.arange(end + 1)
+        for row, chunk in enumerate(prefills, end):
+            last = chunk.seq.num_computed
+            start, end = end, end + chunk.num_tokens
+            view.tokens[start:end] = chunk.seq.token_ids[last - chunk.num_tokens : last]
+            view.starts[row + 1] = end
+            if not chunk.samples:  # what it draws is of no meaning, and must not count as drawn
+                view.sampling[row, [ADJUSTS, NUM_TOP]] = 0, -1
+        view.starts[len(decodes) + len(prefills) :] = end
         return shape, buffer
 
     def places(self, schedule: Schedule, shape: BatchShape) -> tuple[Iterable[int], Iterable[int], Iterable[int]]:
         """In the output: rows of the decodes, rows of the prefills, and where in the T tokens each prefill begins."""
-        decodes, first = len(schedule.decodes), shape.decode_rows
+        decodes, prefills, _ = schedule.sizes
         ends = accumulate((chunk.num_tokens for chunk in schedule.prefills), initial=decodes)
-        return range(decodes), range(first, first + len(schedule.prefills)), list(ends)[:-1]
+        return range(decodes), range(decodes, decodes + prefills), list(ends)[:-1]
 
     def _admit(self, seq: Sequence) -> None:
         slot, table = seq.slot, seq.block_table
@@ -61,7 +59,7 @@ class BatchPacker:
         self.table_lens[slot] = len(table)
         self.sampling[slot] = packed(sampling_row(seq))
 
-    def _pack_rows(self, view: BatchView, first: int, seqs: list[Sequence]) -> None:
+    def _pack_rows(self, view: BatchView, seqs: list[Sequence]) -> None:
         if not seqs:
             return
         lens = self.table_lens
@@ -71,7 +69,7 @@ class BatchPacker:
                 lens[seq.slot] = len(seq.block_table)
                 self.tables[seq.slot, known : lens[seq.slot]] = seq.block_table[known:]
         slots = np.array([seq.slot for seq in seqs], np.int32)
-        rows = slice(first, first + len(seqs))
+        rows = slice(len(seqs))
         view.slots[rows] = slots
         view.context_lens[rows] = [seq.num_computed for seq in seqs]
         view.sampling[rows] = self.sampling[slots]

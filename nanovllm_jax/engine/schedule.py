@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import NamedTuple
 
+from nanovllm_jax.engine.batch import StepSizes
 from nanovllm_jax.engine.sequence import Sequence
 
 _context, _table = attrgetter("num_computed"), attrgetter("block_table")
@@ -65,6 +66,11 @@ class Schedule:
     def num_tokens(self) -> int:
         """Tokens that each of its steps computes."""
         return len(self.decodes) + self.num_prefill_tokens
+
+    @property
+    def sizes(self) -> StepSizes:
+        """What a batch for it is to have room for."""
+        return StepSizes(len(self.decodes), len(self.prefills), self.num_tokens)
 
 
 def in_order(decodes: list[Sequence]) -> list[Sequence]:

@@ -21,7 +21,7 @@ from nanovllm_jax.layers.norm import RMSNorm
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class PagedAttention:
-    """Attention of one step against the paged cache; tokens are those of decode rows, then those of prefills."""
+    """Attention of one step against the paged cache; rows are first those that decode, right behind them prefills."""
 
     slot_mapping: jax.Array
     """[T] int32: block * block_size + offset where a token's key and value go, -1 for padding."""
@@ -31,8 +31,10 @@ class PagedAttention:
     """[R] int32 tokens in the cache with the new ones, 0 for padding."""
     starts: jax.Array
     """[R + 1] int32: row r's new tokens are starts[r] to starts[r + 1] of the T."""
-    decode_rows: int = field(metadata={"static": True})
-    """How many of the rows, the first ones, have one new token at most."""
+    num_decodes: jax.Array | None
+    """[1] int32: how many of the rows, the first ones, decode, which have one new token each; None: none do."""
+    prefill_rows: int = field(metadata={"static": True})
+    """How many of the others, at most, prefill: P."""
     newest: jax.Array | None = None
     """[R] int32: each row's last token, if the output is to be of these alone."""
     layer: jax.Array | int = 0
@@ -53,8 +55,8 @@ class PagedAttention:
         """
         gains, angles = (q_norm.weight[...], k_norm.weight[...]), (cos[:, 0], sin[:, 0])
         new, scale, eps = (qkv, *gains, *angles, self.slot_mapping), qkv.shape[-1] ** -0.5, q_norm.eps
-        tables, lens, starts, rows = self.tables, self.context_lens, self.starts, self.decode_rows
-        if rows == len(tables) and not self.deterministic:
+        tables, lens, starts = self.tables, self.context_lens, self.starts
+        if not (self.prefill_rows or self.deterministic):
             return store_and_decode(*new, cache, self.layer, tables, lens, scale=scale, eps=eps)
         q, cache = norm_rope_store(*new, cache, self.layer, eps=eps, fixed=self.deterministic)
         cached = cache, self.layer
@@ -64,10 +66,23 @@ class PagedAttention:
             return paged_prefill_attention(q, *cached, tables, starts, lens, scale=scale, fixed=True), cache
         if self.newest is not None:
             return paged_decode_attention(q, *cached, tables, lens, scale=scale), cache
-        out = paged_decode_attention(q, *cached, tables[:rows], lens[:rows], scale=scale) if rows else None
-        prefills = tables[rows:], starts[rows:], lens[rows:]
+        out = None
+        if self.num_decodes is not None:
+            out = paged_decode_attention(q, *cached, *self._decodes(), scale=scale)
         # The two share q and out: cutting and joining would copy them.
-        return paged_prefill_attention(q, *cached, *prefills, out, scale=scale), cache
+        return paged_prefill_attention(q, *cached, *self._prefills(), out, scale=scale), cache
+
+    def _decodes(self) -> tuple[jax.Array, jax.Array]:
+        """Tables and context lengths of all rows, as if those that do not decode were padding."""
+        return self.tables, jnp.where(jnp.arange(len(self.tables)) < self.num_decodes, self.context_lens, 0)
+
+    def _prefills(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Tables [P, W], starts [P + 1] and context lengths [P] of as many rows as may prefill, behind the decodes."""
+        if self.num_decodes is None:
+            return self.tables, self.starts, self.context_lens
+        rows = jnp.minimum(self.num_decodes + jnp.arange(self.prefill_rows + 1), len(self.tables))
+        own = jnp.minimum(rows[:-1], len(self.tables) - 1)  # beyond the last row there are no tokens
+        return self.tables[own], self.starts[rows], self.context_lens[own]
 
 
 @jax.tree_util.register_dataclass

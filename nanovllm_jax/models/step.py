@@ -1,6 +1,6 @@
 """One engine step as a pure function: the program that is compiled for each batch shape.
 
-B decode rows, P prefill sequences, R = B + P, T tokens of all, W table width, D hidden, V vocabulary.
+R rows, one a sequence, T tokens of all, W table width, D hidden, V vocabulary.
 """
 
 from dataclasses import replace
@@ -145,7 +145,8 @@ def _attention(model: Qwen3ForCausalLM, cache: jax.Array, batch: BatchView, shap
         tables=batch.tables,
         context_lens=batch.context_lens,
         starts=batch.starts,
-        decode_rows=shape.decode_rows,
+        num_decodes=batch.num_decodes if shape.decode_rows else None,
+        prefill_rows=shape.prefill_rows,
         deterministic=model.deterministic,
     )
 

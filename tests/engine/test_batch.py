@@ -6,7 +6,7 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanovllm_jax.engine.batch import BatchShape
+from nanovllm_jax.engine.batch import BatchShape, StepSizes
 from nanovllm_jax.engine.buckets import STEP_TOKENS, cpu_buckets, gpu_buckets
 from nanovllm_jax.engine.schedule import ONE_STEP, RunAhead
 
@@ -21,10 +21,10 @@ def test_a_schedule_fits_the_smallest_shape_that_is_compiled(data, max_num_seqs,
     buckets = replace(data.draw(KINDS)(*sizes), spared_from=spared_from)
     assert (buckets.max_num_seqs, buckets.max_num_batched_tokens) == sizes[:2]
     decodes = data.draw(st.integers(0, max_num_seqs))
-    most = min(max_num_seqs, max_num_batched_tokens - decodes)
+    most = min(max_num_seqs, max_num_batched_tokens) - decodes
     prefills = data.draw(st.integers(0 if decodes else 1, most)) if most > 0 else 0
     tokens = data.draw(st.integers(decodes + prefills, max_num_batched_tokens)) if prefills else decodes
-    shape = buckets.shape_for(decodes, prefills, tokens)
+    shape = buckets.shape_for(StepSizes(decodes, prefills, tokens))
     shapes = buckets.all_shapes()
     assert len(set(shapes)) == len(shapes)
     assert all(shape.decode_rows <= shape.tokens <= max(max_num_seqs, max_num_batched_tokens) for shape in shapes)
@@ -32,7 +32,7 @@ def test_a_schedule_fits_the_smallest_shape_that_is_compiled(data, max_num_seqs,
 
     def fits(shape: BatchShape):
         enough = shape.decode_rows >= decodes and shape.prefill_rows >= prefills and shape.tokens >= tokens
-        return enough and bool(shape.prefill_rows) == bool(prefills)
+        return enough and shape.rows >= decodes + prefills and bool(shape.prefill_rows) == bool(prefills)
 
     assert shape == min(filter(fits, shapes), key=lambda s: (s.tokens, s.decode_rows))
 
@@ -51,7 +51,7 @@ def test_several_steps_have_a_program(decodes, max_num_seqs, rows, kind, num_ste
     decodes = min(decodes, rows, max_num_seqs)
     shapes = buckets.all_shapes()
     assert len({*shapes}) == len(shapes)
-    assert buckets.shape_for(decodes, 0, decodes, num_steps) in shapes
+    assert buckets.shape_for(StepSizes(decodes, 0, decodes), num_steps=num_steps) in shapes
 
 
 def beside_prefills(buckets):
@@ -87,16 +87,22 @@ def test_shapes_beside_a_prefill():
 def test_a_step_stops_short_of_padding(data, max_num_seqs, most, kind):
     """Where a smaller size is filled, and one for the rest is far below the size that all would have."""
     buckets = kind(max_num_seqs, most, 16, ONE_STEP)
-    decodes = data.draw(st.integers(0, min(max_num_seqs, most - 1)))
+    decodes = data.draw(st.integers(0, min(max_num_seqs, most) - 1))
     tokens = data.draw(st.integers(decodes + 1, most))
-    taken, size = buckets.fitting(decodes, tokens), buckets.shape_for(decodes, 1, tokens).tokens
+
+    def size_of(decodes, tokens):
+        return buckets.shape_for(StepSizes(decodes, 1, tokens)).tokens
+
+    taken, size = buckets.fitting(decodes, tokens), size_of(decodes, tokens)
     smaller = [
-        shape.tokens for shape in buckets.mixed if decodes < shape.tokens < tokens and shape.decode_rows >= decodes
+        shape.tokens
+        for shape in buckets.mixed
+        if shape.holds(StepSizes(decodes, 1, decodes + 1)) and decodes < shape.tokens < tokens
     ]
     if not smaller:
         assert taken == tokens
         return
-    both = max(smaller) + buckets.shape_for(decodes, 1, tokens - max(smaller) + decodes).tokens
+    both = max(smaller) + size_of(decodes, tokens - max(smaller) + decodes)
     assert taken == (max(smaller) if both + STEP_TOKENS < size else tokens)
 
 

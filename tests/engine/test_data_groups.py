@@ -155,13 +155,12 @@ def test_all_groups_are_packed_in_one_shape():
     shape, buffer = packer.pack(schedule)
     assert len(buffer) == 2 * shape.size
     for number, part in enumerate(schedule.groups):
-        fits = buckets.shape_for(len(part.decodes), len(part.prefills), part.num_tokens)
+        fits = buckets.shape_for(part.sizes)
         assert shape.tokens >= fits.tokens
         view = shape.views(buffer[number * shape.size : (number + 1) * shape.size])
         tokens = [token for chunk in part.prefills for token in chunk.seq.token_ids]
         assert view.tokens[: len(tokens)].tolist() == tokens
     decodes, prefills, _ = packer.places(schedule, shape)
-    rows = shape.decode_rows + shape.prefill_rows
     assert decodes == []
     first, second = (list(alone.places(part, shape)[1]) for part in schedule.groups)
-    assert prefills == [*first, *(rows + row for row in second)]
+    assert prefills == [*first, *(shape.rows + row for row in second)]

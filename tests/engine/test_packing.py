@@ -10,7 +10,7 @@ from nanovllm_jax.sampling_params import SamplingParams
 
 
 def test_prompts_begin_right_behind_what_decodes():
-    """Whatever number of rows may decode: padding is at the end."""
+    """Their rows and their tokens, whatever number of rows may decode: padding is at the end."""
     scheduler = Scheduler(num_blocks=20, block_size=4, max_num_seqs=6, max_num_batched_tokens=32, max_model_len=60)
     packer = BatchPacker(Buckets((1, 4, 6), ((6, 32),), 15))
 
@@ -29,9 +29,10 @@ def test_prompts_begin_right_behind_what_decodes():
     view = shape.views(buffer)
     assert (shape.decode_rows, shape.prefill_rows, shape.tokens) == (6, 6, 32)
     assert view.tokens[:14].tolist() == [71, 72, *prompts[0], *prompts[1]]
-    assert view.starts.tolist() == [0, 1, 2, 2, 2, 2, 2, 7, 14, 14, 14, 14, 14]
-    assert view.context_lens.tolist() == [9, 4, 0, 0, 0, 0, 5, 7, 0, 0, 0, 0]
-    assert list(map(list, packer.places(schedule, shape))) == [[0, 1], [6, 7], [2, 7]]
+    assert view.num_decodes.tolist() == [2]
+    assert view.starts.tolist() == [0, 1, 2, 7, 14, 14, 14]
+    assert view.context_lens.tolist() == [9, 4, 5, 7, 0, 0]
+    assert list(map(list, packer.places(schedule, shape))) == [[0, 1], [2, 3], [2, 7]]
     packer.pack(later := scheduler.schedule())  # of all four, whose tokens the host has not read
     shape, buffer = packer.pack(later)
     view = shape.views(buffer)

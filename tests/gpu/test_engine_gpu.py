@@ -15,6 +15,7 @@ import pytest
 from profile_step import recorded_dispatches
 
 from nanovllm_jax import LLM, SamplingParams
+from nanovllm_jax.engine.batch import StepSizes
 from nanovllm_jax.layers.attention import PagedAttention
 from nanovllm_jax.models.step_programs import StepPrograms
 
@@ -80,7 +81,8 @@ def paged_logits(llm, tokens):
             tables=table,
             context_lens=jnp.array([stop]),
             starts=jnp.array([0, stop - start]),
-            decode_rows=0,
+            num_decodes=None,
+            prefill_rows=1,
         )
         logits, cache = forward(model, jnp.array(tokens[start:stop]), positions, cache, attend)
         parts.append(np.asarray(logits))
@@ -137,7 +139,7 @@ def test_a_large_cache_has_the_same_programs(tmp_path):
     config = COMMON | SIZES["0.6B"] | dict(num_hidden_layers=4, model_type="qwen3", architectures=["Qwen3ForCausalLM"])
     (tmp_path / "config.json").write_text(json.dumps(config | dict(dtype="bfloat16")))
     runner, fusions = small_engine(tmp_path, load_format="dummy").runner, []
-    shape = runner.buckets.shape_for(4, 0, 4)
+    shape = runner.buckets.shape_for(StepSizes(4, 0, 4))
     for cache_bytes in (2**29, 2**37):
         num_blocks = cache_bytes // (256 * runner.model_config.kv_bytes_per_token(2))
         steps = StepPrograms.of(runner.steps.settings._replace(num_blocks=num_blocks))
