@@ -30,7 +30,7 @@ if TRITON_TYPES not in sys.modules and importlib.util.find_spec(TRITON_TYPES) is
     sys.modules[TRITON_TYPES] = types.ModuleType(TRITON_TYPES)
 
 LOG2E = math.log2(math.e)
-SMS = 132  # of an H100 or H200
+SMS = 132  # of an H200, and most H100s
 NEG_INF = -1e30  # finite, so that the difference of two masked scores is not NaN
 
 
@@ -55,7 +55,7 @@ def pallas_call(
     aliases: dict[int, int] | None = None,
     interpret: bool = False,
     **static: object,
-) -> list[jax.Array]:
+) -> Sequence[jax.Array]:
     """Run body(*refs, **static) over the grid; each ref is a whole array, as a paged kernel does its own indexing.
 
     interpret runs it in plain JAX on any machine, slowly: for tests.

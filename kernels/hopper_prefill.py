@@ -14,8 +14,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .common import LOG2E, NEG_INF, SMS, Paging, as_rows, prefill_tiles
-from .hopper import COMPUTE, ROWS, SWIZZLED, hopper_call, in_roles, program, slot_of, warpgroup
+from .common import LOG2E, NEG_INF, Paging, as_rows, prefill_tiles
+from .hopper import COMPUTE, ROWS, SMS, SWIZZLED, hopper_call, in_roles, program, slot_of, warpgroup
 
 MANY = 1024  # query tokens: with fewer it is no faster, and lowering takes a program half a second longer
 TILE = COMPUTE * ROWS  # query tokens

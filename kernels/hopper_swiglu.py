@@ -14,8 +14,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from .common import SMS, gated, rounded
-from .hopper import COMPUTE, ROWS, SWIZZLED, hopper_call, in_roles, program, slot_of, swizzled, warpgroup
+from .common import gated, rounded
+from .hopper import COMPUTE, ROWS, SMS, SWIZZLED, hopper_call, in_roles, program, slot_of, swizzled, warpgroup
 
 HALF = COMPUTE * ROWS  # rows of a program's tile
 FEATURES = (128, 112, 96, 80, 64, 48, 32)  # that a tile may have

@@ -15,7 +15,7 @@ from small_model import SMALL, assert_idle, small_llm, write_checkpoint
 
 from nanovllm_jax import SamplingParams
 from nanovllm_jax.engine.memory import MemoryPlan, decide_num_blocks, memory_stats
-from nanovllm_jax.engine.model_runner import _check_for_gpu
+from nanovllm_jax.engine.model_runner import ModelRunner, _check_for_gpu
 from nanovllm_jax.engine_config import EngineConfig
 from nanovllm_jax.machine import GIB
 from nanovllm_jax.models.parameters import parameters_of
@@ -201,6 +201,23 @@ def test_a_callers_mesh(one_layer):
         llm.runner.reset()  # as after a step that failed
         within = answers(llm)
     assert within == answers(llm)
+
+
+def test_a_callers_transfer_guard(one_layer):
+    """A start under one that refuses transfers says so, and nothing of memory."""
+    with jax.transfer_guard("disallow"), pytest.raises(jax.errors.JaxRuntimeError, match=r"Disallowed .* transfer"):
+        small_llm(one_layer, num_kvcache_blocks=8)
+
+
+def test_no_memory_for_the_cache(one_layer, monkeypatch):
+    """Says what takes less."""
+
+    def allocate(runner):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 7 bytes.")
+
+    monkeypatch.setattr(ModelRunner, "_allocate", allocate)
+    with pytest.raises(RuntimeError, match="no memory in one piece for a KV cache of 8 blocks: lower gpu_memory"):
+        small_llm(one_layer, num_kvcache_blocks=8)
 
 
 # --- the start-up log ---

@@ -221,6 +221,8 @@ class ModelRunner:
         try:
             self._allocate()
         except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
             raise RuntimeError(
                 f"the device has no memory in one piece for a KV cache of {self.num_blocks} blocks: lower "
                 "gpu_memory_utilization or num_kvcache_blocks, make the LLM before other arrays, and leave "
