@@ -1,7 +1,7 @@
 """Data parallelism: several groups of devices with the same weights, each with its own sequences and blocks.
 
 To the engine, a `DataGroups` is a scheduler, and a `GroupPacker` a packer. Each group has a Scheduler of its own; their
-steps are dispatched as one program, which needs one shape: the largest that any of them asks for.
+steps are dispatched as one program, which needs one shape: one that holds each of them.
 """
 
 from collections.abc import Callable

@@ -20,11 +20,8 @@ def test_a_schedule_fits_the_smallest_shape_that_is_compiled(data, max_num_seqs,
     sizes = max_num_seqs, max_num_batched_tokens, 16, ONE_STEP
     buckets = replace(data.draw(KINDS)(*sizes), spared_from=spared_from)
     assert (buckets.max_num_seqs, buckets.max_num_batched_tokens) == sizes[:2]
-    decodes = data.draw(st.integers(0, max_num_seqs))
-    most = min(max_num_seqs, max_num_batched_tokens) - decodes
-    prefills = data.draw(st.integers(0 if decodes else 1, most)) if most > 0 else 0
-    tokens = data.draw(st.integers(decodes + prefills, max_num_batched_tokens)) if prefills else decodes
-    shape = buckets.shape_for(StepSizes(decodes, prefills, tokens))
+    decodes, prefills, tokens = step = drawn_step(data, max_num_seqs, max_num_batched_tokens)
+    shape = buckets.shape_for(step)
     shapes = buckets.all_shapes()
     assert len(set(shapes)) == len(shapes)
     assert all(shape.decode_rows <= shape.tokens <= max(max_num_seqs, max_num_batched_tokens) for shape in shapes)
@@ -35,6 +32,25 @@ def test_a_schedule_fits_the_smallest_shape_that_is_compiled(data, max_num_seqs,
         return enough and shape.rows >= decodes + prefills and bool(shape.prefill_rows) == bool(prefills)
 
     assert shape == min(filter(fits, shapes), key=lambda s: (s.tokens, s.decode_rows))
+
+
+def drawn_step(data, max_num_seqs, max_num_batched_tokens):
+    decodes = data.draw(st.integers(0, max_num_seqs))
+    most = min(max_num_seqs, max_num_batched_tokens) - decodes
+    prefills = data.draw(st.integers(0 if decodes else 1, most)) if most > 0 else 0
+    tokens = data.draw(st.integers(decodes + prefills, max_num_batched_tokens)) if prefills else decodes
+    return StepSizes(decodes, prefills, tokens)
+
+
+@settings(deadline=None)
+@given(data=st.data(), groups=st.integers(1, 3), max_num_seqs=st.integers(1, 600), most=st.integers(1, 20_000))
+def test_a_shape_holds_what_all_data_groups_do(data, groups, max_num_seqs, most):
+    """Though one may decode all that can run, and another one prefill as many."""
+    buckets, running = data.draw(KINDS)(max_num_seqs, most, 16, ONE_STEP), min(max_num_seqs, most)
+    steps = [drawn_step(data, running, most) for _ in range(groups)]
+    shape = buckets.shape_for(*steps)
+    assert shape in buckets.all_shapes()
+    assert all(map(shape.holds, steps))
 
 
 @settings(deadline=None)

@@ -141,7 +141,7 @@ def test_steps_ahead_need_every_busy_group():
 
 
 def test_all_groups_are_packed_in_one_shape():
-    """The largest that any needs; and rows of the output are where each group's part begins."""
+    """One that holds each group's part; and rows of the output are where that begins."""
     front = groups_of(2)
     buckets = Buckets((1, 4), ((4, 32),), 15)
     packer, alone = GroupPacker(2, buckets), BatchPacker(buckets)
