@@ -67,7 +67,8 @@ class Buckets:
 
         All of them, or only what fills a smaller shape, where in a next step the rest takes less than padding would.
         """
-        sizes = [s.tokens for s in self.mixed if s.holds(StepSizes(decodes, 1, decodes + 1))]
+        least = StepSizes(decodes, 1, decodes + 1)
+        sizes = [shape.tokens for shape in self.mixed if shape.holds(least)]
         size = bisect_left(sizes, tokens)
         filled = sizes[size - 1] if size else 0
         if filled <= decodes:

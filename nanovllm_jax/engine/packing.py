@@ -60,8 +60,6 @@ class BatchPacker:
         self.sampling[slot] = packed(sampling_row(seq))
 
     def _pack_rows(self, view: BatchView, seqs: list[Sequence]) -> None:
-        if not seqs:
-            return
         lens = self.table_lens
         for seq in seqs:
             if len(seq.block_table) != lens[seq.slot]:
